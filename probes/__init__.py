@@ -1,0 +1,1 @@
+"""Questions asked of stored activations and fitted maps; results that `workbench.plots` can draw."""

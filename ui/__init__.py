@@ -1,0 +1,1 @@
+"""The explorer: pages that open a folder of runs and stores."""

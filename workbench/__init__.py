@@ -1,0 +1,54 @@
+"""A workbench for interpretability and activation transfer between language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("workbench")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0.0.0"
+
+_HOME = {
+    "UserError": "errors",
+    "Site": "sites",
+    "Model": "models",
+    "load": "models",
+    "Prompt": "prompts",
+    "PromptSet": "prompts",
+    "profile_model": "profile",
+    "Store": "store",
+    "LinearMap": "maps.linear_map",
+    "Moments": "maps.moments",
+    "fit_ridge": "maps.fit",
+    "fit_pinv": "maps.fit",
+    "Adapter": "adapters.adapter",
+    "LowRank": "adapters.adapter",
+    "train_adapter": "adapters.train",
+    "Converter": "convert",
+    "fit_converters": "convert",
+    "match_layers": "convert",
+    "fold": "paste",
+    "paste_adapter": "paste",
+    "gradients": "forecast",
+    "forecast_pastes": "forecast",
+    "Behaviour": "evaluate.behaviour",
+    "log_odds": "evaluate.behaviour",
+    "Job": "jobs",
+    "run_job": "jobs",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

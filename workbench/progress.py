@@ -1,0 +1,17 @@
+"""The one progress bar: on stderr, only for what takes over two seconds, quiet where nobody looks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+
+def progress(
+    iterable: Iterable[Any] | None = None, *, total: int | float | None = None, desc: str = "", unit: str = "it"
+) -> Any:
+    """A tqdm bar that appears after two seconds (`WORKBENCH_PROGRESS=0` turns it off)."""
+    from tqdm.auto import tqdm
+
+    off = os.environ.get("WORKBENCH_PROGRESS") == "0"
+    return tqdm(iterable, total=total, desc=desc, unit=unit, delay=2.0, mininterval=0.5, disable=off, leave=False)
