@@ -1,0 +1,1 @@
+from . import typecheck as typecheck  # jaxtyping looks it up by this path

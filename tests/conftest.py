@@ -1,0 +1,112 @@
+"""Small random models of every supported family, made from their configs: no test needs a download."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WORKBENCH_PROGRESS", "0")
+
+import torch  # noqa: E402
+import transformers as tf  # noqa: E402
+
+from workbench.models import Model, load  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+VOCABULARY, WIDTH, LAYERS = 199, 48, 3
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_COMMON = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+               max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+_GATED = dict(**_COMMON, intermediate_size=96, num_key_value_heads=2, head_dim=12)
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GATED)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GATED)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_GATED)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GATED)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GATED, query_pre_attn_scalar=12)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_GATED, query_pre_attn_scalar=12)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**{**_GATED, "pad_token_id": 0})),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_COMMON, intermediate_size=96)),
+    "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=WIDTH)),
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**{
+        k: v for k, v in _COMMON.items() if k != "max_position_embeddings"}, alibi=False)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**{k: v for k, v in _GATED.items() if k != "head_dim"})),
+}  # fmt: skip
+
+
+@cache
+def word_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """A word-level tokenizer: `w0` to `w179` and a few others, BOS in front, a chat template."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(VOCABULARY - 6))]
+    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = tf.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                     unk_token="<unk>")  # fmt: skip
+    tok.chat_template = TEMPLATE
+    return tok
+
+
+def make_module(family: str, seed: int = 0) -> Any:
+    """A random model of a family; weights are enlarged so that every part matters."""
+    torch.manual_seed(seed)
+    module = FAMILIES[family]()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.mul_(4.0) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p)) if "norm" in name or "ln" in name else None
+    return module.eval()
+
+
+def make_model(family: str, seed: int = 0) -> Model:
+    return load(make_module(family, seed), tokenizer=word_tokenizer())
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family_model(request: pytest.FixtureRequest) -> Model:
+    """A proved random model, once for each family."""
+    return make_model(request.param)
+
+
+@pytest.fixture
+def llama() -> Model:
+    return make_model("llama")
+
+
+@pytest.fixture
+def gpt2() -> Model:
+    return make_model("gpt2")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def small_model(request: pytest.FixtureRequest) -> Model:
+    """A Llama (rotary positions) and a GPT-2 (learned positions, where padding can go wrong)."""
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of public fixtures; skips where it is not beside the project."""
+    if not (SHARED / "fixtures").is_dir():
+        pytest.skip("the shared fixtures are not beside the project")
+    return SHARED / "fixtures"
+
+
+def save_folder(module: Any, path: Path) -> Path:
+    """Saves a module and the word tokenizer as an ordinary Hugging Face folder."""
+    module.save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path

@@ -1,0 +1,1 @@
+"""Reading and editing activations: one contract, `read(model, sites)` and `edit(model, edits)`."""

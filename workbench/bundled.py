@@ -1,0 +1,20 @@
+"""Where the models and prompts that come with the project lie."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from .errors import UserError
+
+PREFIX = "bundled:"
+
+
+def bundled_path(name: str, folder: str, suffix: str = "") -> Path:
+    """The path of `bundled:NAME` in `data/<folder>`; raises UserError with the names that exist."""
+    root = Path(str(resources.files("workbench_data"))) / folder
+    path = root / (name.removeprefix(PREFIX) + suffix)
+    if not path.exists() or path.parent != root:
+        names = sorted(PREFIX + p.name.removesuffix(suffix) for p in root.glob("*" + suffix) if p.name[0] not in "._")
+        raise UserError(f"{name!r} is not bundled; allowed: {', '.join(names)}")
+    return path

@@ -1,0 +1,386 @@
+"""A language model with its tokenizer, its sites proved, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .backends import torch_hooks
+from .bundled import PREFIX, bundled_path
+from .errors import UserError
+from .progress import progress
+from .sites import Site, find_blocks, text_config
+
+if TYPE_CHECKING:
+    from .adapters.adapter import Adapter
+
+log = logging.getLogger("workbench")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def short_hash(value: Any) -> str:
+    """The first 12 hex digits of the sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file. A hub cache names its large files by it, so those are not read again."""
+    target = path.resolve()
+    if target.parent.name == "blobs" and len(target.name) == 64:
+        return target.name
+    with target.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Model:
+    """A Hugging Face causal language model, ready to be read and edited. Made by `load`.
+
+    Attributes: `module`, `tokenizer`, `name` (what it was loaded from), `folder` (its local files, where known),
+    `decoder` (the part that is not the LM head), `blocks_path`.
+    """
+
+    def __init__(self, module: Any, tokenizer: Any, name: str, folder: Path | None = None, revision: str = "",
+                 blocks: str | None = None) -> None:  # fmt: skip
+        self.module, self.tokenizer, self.name, self.folder, self.revision = module, tokenizer, name, folder, revision
+        self.blocks_path, self._blocks = find_blocks(module, blocks)
+        self.decoder: nn.Module = getattr(module, "get_decoder", lambda: None)() or module
+        self._accepts = set(inspect.signature(self.decoder.forward).parameters)
+        module.eval()
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.family}, {self.n_layers} layers, width {self.width}, {self.dtype}, {self.device})"
+
+    @property
+    def family(self) -> str:
+        return str(text_config(self.module).model_type)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def width(self) -> int:
+        return int(text_config(self.module).hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def pad_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer: the generation config's, the config's, the tokenizer's."""
+        found: list[int] = []
+        for holder in (getattr(self.module, "generation_config", None), text_config(self.module), self.tokenizer):
+            value = getattr(holder, "eos_token_id", None)
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        return list(dict.fromkeys(found))
+
+    @property
+    def max_length(self) -> int:
+        return int(getattr(text_config(self.module), "max_position_embeddings", None) or 1 << 30)
+
+    def block(self, layer: int) -> nn.Module:
+        return self._blocks[layer]
+
+    def site(self, text: str | int | Site) -> Site:
+        """Reads a site and checks that this model has it."""
+        return Site.parse(text, self.n_layers)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What the model is: name, revision, and the sha256 of its config, weights and tokenizer, and the dtype.
+
+        Weights are hashed from their files where the folder is known, else from the tensors themselves.
+        """
+        config = self.module.config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(volatile, None)
+        files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
+        if files:
+            weights = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()
+        else:
+            digest = hashlib.sha256()
+            for key, value in self.module.state_dict().items():
+                digest.update(
+                    key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
+            weights = digest.hexdigest()
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = tokenizer.to_str() if tokenizer is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        words += str(getattr(self.tokenizer, "chat_template", None))
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+            "weights": weights,
+            "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def fingerprint_id(self) -> str:
+        """A short hash of what matters of the fingerprint: not of where the files happened to lie."""
+        return short_hash({k: v for k, v in self.fingerprint.items() if k not in ("name", "revision")})
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """position_ids for left-padded batches: without them learned positions are wrong."""
+        if "position_ids" not in self._accepts or bool(mask[:, 0].all()):
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def run(self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], stop_after: int | None = None) -> None:
+        """A forward pass without the LM head, ending after block `stop_after`; for what hooks read on the way."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        layer = self.n_layers - 1 if stop_after is None else stop_after
+        with torch_hooks.stop_after(self, layer):
+            with suppress(torch_hooks.Stop):
+                self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(mask))
+
+    def logits(
+        self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], last_only: bool = False
+    ) -> Float[Tensor, "b kept v"]:
+        """The logits of a batch, padded on either side; of its last column alone with `last_only`."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._head_accepts else {}
+        out = self.module(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(mask), **keep).logits
+        return out[:, -1:] if last_only else out
+
+    @cached_property
+    def _head_accepts(self) -> set[str]:
+        return set(inspect.signature(self.module.forward).parameters)
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        adapter: Adapter | None = None,
+        seed: int = 0,
+        desc: str = "generating",
+        **options: Any,
+    ) -> list[str]:
+        """Answers to `prompts` (a PromptSet, texts or chats), in their order, special tokens left out.
+
+        Greedy unless `options` say otherwise (any argument of a Hugging Face GenerationConfig). Prompts are batched by
+        length and padded left; the result does not depend on `batch_size` but for float noise.
+        """
+        from transformers import GenerationConfig
+
+        from .prompts import PromptSet, encode, pad
+
+        encoded = encode(PromptSet.load(prompts), self.tokenizer, max_length=self.max_length - max_new_tokens)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, pad_token_id=self.pad_id, eos_token_id=self.end_ids or None,
+            **{"do_sample": False, **options},
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        answers: dict[int, str] = {}
+        with progress(total=len(encoded), desc=desc, unit="prompt") as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                ids, mask = pad([encoded[i] for i in rows], self.pad_id, "left")
+                with torch.inference_mode(), adapter.on(self) if adapter is not None else nullcontext():
+                    out = self.module.generate(
+                        input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
+                    )
+                texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+                step = len(texts) // len(rows)  # several samples a prompt: the first is kept
+                answers.update(zip(rows, texts[::step], strict=True))
+                bar.update(len(rows))
+        return [answers[i] for i in range(len(encoded))]
+
+    def prove(self, layers: Sequence[int] | None = None) -> None:
+        """Proves the sites: block outputs chain, what is written is read back, and writing changes the logits.
+
+        Reads every layer in one pass and writes at `layers` (first, middle and last unless given). Raises UserError
+        naming the site that fails.
+        """
+        chosen = sorted({0, self.n_layers // 2, self.n_layers - 1}) if layers is None else list(layers)
+        vocabulary = text_config(self.module).vocab_size
+        ids = torch.arange(3, 19)[None] % vocabulary
+        mask = torch.ones_like(ids)
+        every = [Site(l, point) for l in range(self.n_layers) for point in torch_hooks.READABLE]
+        with torch.inference_mode():
+            with torch_hooks.read(self, every) as seen:
+                before = self.logits(ids, mask)
+            for l in range(self.n_layers):
+                self._prove_read(seen, Site(l), ids.shape[1])
+            for l in chosen:
+                self._prove_write(Site(l), seen[Site(l)], before, ids, mask)
+
+    def _prove_read(self, seen: dict[Site, Tensor], site: Site, width: int) -> None:
+        h = seen.get(site)
+        if h is None or tuple(h.shape) != (1, width, self.width):
+            got = "nothing" if h is None else f"a tensor of shape {tuple(h.shape)}"
+            raise UserError(f"{self.name}: {site} gave {got}, not [1, {width}, {self.width}]; pass blocks=... with the path "
+                            "of the ModuleList that holds the blocks")  # fmt: skip
+        if site.layer + 1 < self.n_layers:
+            after = seen[Site(site.layer + 1, "resid_pre")]
+            if not torch.allclose(h.float(), after.to(h.device).float(), atol=1e-3, rtol=1e-3):
+                raise UserError(f"{self.name}: the output of block {site.layer} is not the input of the next; this family "
+                                "is not supported: pass blocks=... if its blocks lie elsewhere")  # fmt: skip
+
+    def _prove_write(self, site: Site, h: Tensor, before: Tensor, ids: Tensor, mask: Tensor) -> None:
+        written = h + h.float().std().to(h.dtype) * torch.linspace(-1, 1, self.width, dtype=h.dtype, device=h.device)
+        with torch_hooks.edit(self, {site: lambda *_: written}), torch_hooks.read(self, [site]) as seen:
+            after = self.logits(ids, mask)
+        if not torch.equal(seen[site], written):
+            raise UserError(f"{self.name}: what was written to {site} was not read back; this family is not supported")
+        if torch.allclose(before.float(), after.float(), atol=1e-6):
+            raise UserError(f"{self.name}: writing to {site} did not change the logits; this family is not supported")
+
+
+def load(
+    source: str | Path | Any,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    blocks: str | None = None,
+    prove: bool = True,
+) -> Model:
+    """Loads a model: a hub id, a local folder, `bundled:donor`, `bundled:recipient`, or a loaded PreTrainedModel.
+
+    dtype: `auto` follows the checkpoint (float16 becomes float32 on a CPU), or float32, float16, bfloat16.
+    device: `auto` takes the GPU, spreads over several by accelerate's device map, or the CPU; or `cpu`, `cuda:1`, `map`.
+    blocks: the path of the ModuleList of blocks, for a family that is not recognised.
+    Weights are read from safetensors only; no remote code is run. Raises UserError naming what cannot be loaded.
+    """
+    if not isinstance(source, (str, Path)):
+        if tokenizer is None:
+            raise UserError("a loaded model needs its tokenizer: load(model, tokenizer=tokenizer)")
+        model = Model(
+            source, tokenizer, str(getattr(source, "name_or_path", "") or type(source).__name__), blocks=blocks
+        )
+        if prove:
+            model.prove()
+        return model
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    folder = _folder_of(str(source), revision)
+    config, tok = _open_config(source, folder, revision), tokenizer or _open_tokenizer(source, folder, revision)
+    placed, device_map = _place(device)
+    wanted = DTYPES.get(dtype) or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    if placed == "cpu" and wanted == torch.float16:
+        wanted = torch.float32  # half precision is slow and lossy on a CPU
+    module = _open_weights(source, folder, revision, wanted, device_map)
+    if device_map is None:
+        module = module.to(placed)
+    model = Model(module, tok, str(source), folder, revision or "", blocks)
+    if prove:
+        model.prove()
+    log.info("loaded %s", model)
+    return model
+
+
+def _folder_of(source: str, revision: str | None) -> Path:
+    """The local folder of a source, fetched from the hub where need be."""
+    if source.startswith(PREFIX):
+        return bundled_path(source, "models")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{source} has no config.json: it is not a Hugging Face model folder")
+        return path
+    if path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.exists():
+        raise UserError(
+            f"model {source!r} is not a folder; give a model folder, a hub id (owner/name), or {PREFIX}donor"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except Exception as err:  # the hub client has dozens of errors; each means the same to the user
+        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(
+            f"model {source!r} is neither a local folder nor a model that the hub gave{offline}: {reason}; "
+            f"check the name, log in for a gated model, or use {PREFIX}donor or {PREFIX}recipient"
+        ) from err
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def _open_config(source: str | Path, folder: Path, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    _quiet()
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as err:
+        raise UserError(f"cannot read the config of {source}: {str(err).strip().splitlines()[0][:200]}") from err
+
+
+def _open_tokenizer(source: str | Path, folder: Path, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as err:
+        raise UserError(f"{source} has no tokenizer that can be loaded ({str(err).strip().splitlines()[0][:160]}); "
+                        "pass tokenizer=...") from err  # fmt: skip
+
+
+def _open_weights(source: str | Path, folder: Path, revision: str | None, dtype: Any, device_map: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        raise UserError(f"cannot load the weights of {source}: {str(err).strip().splitlines()[0][:200]}; only "
+                        "safetensors of a causal language model are read") from err  # fmt: skip
+
+
+def _place(device: str) -> tuple[str, str | None]:
+    """(device, device_map) for what the user asked."""
+    if device == "map":
+        return "cuda" if torch.cuda.is_available() else "cpu", "auto"
+    if device != "auto":
+        try:
+            placed = torch.device(device)
+        except RuntimeError as err:
+            raise UserError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps, map") from err
+        if placed.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"device {device!r} was asked for and torch sees no GPU; use cpu, or install torch with CUDA"
+            )
+        return str(placed), None
+    if torch.cuda.is_available():
+        return "cuda", "auto" if torch.cuda.device_count() > 1 else None
+    return "cpu", None

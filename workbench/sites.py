@@ -1,0 +1,103 @@
+"""Places on the residual stream, and how to find a model's blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
+
+_TRANSFORMER_LENS = re.compile(r"blocks\.(-?\d+)\.hook_(\w+)")
+_PLAIN = re.compile(r"(\w+)\.(-?\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A layer (0-based) and a point of its block; `resid_post.l` is the output of block l, before any final norm.
+
+    >>> str(Site(5)), Site(5).transformer_lens
+    ('resid_post.5', 'blocks.5.hook_resid_post')
+    """
+
+    layer: int
+    point: str = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise UserError(f"unknown point {self.point!r} of a site; allowed: {', '.join(POINTS)}")
+
+    def __str__(self) -> str:
+        return f"{self.point}.{self.layer}"
+
+    @property
+    def transformer_lens(self) -> str:
+        """The name that TransformerLens gives this site."""
+        return f"blocks.{self.layer}.hook_{self.point}"
+
+    @classmethod
+    def parse(cls, text: str | int | Site, n_layers: int | None = None) -> Site:
+        """Reads `resid_post.5`, `blocks.5.hook_resid_post`, `5`, or a negative layer where `n_layers` is known.
+
+        Raises UserError for anything else, and for a layer that the model does not have.
+
+        >>> Site.parse("blocks.3.hook_resid_pre"), Site.parse(-1, n_layers=12)
+        (Site(layer=3, point='resid_pre'), Site(layer=11, point='resid_post'))
+        """
+        if isinstance(text, Site):
+            site = text
+        elif isinstance(text, int) or re.fullmatch(r"-?\d+", str(text).strip()):
+            site = cls(int(text))
+        elif match := _TRANSFORMER_LENS.fullmatch(str(text).strip()):
+            site = cls(int(match[1]), match[2])
+        elif match := _PLAIN.fullmatch(str(text).strip()):
+            site = cls(int(match[2]), match[1])
+        else:
+            raise UserError(f"cannot read {text!r} as a site; write resid_post.5, blocks.5.hook_resid_post or 5")
+        if n_layers is None:
+            return site
+        if not -n_layers <= site.layer < n_layers:
+            raise UserError(f"layer {site.layer} is out of range: the model has layers 0 to {n_layers - 1}")
+        return cls(site.layer % n_layers, site.point)
+
+
+def text_config(module: Any) -> Any:
+    """The configuration of the language part, also of a multimodal wrapper."""
+    return module.config.get_text_config(decoder=True)
+
+
+def find_blocks(module: nn.Module, override: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds a decoder's blocks, with its path in `module`.
+
+    `override` is that path, for a family that is not recognised. Raises UserError when no ModuleList, or more than one,
+    has as many entries as the configuration has layers.
+    """
+    from torch import nn
+
+    if override is not None:
+        try:
+            found = module.get_submodule(override)
+        except AttributeError:
+            found = None
+        if not isinstance(found, nn.ModuleList):
+            raise UserError(f"blocks={override!r} is not a ModuleList of {type(module).__name__}; give its path, as in "
+                            "blocks='model.layers'")  # fmt: skip
+        return override, found
+    n_layers = text_config(module).num_hidden_layers
+    decoder = getattr(module, "get_decoder", lambda: None)() or module
+    lists = [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) == n_layers and any(child is m for m in decoder.modules())
+    ]
+    outer = [(name, child) for name, child in lists if not any(name.startswith(other + ".") for other, _ in lists)]
+    if len(outer) != 1:
+        names = ", ".join(name for name, _ in outer) or "none"
+        raise UserError(f"cannot tell the blocks of {type(module).__name__} (lists of {n_layers} modules: {names}); "
+                        "pass blocks='path.to.the.ModuleList'")  # fmt: skip
+    return outer[0]
