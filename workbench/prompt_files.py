@@ -1,0 +1,118 @@
+"""Files and datasets of prompts, read as plain rows; what a row means is for `prompts.py` to say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from .bundled import PREFIX, bundled_path
+from .errors import UserError
+
+HUB = "hub:"
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(source: str | Path) -> tuple[str, list[Any]]:
+    """The name of a source and its rows: strings or dicts.
+
+    source: a .txt (one prompt a line, blank lines left out), .jsonl, .json (a list), .csv or .parquet file; a folder
+    written by `datasets`' `save_to_disk`; `hub:owner/name[:config][@split]`; or `bundled:NAME`.
+    Raises UserError naming what cannot be read.
+    """
+    text = str(source)
+    if text.startswith(HUB):
+        return text, _hub(text)
+    if text.startswith(PREFIX):
+        return text, _jsonl(bundled_path(text, "prompts", ".jsonl"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.name, _saved(path)
+    if not path.exists():
+        raise UserError(f"prompts {text!r}: no such file; give {', '.join(SUFFIXES)}, {HUB}owner/name or {PREFIX}NAME")
+    readers = {".txt": _lines, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"prompts {text!r}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+    try:
+        return path.stem, readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as err:
+        raise UserError(f"prompts {path}: not UTF-8 text (byte {err.start}); convert the file first") from err
+    except OSError as err:
+        raise UserError(f"prompts {path}: {err.strerror or err}; check the file") from err
+
+
+def _lines(path: Path) -> list[Any]:
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _jsonl(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            raise UserError(f"prompts {path}, line {number}: not JSON ({err.msg}); a line is one object") from err
+    return rows
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as err:
+        raise UserError(f"prompts {path}: not JSON ({err.msg}, line {err.lineno})") from err
+    if not isinstance(rows, list):
+        raise UserError(f"prompts {path}: holds a {type(rows).__name__}; a .json file of prompts must hold a list")
+    return rows
+
+
+def _csv(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except pa.ArrowInvalid as err:
+        raise UserError(f"prompts {path}: not a parquet file ({str(err).splitlines()[0][:120]})") from err
+
+
+def _saved(path: Path) -> list[Any]:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as err:
+        raise UserError(f"prompts {path}: a folder, but not one that datasets' save_to_disk made; give a file") from err
+    return _split(found, str(path), None)
+
+
+def _hub(text: str) -> list[Any]:
+    import datasets
+
+    name, _, split = text.removeprefix(HUB).partition("@")
+    repo, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(repo, config or None)
+    except Exception as err:  # the hub client has dozens of errors; each means the same to the user
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:160]
+        raise UserError(f"prompts {text!r}: the hub did not give this dataset ({reason}); write "
+                        f"{HUB}owner/name[:config][@split], or give a local file") from err  # fmt: skip
+    return _split(found, text, split or None)
+
+
+def _split(found: Any, name: str, split: str | None) -> list[Any]:
+    if hasattr(found, "keys"):
+        if split is None and "train" not in found and len(found) > 1:
+            raise UserError(f"prompts {name!r}: has splits {', '.join(found)}; choose one with @split")
+        split = split or ("train" if "train" in found else next(iter(found)))
+        if split not in found:
+            raise UserError(f"prompts {name!r}: no split {split!r}; allowed: {', '.join(found)}")
+        found = found[split]
+    return list(found)

@@ -1,0 +1,212 @@
+"""Prompts: read from anywhere, put through the chat template once, given one BOS, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from .errors import UserError
+from .prompt_files import read_rows
+from .rendering import encode, encode_spans, opener_ids, pad, render, response_ids
+
+__all__ = [
+    "Prompt", "PromptSet", "encode", "encode_spans", "json_hash", "opener_ids", "pad", "render", "response_ids",
+]  # fmt: skip
+
+MESSAGES = ("messages", "conversations", "conversation")
+TEXTS = ("prompt", "text", "question", "instruction")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def json_hash(value: Any) -> str:
+    """The sha256 (hex) of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat (`messages`, put through the template) or a plain `text` (read as it stands).
+
+    `label` names its class or behaviour; `meta` holds everything else that its source said (a gold answer, say).
+    """
+
+    messages: tuple[dict[str, Any], ...] | None
+    text: str | None
+    id: str
+    label: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def content(self) -> Any:
+        """What a model reads of it, as JSON."""
+        return self.text if self.messages is None else list(self.messages)
+
+    @property
+    def user(self) -> str:
+        """The text, or the last user turn."""
+        if self.messages is None:
+            return self.text or ""
+        turns = [m["content"] for m in self.messages if m["role"] == "user"]
+        return str(turns[-1]) if turns else ""
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """An ordered set of prompts. Equal `hash`: the same contents in the same order, whatever their ids and labels.
+
+    >>> prompts = PromptSet.load(["What is 2 + 2?", "Name a colour."])
+    >>> len(prompts), prompts[0].user, prompts.hash[:8]
+    (2, 'What is 2 + 2?', '663e5fb2')
+    """
+
+    prompts: tuple[Prompt, ...]
+    name: str = "prompts"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+        return PromptSet(self.prompts[index], self.name) if isinstance(index, slice) else self.prompts[index]
+
+    def __add__(self, other: PromptSet) -> PromptSet:
+        return PromptSet(self.prompts + other.prompts, f"{self.name}+{other.name}")
+
+    def __repr__(self) -> str:
+        return f"PromptSet({self.name!r}, {len(self)} prompts, {self.hash[:12]})"
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the contents: what two stores must share to be paired."""
+        return json_hash([p.content for p in self.prompts])
+
+    @property
+    def full_hash(self) -> str:
+        """sha256 over contents, ids, labels and meta: what an evaluation depends on."""
+        return json_hash([[p.content, p.id, p.label, p.meta] for p in self.prompts])
+
+    def subset(self, index: Sequence[int]) -> PromptSet:
+        """The prompts at these indices, in the order given."""
+        return PromptSet(tuple(self.prompts[int(i)] for i in index), self.name)
+
+    def labelled(self, label: str) -> PromptSet:
+        """The prompts of one label; UserError with the labels there are where none has it."""
+        found = tuple(p for p in self.prompts if p.label == label)
+        if not found:
+            known = sorted({p.label for p in self.prompts if p.label is not None})
+            raise UserError(f"{self.name}: no prompt is labelled {label!r}; labels: {', '.join(known) or 'none'}")
+        return PromptSet(found, f"{self.name}[{label}]")
+
+    def with_system(self, system: str) -> PromptSet:
+        """The same chats with this system prompt (in place of any that they had); plain texts stay as they are."""
+        head: dict[str, Any] = {"role": "system", "content": system}
+        changed = [
+            p if p.messages is None
+            else Prompt((head, *(m for m in p.messages if m["role"] != "system")), None, p.id, p.label, p.meta)
+            for p in self.prompts
+        ]  # fmt: skip
+        return PromptSet(tuple(changed), self.name)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Sequence[Any] | PromptSet,
+        *,
+        column: str | None = None,
+        limit: int | None = None,
+        seed: int | None = None,
+        chat: bool | None = None,
+    ) -> PromptSet:
+        """Reads prompts from a file, a dataset or Python values.
+
+        source: see `prompt_files.read_rows`; or a list of strings, of dicts, of chats (lists of messages), of Prompts.
+            A row is a chat where it has `messages` (or `conversations`), else a string of its column `prompt`, `text`,
+            `question` or `instruction`. Its `id` and `label` are kept, its other columns become `meta`.
+        column: the column to read instead.
+        limit: only so many; the first, or with `seed` a random sample in the order of the source.
+        chat: True makes every string a user's turn, False a plain text that no template touches. Unless given, strings
+            are user's turns, but for a column that is named `text`.
+        Raises UserError for a source that cannot be read, an empty set, or an empty prompt (naming its row).
+        """
+        if isinstance(source, PromptSet):
+            found, name = list(source.prompts), source.name
+        else:
+            name, rows = read_rows(source) if isinstance(source, (str, Path)) else ("prompts", list(source))
+            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(rows)]
+        if limit is not None and limit < 1:
+            raise UserError(f"limit={limit}: the number of prompts to read must be at least 1")
+        if limit is not None and limit < len(found):
+            kept = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(found)), limit))
+            found = [found[i] for i in kept]
+        if not found:
+            raise UserError(f"{name}: no prompts in it; give at least one")
+        return cls(tuple(found), name)
+
+
+def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: str) -> Prompt:
+    where = f"{name}, prompt {index}"
+    if isinstance(row, Prompt):
+        return row
+    if not isinstance(row, Mapping):
+        key, value, rest = "prompt", row, {}
+    else:
+        key = column or next((k for k in (*MESSAGES, *TEXTS) if row.get(k) is not None), "")
+        if row.get(key) is None:
+            wanted = f"no column {column!r}" if column else f"none of the columns {', '.join((*MESSAGES, *TEXTS))}"
+            raise UserError(f"{where}: {wanted}; it has {', '.join(map(str, row))}; choose one with column=")
+        value, rest = row[key], {k: v for k, v in row.items() if k not in (key, "id", "label")}
+    messages, text = _content(value, key == "text" if chat is None else not chat, where)
+    record = row if isinstance(row, Mapping) else {}
+    identity, label = record.get("id"), record.get("label")
+    identity = str(index if identity is None else identity)
+    return Prompt(messages, text, identity, None if label is None else str(label), _plain(rest))
+
+
+def _content(value: Any, plain: bool, where: str) -> tuple[tuple[dict[str, Any], ...] | None, str | None]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where}: is empty; give it a text or leave it out")
+        _check_unicode(value, where)
+        return (None, value) if plain else (({"role": "user", "content": value},), None)
+    if isinstance(value, Mapping) or not isinstance(value, Sequence) or not value:
+        raise UserError(f"{where}: is a {type(value).__name__}; a prompt is a string or a list of messages")
+    if all(isinstance(turn, str) for turn in value):  # LIMA and its kin: turns without roles; the first is the user's
+        return _content(value[0], False, where)
+    return tuple(_message(turn, where) for turn in value), None
+
+
+def _message(turn: Any, where: str) -> dict[str, Any]:
+    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+    if role is None or content is None:
+        raise UserError(f'{where}: a message must be {{"role": "user", "content": "..."}}; got {turn!r:.80}')
+    if role in ("user", "human") and isinstance(content, str) and not content.strip():
+        raise UserError(f"{where}: the user's message is empty; give it a text or leave the prompt out")
+    _check_unicode(str(content), where)
+    extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
+    return {"role": ROLES.get(str(role), str(role)), "content": content, **_plain(extra)}
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise UserError(f"{where}: character {err.start} is half a surrogate pair, which no tokenizer reads") from err
+
+
+def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same as JSON values: what JSON does not know becomes its string, what is missing is left out."""
+    kept = {str(k): v for k, v in values.items() if v is not None and not (isinstance(v, float) and v != v)}
+    return json.loads(json.dumps(kept, default=str, ensure_ascii=False))
