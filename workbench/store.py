@@ -1,0 +1,259 @@
+"""Activations on disk: a folder that opens fast, is read lazily, and refuses whatever is not what its manifest says."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import UserError
+from .sites import Site
+from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, file_hash, files_of, manifest_text, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Rows = slice | range | Sequence[int] | Tensor | None
+
+
+class Store:
+    """A profile on disk, opened by `Store.open`. Nothing of the activations is read before it is asked for.
+
+    Attributes: `path`, `manifest` (see docs for its fields), `sites`, `n_rows`, `dtype` (a name), `prompt_hash`,
+    `rendered_hash`, `fingerprint` (of the model), `tokens` (the policy that chose the rows).
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self._remove: weakref.finalize[Any, Any] | None = None
+        self._inode = path.stat().st_ino
+        self.n_rows: int = manifest["n_rows"]
+        self.dtype: str = manifest["dtype"]
+        self.tokens: str = manifest["tokens"]
+        self.prompt_hash: str = manifest["prompts"]["hash"]
+        self.rendered_hash: str = manifest["prompts"]["rendered_hash"]
+        self.fingerprint: dict[str, str] = manifest["model"]["fingerprint"]
+        self._entries: dict[Site, dict[str, Any]] = {Site.parse(k): v for k, v in manifest["sites"].items()}
+        self.sites: list[Site] = sorted(self._entries, key=lambda s: (s.point, s.layer))
+        self._starts = {site: _starts(entry["shards"]) for site, entry in self._entries.items()}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Opens the store in folder `path`; checks every shard's name, size and header, and reads no activation.
+
+        Raises UserError, each with its own message, for: a missing folder; a folder that is no store; a manifest that
+        is damaged or of a later version; a shard that is missing, is named outside the folder, has not the size that
+        the manifest says, or whose header says other than the manifest.
+        """
+        path = Path(path).expanduser()
+        manifest = read_manifest(path)
+        try:
+            check_folder(path, manifest)
+            return cls(path, manifest)
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as err:
+            what = f"{type(err).__name__}: {err}"
+            raise UserError(f"store {path}: its {MANIFEST} is damaged ({what}); profile again") from err
+
+    def __repr__(self) -> str:
+        layers = f"{self.sites[0]}..{self.sites[-1]}" if len(self.sites) > 1 else str(self.sites[0])
+        return f"Store({str(self.path)!r}, {self.n_rows} rows, {len(self.sites)} sites ({layers}), {self.dtype})"
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return str(self.manifest["model"]["name"])
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(shard["bytes"] for entry in self._entries.values() for shard in entry["shards"])
+
+    def width(self, site: Site | str | int) -> int:
+        """The width d of a site's rows."""
+        return int(self._entries[self._site(site)]["width"])
+
+    def read(
+        self,
+        site: Site | str | int,
+        rows: Rows = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Float[Tensor, "n d"]:
+        """The rows of a site: all, or those of a slice, a range, indices, or a boolean mask, in the order given.
+
+        Rows that lie in one shard, taken by a slice, are memory-mapped (writing to them changes no file); others are
+        copied. dtype, device: converted where given. Raises UserError for a site or a row that the store does not have.
+        """
+        site = self._site(site)
+        if isinstance(rows, range) and rows.step == 1 and rows.start >= 0:
+            rows = slice(rows.start, min(rows.stop, self.n_rows))
+        rows = slice(None) if rows is None else rows
+        found = self._slice(site, rows) if isinstance(rows, slice) else self._gather(site, rows)
+        return found.to(device=device, dtype=dtype)
+
+    def iter_batches(
+        self,
+        site: Site | str | int,
+        size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Iterator[Float[Tensor, "n d"]]:
+        """The rows of a site in order, `size` at a time (the last batch may be smaller); memory stays flat."""
+        if size < 1:
+            raise UserError(f"size={size}: a batch has at least one row")
+        for start in range(0, self.n_rows, size):
+            yield self.read(site, slice(start, start + size), dtype=dtype, device=device)
+
+    def rows(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """One line per row: row, prompt (index), position, token_id, text, char_start, char_end (of the prompt)."""
+        return self._table(TABLES[0], columns).to_pandas()
+
+    def prompts(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """One line per prompt: index, id, text (rendered), label, meta (a JSON string), n_tokens, cut (tokens lost)."""
+        return self._table(TABLES[1], columns).to_pandas()
+
+    @cached_property
+    def prompt_index(self) -> Int[Tensor, " n"]:
+        """The index of the prompt that each row comes from."""
+        return torch.tensor(self._table(TABLES[0], ["prompt"])["prompt"].to_numpy(), dtype=torch.int64)
+
+    def verify(self) -> None:
+        """Recomputes every checksum; raises UserError naming what is damaged, missing or not the store's own."""
+        whole = (self.path / MANIFEST).read_bytes() == manifest_text(self.manifest).encode()
+        bad = [] if whole else [MANIFEST]
+        entries = dict(files_of(self.manifest))
+        for name, entry in entries.items():
+            file = self.path / name
+            if not file.is_file() or file_hash(file) != entry["sha256"]:
+                bad.append(name)
+        found = {str(f.relative_to(self.path)) for f in self.path.rglob("*") if not f.is_dir()}
+        bad += sorted(found - set(entries) - {MANIFEST})
+        if bad:
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise UserError(f"store {self.path}: {len(bad)} damaged, missing or foreign files "
+                            f"({', '.join(bad[:5])}{more}); profile again or restore them from a copy")  # fmt: skip
+
+    def close(self) -> None:
+        """Removes the folder of a profile that was made without one; any other store needs no closing."""
+        if self._remove is not None:
+            self._remove()
+
+    def keep_until_closed(self, folder: Path | None) -> Store:
+        """This store, with `folder` removed once it is closed, forgotten, or the program ends."""
+        if folder is not None:
+            self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return self
+
+    def _site(self, site: Site | str | int) -> Site:
+        parsed = Site.parse(site, self.manifest["model"]["n_layers"])
+        if parsed not in self._entries:
+            raise UserError(f"store {self.path} has no {parsed}; it has {', '.join(map(str, self.sites))}")
+        return parsed
+
+    def _table(self, name: str, columns: list[str] | None) -> Any:
+        import pyarrow.parquet as pq
+
+        self._check_same()
+        return pq.read_table(self.path / name, columns=columns)
+
+    def _check_same(self) -> None:
+        if not self.path.exists() or self.path.stat().st_ino != self._inode:
+            raise UserError(f"store {self.path} was replaced or removed since it was opened; open it again")
+
+    def _map(self, site: Site, number: int) -> Tensor:
+        self._check_same()
+        entry, shard = self._entries[site], self._entries[site]["shards"][number]
+        dtype, shape = DTYPES[self.dtype], (shard["rows"], entry["width"])
+        file = self.path / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            raise UserError(f"store {self.path}: {shard['file']} changed since the store was opened; run verify")
+        storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=shard["bytes"])
+        offset = (shard["bytes"] - shape[0] * shape[1] * dtype.itemsize) // dtype.itemsize
+        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, (shape[1], 1))  # type: ignore[arg-type]
+
+    def _slice(self, site: Site, rows: slice) -> Tensor:
+        start, stop, step = rows.indices(self.n_rows)
+        if step != 1:
+            return self._gather(site, torch.arange(start, stop, step))
+        starts, shards = self._starts[site], self._entries[site]["shards"]
+        parts = []
+        for number in range(bisect_right(starts, start) - 1, len(shards)):
+            low = starts[number]
+            if low >= stop:
+                break
+            parts.append(self._map(site, number)[max(start - low, 0) : stop - low])
+        if not parts:
+            return torch.empty((0, self.width(site)), dtype=DTYPES[self.dtype])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gather(self, site: Site, rows: Any) -> Tensor:
+        index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+        if index.dtype == torch.bool:
+            if len(index) != self.n_rows:
+                raise UserError(f"a mask of {len(index)} rows does not fit store {self.path} of {self.n_rows}")
+            index = index.nonzero().flatten()
+        index = index.long().cpu()
+        if len(index) and not (-self.n_rows <= int(index.min()) and int(index.max()) < self.n_rows):
+            got = f"{int(index.min())} to {int(index.max())}"
+            raise UserError(f"store {self.path} has rows 0 to {self.n_rows - 1}; got {got}")
+        index = torch.where(index < 0, index + self.n_rows, index)
+        out = torch.empty((len(index), self.width(site)), dtype=DTYPES[self.dtype])
+        starts = torch.tensor(self._starts[site])
+        owner = torch.searchsorted(starts, index, right=True) - 1
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero().flatten()
+            out[mine] = self._map(site, number)[index[mine] - starts[number]]
+        return out
+
+
+def check_pair(a: Store, b: Store) -> None:
+    """Raises UserError, naming both stores and what differs, unless row i of `a` and row i of `b` belong together.
+
+    They do when both hold the same prompts in the same order, by the same token policy; one that keeps more than the
+    last token pairs rows only between models of one tokenizer and one template.
+    """
+    differ = []
+    if a.prompt_hash != b.prompt_hash:
+        names = [f"{s.manifest['prompts']['name']}, {s.prompt_hash[:12]}" for s in (a, b)]
+        differ.append(f"prompts ({names[0]} and {names[1]})")
+    if a.tokens != b.tokens:
+        differ.append(f"tokens ({a.tokens} and {b.tokens})")
+    if a.n_rows != b.n_rows:
+        differ.append(f"rows ({a.n_rows} and {b.n_rows})")
+    if a.manifest["basis"] != b.manifest["basis"]:
+        differ.append(f"basis ({a.manifest['basis']} and {b.manifest['basis']})")
+    if not differ and a.tokens != "last":
+        if a.fingerprint.get("tokenizer") != b.fingerprint.get("tokenizer"):
+            differ.append(f"tokenizers, with tokens={a.tokens}: only the last tokens of two tokenizers pair")
+        elif a.rendered_hash != b.rendered_hash or not torch.equal(a.prompt_index, b.prompt_index):
+            differ.append(f"rendered prompts, with tokens={a.tokens}")
+    if differ:
+        raise UserError(f"stores {a.path} and {b.path} do not pair: they differ in {'; '.join(differ)}; profile both "
+                        "models over the same prompts with the same options")  # fmt: skip
+
+
+def _starts(shards: list[dict[str, Any]]) -> list[int]:
+    starts = [0]
+    for shard in shards[:-1]:
+        starts.append(starts[-1] + shard["rows"])
+    return starts

@@ -1,0 +1,187 @@
+"""Writing a store block by block, so that a run killed at any moment goes on where it was and ends with the same bytes.
+
+All of it happens in a hidden folder beside the store, `.NAME.partial`:
+
+    journal.jsonl   the hash of the plan, then one line for each finished block
+    store/          the shards so far; at the end the tables and the manifest; then renamed to NAME
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from .atomic import make_parent
+from .errors import UserError
+from .sites import Site
+from .store_checks import MANIFEST, TABLES, file_hash, manifest_text
+
+
+class StoreWriter:
+    """Writes the store at `out`; `done` blocks are already there from an earlier run of the same plan.
+
+    Use as a context manager: `write` each further block in order, then `finish`. Writing happens in a thread of its
+    own, at most one block behind. Raises UserError where `out` exists (unless `overwrite`, and it is a store), cannot
+    be written, or is being written by another run.
+    """
+
+    def __init__(self, out: Path, plan_hash: str, *, overwrite: bool = False) -> None:
+        self.out, self.partial, self.overwrite = out, out.parent / f".{out.name}.partial", overwrite
+        self.store, self.journal = self.partial / "store", self.partial / "journal.jsonl"
+        self._check_target()
+        make_parent(out)
+        try:
+            self.partial.mkdir(exist_ok=True)
+            self._lock = os.open(self.partial / "lock", os.O_CREAT | os.O_RDWR)
+        except OSError as err:
+            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            os.close(self._lock)
+            raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
+        if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
+            os.rename(self.partial / "old", out)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
+        self._pending: Future[None] | None = None
+        self.blocks = self._resume(plan_hash)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        os.close(self._lock)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the finished blocks take on disk."""
+        return sum(shard["bytes"] for block in self.blocks for shard in block.values())
+
+    def _check_target(self) -> None:
+        if not self.out.exists():
+            return
+        if not self.overwrite:
+            raise UserError(f"{self.out} exists already; choose another folder or pass overwrite=True (--overwrite)")
+        if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
+            raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
+
+    def _resume(self, plan_hash: str) -> list[dict[str, dict[str, Any]]]:
+        """The blocks in the journal, up to the first whose shards are not whole; anything else is cleared away."""
+        first = json.dumps({"plan": plan_hash}) + "\n"
+        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.is_file() else []
+        blocks: list[dict[str, dict[str, Any]]] = []
+        if lines and lines[0] == first:
+            for line in lines[1:]:
+                try:
+                    block = json.loads(line)
+                except ValueError:
+                    break  # the line that was being written when the run was killed
+                if not line.endswith("\n") or not all(self._whole(shard) for shard in block.values()):
+                    break
+                blocks.append(block)
+        kept = {self.store / shard["file"] for block in blocks for shard in block.values()}
+        try:
+            (self.store / "shards").mkdir(parents=True, exist_ok=True)
+            for file in [f for f in self.store.rglob("*") if f.is_file() and f not in kept]:
+                file.unlink()
+            self.journal.write_text(first + "".join(lines[1 : 1 + len(blocks)]), encoding="utf-8")
+        except OSError as err:
+            raise self._full(err, len(blocks)) from err
+        return blocks
+
+    def _whole(self, shard: dict[str, Any]) -> bool:
+        file = self.store / shard["file"]
+        return file.is_file() and file.stat().st_size == shard["bytes"]
+
+    def _full(self, err: OSError, done: int) -> UserError:
+        return UserError(f"cannot write {self.out}: {err.strerror or err}; {done} blocks are kept in "
+                         f"{self.partial.name}: make room and run the same again, or choose another place")  # fmt: skip
+
+    def write(self, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
+        """Queues the next block: one tensor of rows per site, and how many of its values are not finite.
+
+        Waits for the block before it."""
+        self._settle()
+        self._pending = self._pool.submit(self._write_block, len(self.blocks), tensors, nonfinite)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write_block(self, number: int, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
+        block: dict[str, dict[str, Any]] = {}
+        try:
+            for site, rows in tensors.items():
+                name = f"shards/{site}-{number:05d}.safetensors"
+                data = save({str(site): rows.contiguous()})
+                _write_synced(self.store / name, data)
+                digest = hashlib.sha256(data).hexdigest()
+                block[str(site)] = {"file": name, "rows": len(rows), "bytes": len(data), "sha256": digest,
+                                    "nonfinite": nonfinite[site]}  # fmt: skip
+            with self.journal.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(block) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as err:
+            raise self._full(err, number) from err
+        self.blocks.append(block)
+
+    def finish(self, manifest: dict[str, Any], write_tables: Callable[[Path], None]) -> None:
+        """Writes the tables (by `write_tables(folder)`) and the manifest, and renames the store into its place.
+
+        manifest: all but the shards, the tables and the checksum, which are filled in here.
+        """
+        self._settle()
+        try:
+            write_tables(self.store)
+            tables = {name: self._entry(self.store / name) for name in TABLES}
+            sites = {
+                site: {**entry, "shards": [block[site] for block in self.blocks]}
+                for site, entry in manifest["sites"].items()
+            }
+            text = manifest_text({**manifest, "sites": sites, "tables": tables})
+            _write_synced(self.store / MANIFEST, text.encode())
+            for folder in (self.store / "shards", self.store):
+                _sync_folder(folder)
+            self._check_target()
+            if self.out.exists():
+                shutil.rmtree(self.partial / "old", ignore_errors=True)
+                os.rename(self.out, self.partial / "old")
+            os.rename(self.store, self.out)
+            _sync_folder(self.out.parent)
+        except OSError as err:
+            raise self._full(err, len(self.blocks)) from err
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    @staticmethod
+    def _entry(file: Path) -> dict[str, Any]:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
