@@ -1,0 +1,196 @@
+"""Adapters as values: algebra, saving, refusals, and what `on` does to a model."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from workbench.adapters import ACTS, Adapter, LowRank, vector
+from workbench.backends.torch_hooks import read
+from workbench.errors import UserError
+from workbench.sites import Site
+
+
+def part(d: int = 6, r: int = 2, seed: int = 0, act: str = "linear") -> LowRank:
+    g = torch.Generator().manual_seed(seed)
+    v, b, u = torch.randn(d, r, generator=g), torch.randn(r, generator=g), torch.randn(r, d, generator=g)
+    return LowRank(v, b, u, act)
+
+
+def adapter(**options) -> Adapter:
+    return Adapter({Site(3): part(seed=1), Site(1): part(r=3)}, name="test", base={"name": "org/tiny"}, **options)
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+def test_delta_is_the_formula(act):
+    p, h = part(act=act), torch.randn(5, 4, 6)
+    torch.testing.assert_close(p.delta(h), ACTS[act](h @ p.V + p.b) @ p.U)
+    assert p.delta(h.bfloat16()).dtype == torch.bfloat16
+
+
+def test_parts_add_on_the_same_state():
+    a, b, h = part(), part(r=3, seed=1), torch.randn(4, 6)
+    torch.testing.assert_close((a + b).delta(h), a.delta(h) + b.delta(h))
+    torch.testing.assert_close((a * -2).delta(h), -2 * a.delta(h))
+    assert (a + b).rank == 5
+    assert a * 1 is a
+    with pytest.raises(UserError, match="act linear and width 6, act relu"):
+        a + part(act="relu")
+
+
+def test_shapes_acts_and_widths_are_checked():
+    with pytest.raises(UserError, match=r"\[6, 2\], \[3\], \[2, 6\]"):
+        LowRank(torch.zeros(6, 2), torch.zeros(3), torch.zeros(2, 6))
+    with pytest.raises(UserError, match="unknown act 'softmax'"):
+        part(act="softmax")
+    with pytest.raises(UserError, match="width 6; the states have width 5"):
+        part().delta(torch.zeros(5))
+    with pytest.raises(UserError, match="at least one part"):
+        Adapter({})
+    with pytest.raises(UserError, match="unknown positions 'middle'"):
+        adapter(positions="middle")
+
+
+def test_what_an_adapter_tells_of_itself():
+    a = adapter()
+    assert (a.layers, a.width, a.rank) == ([1, 3], 6, 3)
+    assert list(a.parts) == [Site(1), Site(3)]
+    assert a.only([3]).layers == [3]
+    with pytest.raises(UserError, match=r"edits layers \[1, 3\]; asked for \[2\]"):
+        a.only([2])
+    with pytest.raises(UserError, match="does not edit"):
+        a.delta(Site(2), torch.zeros(6))
+
+
+def test_algebra():
+    a, h = adapter(), torch.randn(4, 6)
+    b = Adapter({Site(3): part(seed=7), Site(4): part(seed=8)}, strength=0.5)
+    for site in (Site(1), Site(3), Site(4)):
+        expected = sum(x.delta(site, h) for x in (a * 2, b) if site in x.parts)
+        torch.testing.assert_close((a * 2 + b).delta(site, h), expected)
+    torch.testing.assert_close((a - a).delta(Site(3), h), torch.zeros(4, 6))
+    torch.testing.assert_close((-a).delta(Site(1), h), -a.delta(Site(1), h))
+    assert a * 2 == 2 * a != a
+    assert (a + b).base == {"name": "org/tiny"}
+    with pytest.raises(UserError, match="'last' and 'all'"):
+        a + adapter(positions="all")
+    with pytest.raises(UserError, match="org/tiny and org/other"):
+        a + Adapter({Site(1): part()}, base={"name": "org/other"})
+
+
+def test_steering_vector():
+    v = torch.randn(6)
+    a = vector(Site(2), v, positions="all", strength=3.0)
+    torch.testing.assert_close(a.delta(Site(2), torch.randn(2, 6)), (3 * v).expand(2, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_equal(tmp_path, dtype):
+    a = adapter(positions="first:2", strength=0.25, meta={"seed": 1}).to(dtype)
+    a.save(tmp_path / "a")
+    loaded = Adapter.load(tmp_path / "a")
+    assert loaded == a
+    assert (loaded.name, dict(loaded.meta)) == ("test", {"seed": 1})
+    with pytest.raises(UserError, match="exists already"):
+        a.save(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"neither adapter\.json nor a pyreft"):
+        Adapter.load(tmp_path)
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({}))
+    with pytest.raises(UserError, match="give the folder"):
+        Adapter.load(tmp_path / "a.pt")
+    adapter().save(tmp_path / "a")
+    (tmp_path / "a" / "adapter.safetensors").write_bytes(pickle.dumps({}))
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        Adapter.load(tmp_path / "a")
+    (tmp_path / "a" / "adapter.safetensors").unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        Adapter.load(tmp_path / "a")
+    (tmp_path / "a" / "adapter.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Adapter.load(tmp_path / "a")
+
+
+class Tiny(SimpleNamespace):
+    """What `Adapter.on` needs of a Model, around a random Llama."""
+
+    def block(self, layer: int) -> nn.Module:
+        return self.module.model.layers[layer]
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """The output of every block."""
+        sites = [Site(layer) for layer in range(self.n_layers)]
+        with torch.no_grad(), read(self, sites) as states:
+            self.module(ids, attention_mask=mask, use_cache=False)
+        return [states[site] for site in sites]
+
+    def hooks(self) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.module.modules())
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=6, num_hidden_layers=5, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8,
+        vocab_size=11,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config).eval()
+    fingerprint = {"name": "org/tiny", "weights": "abc"}
+    return Tiny(
+        module=module, decoder=module.model, n_layers=5, width=6, name="org/tiny", fingerprint=fingerprint,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, -2.0])
+def test_on_edits_the_named_positions_only(tiny, strength):
+    a = adapter(strength=strength).only([1])
+    clean = tiny(IDS, MASK)
+    before = tiny.hooks()
+    with a.on(tiny):
+        edited = tiny(IDS, MASK)
+    assert tiny.hooks() == before
+    if strength == 0:
+        assert all(torch.equal(x, y) for x, y in zip(edited, clean, strict=True))
+        return
+    for row, last in ((0, 3), (1, 2)):
+        h = clean[1][row]
+        torch.testing.assert_close(edited[1][row, last], h[last] + a.delta(Site(1), h[last]), rtol=1e-5, atol=1e-6)
+        assert torch.equal(edited[1][row, :last], h[:last])
+
+
+def test_on_refuses_models_that_it_does_not_fit(tiny):
+    wide = Adapter({Site(1): part(d=8)})
+    with pytest.raises(UserError, match=r"width 8 at resid_post\.1 and org/tiny has width 6"), wide.on(tiny):
+        pass
+    with pytest.raises(UserError, match="out of range"), Adapter({Site(9): part()}).on(tiny):
+        pass
+    other = Adapter({Site(1): part()}, base={"name": "org/other", "weights": "xyz"})
+    with pytest.raises(UserError, match="belongs to org/other, not to org/tiny: weights xyz and abc differ"):
+        with other.on(tiny):
+            pass
+    with other.on(tiny, allow_mismatch=True):
+        pass
+    moved = Adapter({Site(1): part()}, base={"name": "elsewhere/copy", "weights": "abc"})
+    with moved.on(tiny):
+        pass
+
+
+def test_no_hook_is_left_after_an_exception(tiny):
+    before = tiny.hooks()
+    with pytest.raises(RuntimeError, match="inside"), adapter().on(tiny):
+        raise RuntimeError("inside")
+    assert tiny.hooks() == before

@@ -1,0 +1,8 @@
+"""Adapters: delta(h) = act(h @ V + b) @ U as a value, how one is trained, and the published formats."""
+
+from __future__ import annotations
+
+from .adapter import Adapter, vector
+from .low_rank import ACTS, LowRank
+
+__all__ = ["ACTS", "Adapter", "LowRank", "vector"]

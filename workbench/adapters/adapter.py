@@ -1,0 +1,270 @@
+"""What an adapter is: low-rank parts at some sites, for some positions, with a strength."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..atomic import staged_folder
+from ..errors import UserError
+from ..maps.linear_map import read_safetensors
+from ..sites import Site
+from .low_rank import LowRank
+
+if TYPE_CHECKING:
+    from ..backends.torch_hooks import Where
+    from ..models import Model
+
+FORMAT = "workbench.adapter"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Adapter parts at sites, the positions they act on, and a strength; a value with algebra.
+
+    Args:
+        parts: {site: LowRank}; kept in order of the sites.
+        positions: which positions are edited: last (the last prompt token), prompt, generated, all, first:n, ...
+        strength: factor on every delta; 0 leaves the model as it is, bit for bit.
+        name: for people.
+        base: fingerprint of the model that it belongs to; {} where that is not known.
+        meta: anything else about it, JSON values. Name and meta take no part in `==`.
+
+    >>> import torch
+    >>> a = vector(Site(2), torch.ones(4))
+    >>> a.layers, a.width, a.rank, (a * 2 - a).delta(Site(2), torch.zeros(4)).tolist()
+    ([2], 4, 1, [1.0, 1.0, 1.0, 1.0])
+    """
+
+    parts: Mapping[Site, LowRank]
+    positions: str = "last"
+    strength: int | float = 1.0
+    name: str = ""
+    base: Mapping[str, str] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from ..backends.torch_hooks import check_policy
+
+        if not self.parts:
+            raise UserError("an adapter needs at least one part")
+        check_policy(self.positions)
+        ordered = {site: self.parts[site] for site in sorted(self.parts)}
+        object.__setattr__(self, "parts", MappingProxyType(ordered))
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that are edited, ascending."""
+        return sorted({site.layer for site in self.parts})
+
+    @property
+    def width(self) -> int:
+        """Width of the states that it edits; UserError where its parts differ in width."""
+        widths = sorted({part.width for part in self.parts.values()})
+        if len(widths) > 1:
+            raise UserError(f"this adapter has parts of several widths: {widths}")
+        return widths[0]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its parts."""
+        return max(part.rank for part in self.parts.values())
+
+    def only(self, layers: Iterable[int]) -> Adapter:
+        """The adapter with the parts at these layers alone; UserError for layers that it does not edit."""
+        wanted = set(layers)
+        if not wanted or not wanted <= set(self.layers):
+            raise UserError(f"this adapter edits layers {self.layers}; asked for {sorted(wanted)}")
+        return replace(self, parts={site: part for site, part in self.parts.items() if site.layer in wanted})
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """As `Tensor.to`: another device or dtype."""
+        return replace(self, parts={site: part.to(*args, **kwargs) for site, part in self.parts.items()})
+
+    def delta(self, site: Site, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """What it adds to states h [..., d] at `site`, strength included."""
+        if site not in self.parts:
+            raise UserError(f"this adapter does not edit {site}; it edits {', '.join(map(str, self.parts))}")
+        delta = self.parts[site].delta(h)
+        return delta if self.strength == 1 else delta * self.strength
+
+    @contextmanager
+    def on(self, model: Model, allow_mismatch: bool = False, prompt_lengths: Any = None) -> Iterator[None]:
+        """The model with this adapter, for every forward pass inside the block; `generate` included.
+
+        Only the positions that it names are touched; all others stay bit for bit. At strength 0 nothing is hooked.
+
+        Args:
+            allow_mismatch: use it on a model other than the one in `base`.
+            prompt_lengths: real tokens of each prompt, [b], where the backend cannot know (`backends.torch_hooks`).
+
+        Raises:
+            UserError: another width, a layer that the model lacks, or another model, naming both.
+        """
+        self.check(model, allow_mismatch)
+        if self.strength == 0:
+            yield
+            return
+        from ..backends.torch_hooks import edit
+
+        ready = self.to(model.device, model.dtype)
+        with edit(model, {site: ready._edit(site) for site in ready.parts}, prompt_lengths):
+            yield
+
+    def _edit(self, site: Site) -> Callable[[Tensor, Where], Tensor]:
+        def fn(h: Tensor, where: Where) -> Tensor:
+            chosen = where.mask(self.positions)
+            if not bool(chosen.any()):
+                return h
+            edited = h.clone()
+            edited[chosen] = h[chosen] + self.delta(site, h[chosen])
+            return edited
+
+        return fn
+
+    def check(self, model: Model, allow_mismatch: bool = False) -> None:
+        """Raises UserError where the adapter cannot act on `model`: another width, a missing layer, another model."""
+        for site, part in self.parts.items():
+            Site.parse(site, model.n_layers)
+            if site.point != "mlp_act" and part.width != model.width:
+                raise UserError(
+                    f"this adapter has width {part.width} at {site} and {model.name} has width {model.width}; an "
+                    "adapter of another model reaches it through a paste"
+                )
+        if allow_mismatch or not self.base:
+            return
+        difference = _difference(self.base, model.fingerprint)
+        if difference:
+            raise UserError(
+                f"this adapter belongs to {self.base.get('name', 'another model')}, not to "
+                f"{model.fingerprint.get('name', model.name)}: {difference}; paste it, or pass allow_mismatch=True"
+            )
+
+    def __mul__(self, scale: int | float) -> Adapter:
+        """The adapter at `scale` times its strength."""
+        return replace(self, strength=self.strength * scale)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Both at once, on the same states: ranks are concatenated where they share a site; strengths go into U."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        if self.positions != other.positions:
+            raise UserError(f"adapters for positions {self.positions!r} and {other.positions!r} do not add")
+        if self.base and other.base and (difference := _difference(self.base, other.base)):
+            names = self.base.get("name", "?"), other.base.get("name", "?")
+            raise UserError(f"adapters of {names[0]} and {names[1]} do not add: {difference}")
+        parts = {site: part * self.strength for site, part in self.parts.items()}
+        for site, part in other.parts.items():
+            scaled = part * other.strength
+            parts[site] = parts[site] + scaled if site in parts else scaled
+        name = " + ".join(filter(None, (self.name, other.name)))
+        return Adapter(parts, self.positions, 1.0, name, self.base or other.base)
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return self + -other if isinstance(other, Adapter) else NotImplemented
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of what takes part in `==`: what a step that uses the adapter depends on."""
+        head = [self.positions, float(self.strength), dict(self.base), [str(site) for site in self.parts]]
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        for part in self.parts.values():
+            digest.update(part.act.encode())
+            for tensor in (part.V, part.b, part.U):
+                digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        mine, theirs = (self.positions, self.strength, self.base), (other.positions, other.strength, other.base)
+        return mine == theirs and dict(self.parts) == dict(other.parts)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes adapter.json and adapter.safetensors; UserError where `folder` exists, unless `overwrite`."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "positions": self.positions,
+            "strength": self.strength,
+            "base": dict(self.base),
+            "meta": dict(self.meta),
+            "sites": {str(site): {"act": part.act} for site, part in self.parts.items()},
+        }
+        tensors = {
+            f"{site}.{key}": getattr(part, key).detach().cpu().contiguous()
+            for site, part in self.parts.items()
+            for key in ("V", "b", "U")
+        }
+        with staged_folder(folder, overwrite=overwrite) as staged:
+            (staged / "adapter.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+            (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Reads what `save` wrote, or a folder that pyreft wrote; UserError for anything else."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not an adapter folder; give the folder, not a file in it")
+        if (folder / "adapter.json").is_file():
+            return _load(folder)
+        if (folder / "config.json").is_file():
+            from .pyreft import read
+
+            return read(folder)
+        raise UserError(f"{folder} holds no adapter: neither adapter.json nor a pyreft config.json is there")
+
+
+def vector(site: Site, v: Float[Tensor, " d"], **options: Any) -> Adapter:
+    """A steering vector as an adapter: delta(h) = v at `site` (V = 0, b = 1, U = v); options go to `Adapter`."""
+    return Adapter({site: LowRank(v.new_zeros(len(v), 1), v.new_ones(1), v[None].clone())}, **options)
+
+
+def _load(folder: Path) -> Adapter:
+    try:
+        header = json.loads((folder / "adapter.json").read_text())
+    except json.JSONDecodeError as err:
+        raise UserError(f"{folder / 'adapter.json'} is damaged: it cannot be read as JSON") from err
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise UserError(f"{folder / 'adapter.json'} is not of format {FORMAT!r} version {VERSION}")
+    tensors, _ = read_safetensors(folder / "adapter.safetensors")
+    parts = {}
+    for text, entry in header["sites"].items():
+        missing = [key for key in ("V", "b", "U") if f"{text}.{key}" not in tensors]
+        if missing:
+            raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing")
+        v, b, u = (tensors[f"{text}.{key}"] for key in ("V", "b", "U"))
+        parts[Site.parse(text)] = LowRank(v, b, u, entry["act"])
+    return Adapter(parts, header["positions"], header["strength"], header["name"], header["base"], header["meta"])
+
+
+def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:
+    """Why two fingerprints are of different models, by the strongest evidence that both hold; None where they agree."""
+    for key in ("weights", "config", "name"):
+        if a.get(key) and b.get(key):
+            same = a[key] == b[key] if key != "name" else _last(a[key]) == _last(b[key])
+            return None if same else f"{key} {a[key][:40]} and {b[key][:40]} differ"
+    return None
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

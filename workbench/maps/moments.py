@@ -1,0 +1,223 @@
+"""Moments: n, sums and cross products of named blocks of columns, from which everything linear is solved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..atomic import write_bytes
+from ..errors import UserError
+from .linear_map import read_safetensors
+
+FORMAT = "workbench.moments"
+Pair = tuple[str, str]
+
+
+class Moments:
+    """Second moments of named blocks about a shift, accumulated in float64.
+
+    With a fixed shift c_a per block: n, s_a = sum(x_a - c_a) and G_ab = sum (x_a - c_a)^T (x_b - c_b). They are
+    additive over batches, shards and folds, and subtractable: training set = total - fold. The shift (the mean of the
+    first batch) keeps the sums small, so that centring afterwards loses no digits; moments with other shifts are
+    moved to a common one before they are added.
+
+    Args:
+        pairs: which cross products to keep, as pairs of block names; None keeps all. The products of a block with
+            itself are always kept.
+        products: dtype of the matrix products; float32 halves the cost on a device (TF32 is off), sums stay float64.
+
+    >>> x = torch.tensor([[0.0], [2.0], [4.0]])
+    >>> whole = Moments().update({"x": x})
+    >>> whole.n, whole.mean("x").item(), whole.cov("x", "x").item(), whole.raw("x", "x").item()
+    (3, 2.0, 8.0, 20.0)
+    >>> (whole - Moments().update({"x": x[:1]})).mean("x").item()
+    3.0
+
+    Source: the algebra of pairwise merging (Chan, Golub, LeVeque 1979), with a fixed shift instead of running means.
+    """
+
+    def __init__(self, *, pairs: Iterable[Pair] | None = None, products: torch.dtype = torch.float64) -> None:
+        self.n = 0
+        self.products = products
+        self.shift: dict[str, Tensor] = {}
+        self.sum: dict[str, Tensor] = {}
+        self.product: dict[Pair, Tensor] = {}
+        self._pairs: set[Pair] | None = None if pairs is None else {(min(pair), max(pair)) for pair in pairs}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the blocks, sorted."""
+        return sorted(self.sum)
+
+    def width(self, name: str) -> int:
+        """Columns of a block."""
+        return len(self.sum[self._known(name)])
+
+    def update(self, blocks: Mapping[str, Float[Tensor, "_n _d"]]) -> Moments:
+        """Adds a batch of rows; every block has the same number of rows. Returns self."""
+        rows = {name: len(block) for name, block in blocks.items()}
+        if not rows or len(set(rows.values())) != 1:
+            raise UserError(f"every block of a batch needs the same number of rows; got {rows}")
+        if not next(iter(rows.values())):
+            return self
+        if self.sum:
+            self._same_blocks({name: block.shape[1] for name, block in blocks.items()})
+        for name, block in blocks.items():
+            if not torch.isfinite(block).all():
+                raise UserError(f"block {name!r} holds NaN or infinite values; remove those rows first")
+        if not self.sum:
+            self._start({name: block.double().mean(0) for name, block in blocks.items()})
+        centred = {name: block.double() - self.shift[name] for name, block in blocks.items()}
+        self.n += next(iter(rows.values()))
+        for name in self.names:
+            self.sum[name] += centred[name].sum(0)
+        factors = {name: block.to(self.products) for name, block in centred.items()}
+        with _no_tf32():
+            for a, b in self.product:
+                self.product[a, b] += (factors[a].T @ factors[b]).double()
+        return self
+
+    def mean(self, name: str) -> Float[Tensor, " d"]:
+        """Mean of a block, [d]."""
+        return self.shift[self._known(name)] + self.sum[name] / self._rows()
+
+    def about(
+        self, a: str, b: str, at_a: Float[Tensor, " d_a"], at_b: Float[Tensor, " d_b"]
+    ) -> Float[Tensor, "d_a d_b"]:
+        """sum (x_a - at_a)^T (x_b - at_b), [d_a, d_b]: G - s_a^T u_b - u_a^T s_b + n u_a^T u_b with u = at - shift."""
+        product = self._product(a, b)
+        u_a, u_b = at_a - self.shift[a], at_b - self.shift[b]
+        cross = torch.outer(self.sum[a], u_b) + torch.outer(u_a, self.sum[b])
+        return product - cross + self.n * torch.outer(u_a, u_b)
+
+    def cov(self, a: str, b: str) -> Float[Tensor, "d_a d_b"]:
+        """Centred sum of products, sum (x_a - mean_a)^T (x_b - mean_b), [d_a, d_b]; not divided by n."""
+        return self._product(a, b) - torch.outer(self.sum[a], self.sum[b]) / self._rows()
+
+    def raw(self, a: str, b: str) -> Float[Tensor, "d_a d_b"]:
+        """Uncentred sum of products, sum x_a^T x_b, [d_a, d_b]."""
+        return self.about(a, b, torch.zeros_like(self.sum[self._known(a)]), torch.zeros_like(self.sum[self._known(b)]))
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together."""
+        return self._combine(other, +1)
+
+    def __sub__(self, other: Moments) -> Moments:
+        """The moments of the rows of self without those of other, which must be among them."""
+        return self._combine(other, -1)
+
+    def _combine(self, other: Moments, sign: int) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if not other.n:
+            return self._copy()
+        if not self.n and sign > 0:
+            return other._copy()
+        if other.n > self.n and sign < 0:
+            raise UserError(f"cannot take {other.n} rows away from {self.n}")
+        self._same_blocks({name: other.width(name) for name in other.names})
+        if set(self.product) != set(other.product):
+            raise UserError("these moments keep different cross products; accumulate both with the same pairs")
+        result = self._copy()
+        result.n = self.n + sign * other.n
+        for name in self.names:
+            moved = other.sum[name] + other.n * (other.shift[name] - self.shift[name])
+            result.sum[name] = self.sum[name] + sign * moved
+        for a, b in self.product:
+            result.product[a, b] = self.product[a, b] + sign * other.about(a, b, self.shift[a], self.shift[b])
+        return result
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes one .safetensors file."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"moments are saved as one .safetensors file; got {path.name}")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another name or pass overwrite=True (--overwrite)")
+        pairs = sorted(self.product)
+        tensors = {f"shift.{i}": self.shift[name] for i, name in enumerate(self.names)}
+        tensors |= {f"sum.{i}": self.sum[name] for i, name in enumerate(self.names)}
+        tensors |= {f"product.{i}": self.product[pair] for i, pair in enumerate(pairs)}
+        header = {"format": FORMAT, "version": 1, "n": self.n, "names": self.names, "pairs": pairs}
+        stored = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        write_bytes(path, to_bytes(stored, {"workbench": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Reads what `save` wrote."""
+        tensors, metadata = read_safetensors(Path(path))
+        header = json.loads(metadata.get("workbench", "{}"))
+        if header.get("format") != FORMAT:
+            raise UserError(f"{path} does not hold moments: its header does not say format {FORMAT!r}")
+        moments = cls(pairs=[tuple(pair) for pair in header["pairs"]])
+        moments.n = header["n"]
+        for i, name in enumerate(header["names"]):
+            moments.shift[name], moments.sum[name] = tensors[f"shift.{i}"], tensors[f"sum.{i}"]
+        for i, (a, b) in enumerate(header["pairs"]):
+            moments.product[a, b] = tensors[f"product.{i}"]
+        return moments
+
+    def _start(self, shift: dict[str, Tensor]) -> None:
+        self.shift = dict(shift)
+        self.sum = {name: torch.zeros_like(c) for name, c in shift.items()}
+        for i, a in enumerate(self.names):
+            for b in self.names[i:]:
+                if self._pairs is None or a == b or (a, b) in self._pairs:
+                    self.product[a, b] = self.sum[a].new_zeros(len(self.sum[a]), len(self.sum[b]))
+
+    def _copy(self) -> Moments:
+        copy = Moments(pairs=self._pairs, products=self.products)
+        copy.n, copy.shift = self.n, dict(self.shift)
+        copy.sum = {name: value.clone() for name, value in self.sum.items()}
+        copy.product = {pair: value.clone() for pair, value in self.product.items()}
+        return copy
+
+    def _known(self, name: str) -> str:
+        if name not in self.sum:
+            raise UserError(f"no block {name!r}; these moments hold {self.names}")
+        return name
+
+    def _rows(self) -> int:
+        if not self.n:
+            raise UserError("these moments hold no rows")
+        return self.n
+
+    def _same_blocks(self, widths: dict[str, int]) -> None:
+        mine = {name: self.width(name) for name in self.names}
+        if mine != widths:
+            raise UserError(f"these moments hold blocks {mine} (name: width); got {dict(sorted(widths.items()))}")
+
+    def _product(self, a: str, b: str) -> Tensor:
+        self._known(a), self._known(b)
+        if (a, b) in self.product:
+            return self.product[a, b]
+        if (b, a) in self.product:
+            return self.product[b, a].T
+        raise UserError(f"the cross products of {a!r} and {b!r} were not kept; name the pair when accumulating")
+
+
+def total(parts: Sequence[Moments]) -> Moments:
+    """The sum of several moments."""
+    if not parts:
+        raise UserError("no moments given")
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,72 @@
+"""Ridge and pseudo-inverse solutions from one factorisation of the inputs, formed or only applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import UserError
+from .linear_map import LinearMap
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """The factorised inputs X - m = P diag(s) Q' of a least-squares problem, in float64.
+
+    `p` [n, k], `s` [k], `q` [d, k], `mean` [d]; m is the column mean, or zero where nothing was centred. Every ridge
+    strength and every target shares it. From the eigenvalues of the smaller of X'X and XX', so d may exceed n.
+    """
+
+    p: Float[Tensor, "n k"]
+    s: Float[Tensor, " k"]
+    q: Float[Tensor, "d k"]
+    mean: Float[Tensor, " d"]
+    centred: bool
+
+    @classmethod
+    def factor(cls, x: Float[Tensor, "n d"], centre: bool = True) -> Solver:
+        """Factorises the rows of `x`; raises UserError when they are not finite, or all the same."""
+        if not bool(torch.isfinite(x).all()):
+            raise UserError("the inputs of a fit hold NaN or Inf; profile the model again in float32")
+        x = x.double()
+        mean = x.mean(0) if centre else torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+        x = x - mean
+        wide = x.shape[0] < x.shape[1]
+        values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+        # eigenvalues are squares: what is below eps of the largest is noise of the factorisation
+        floor = max(x.shape) * torch.finfo(x.dtype).eps * values[-1]
+        keep = values > floor
+        if not bool(keep.any()):
+            raise UserError("the inputs of a fit do not vary: all rows are equal; give prompts that differ")
+        s, v = values[keep].sqrt(), vectors[:, keep]
+        p, q = (v, x.T @ v / s) if wide else (x @ v / s, v)
+        return cls(p, s, q, mean, centre)
+
+    @property
+    def unit(self) -> float:
+        """The mean diagonal of X'X: what `alpha` is measured in."""
+        return float(self.s.square().sum() / len(self.mean))
+
+    def gain(self, alpha: float) -> Float[Tensor, " k"]:
+        """diag(s / (s^2 + alpha * unit)): the inverse singular values, shrunk."""
+        return self.s / (self.s.square() + alpha * self.unit)
+
+    def coefficients(self, y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "d m"]:
+        """W = (X'X + alpha unit I)^-1 X' (Y - mean Y), by way of [k, m]: m may be a rank, not a width."""
+        y = y.double()
+        return self.q @ (self.gain(alpha)[:, None] * (self.p.T @ (y - y.mean(0) if self.centred else y)))
+
+    def project(self, u: Float[Tensor, "r d"], y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "r m"]:
+        """u @ W without forming W: what rows `u` written in the space of X become in the space of Y."""
+        y = y.double()
+        return ((u.double() @ self.q) * self.gain(alpha)) @ self.p.T @ (y - y.mean(0) if self.centred else y)
+
+    def solve(self, y: Float[Tensor, "n m"], alpha: float) -> LinearMap:
+        """The map itself: y = x @ W + b."""
+        weight = self.coefficients(y, alpha)
+        bias = y.double().mean(0) - self.mean @ weight if self.centred else torch.zeros(y.shape[1], dtype=torch.float64)
+        meta = {"method": "ridge" if self.centred else "pinv", "alpha": alpha, "n": len(y)}
+        return LinearMap(weight.float(), bias.float().to(weight.device), meta)
