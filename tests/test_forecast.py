@@ -1,0 +1,96 @@
+"""The forecast against what it forecasts: small deltas measured, gradients by finite differences."""
+
+import pytest
+import torch
+
+from tests.conftest import make_model
+from workbench.adapters.adapter import Adapter, LowRank, vector
+from workbench.convert import ConverterFits
+from workbench.errors import UserError
+from workbench.evaluate.behaviour import log_odds
+from workbench.forecast import Candidate, Forecast, candidates_of, fisher, forecast_pastes, gradients, rank
+from workbench.profile import profile_model
+from workbench.prompts import PromptSet, encode, pad
+from workbench.sites import Site
+
+PROMPTS = [f"w{i} w{(5 * i) % 150} w{(11 * i) % 150}"[: 4 + 4 * (i % 3)].strip() for i in range(40)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradients_forecast_the_effect_of_a_small_delta(family):
+    model = make_model(family)
+    g = gradients(model, PROMPTS, ["w7"])
+    torch.testing.assert_close(g.value.double(), log_odds(model, PROMPTS, ["w7"]), atol=1e-4, rtol=1e-4)
+    direction = torch.randn(model.width, generator=torch.Generator().manual_seed(0))
+    for site in (Site(0), Site(1), Site(2)):
+        step = vector(site, 1e-2 * direction / direction.norm() * g.states[site].norm(dim=1).mean())
+        measured = log_odds(model, PROMPTS, ["w7"], step) - g.value.double()
+        forecast = g.effect(site, step.parts[site]).double()
+        assert torch.corrcoef(torch.stack([measured, forecast]))[0, 1] > 0.98
+        assert (measured.mean() - forecast.mean()).abs() < 0.1 * forecast.abs().mean() + 1e-3
+
+
+def test_gradients_leave_the_model_as_it_was():
+    model = make_model("llama")
+    flags = [p.requires_grad for p in model.module.parameters()]
+    gradients(model, PROMPTS[:4], ["w7"])
+    assert [p.requires_grad for p in model.module.parameters()] == flags
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_fisher_gradients_forecast_the_kl_of_the_next_token():
+    model = make_model("gpt2")
+    site = Site(1)
+    samples = fisher(model, PROMPTS, [site], samples=64)
+    direction = torch.randn(model.width, generator=torch.Generator().manual_seed(1))
+    step = vector(site, 2e-2 * direction / direction.norm() * samples[0].states[site].norm(dim=1).mean())
+    forecast = torch.stack([g.effect(site, step.parts[site]).square().mean() / 2 for g in samples]).mean()
+    ids, mask = pad(encode(PromptSet.load(PROMPTS), model.tokenizer), model.pad_id, "left")
+    with torch.inference_mode():
+        p = model.logits(ids, mask, last_only=True)[:, 0].double().log_softmax(1)
+        with step.on(model):
+            q = model.logits(ids, mask, last_only=True)[:, 0].double().log_softmax(1)
+    measured = (p.exp() * (p - q)).sum(1).mean()
+    assert 0.7 < forecast / measured < 1.4
+
+
+def test_a_forecast_of_pastes_agrees_with_the_pastes():
+    donor, recipient = make_model("llama"), make_model("gpt2", seed=1)
+    prompts = [f"w{i} w{(3 * i) % 150}" for i in range(80)]
+    fits = ConverterFits(profile_model(donor, prompts), profile_model(recipient, prompts))
+    g = torch.Generator().manual_seed(0)
+    part = LowRank(torch.randn(48, 2, generator=g) / 48, torch.randn(2, generator=g), torch.randn(2, 48, generator=g))
+    adapter = Adapter({Site(1): part})
+    candidates = candidates_of(adapter, recipient.n_layers, [("ridge", 0.1), ("ridge", 1.0)])
+    assert len(candidates) == 6
+    on = gradients(recipient, PROMPTS, ["w7"])
+    made = forecast_pastes(adapter, fits, candidates, on, {"other": on}, target=1.0, strength=0.01)
+    plain = log_odds(recipient, PROMPTS, ["w7"])
+    for f in made:
+        (d, r), = f.candidate.pairs
+        pasted = Adapter({r: fits.fold(part, d, r, f.candidate.method, f.candidate.alpha)}, strength=0.01)
+        measured = float((log_odds(recipient, PROMPTS, ["w7"], pasted) - plain).mean())
+        assert measured == pytest.approx(f.on, abs=0.05 * abs(f.on) + 1e-4)
+        assert f.off["other"] == pytest.approx(f.on)
+
+
+def forecast(on: float, off: float = 0.0, sigma: float = 1.0, layer: int = 0) -> Forecast:
+    return Forecast(Candidate(((Site(0), Site(layer)),), "ridge", 0.1), 1.0, on, 0.1, {}, {"other": off}, 0.0, sigma)
+
+
+def test_ranking_prefers_reach_then_little_damage_then_shortness():
+    reached, damaging, short, weak = forecast(2.0, sigma=3.0), forecast(2.0, off=0.2), forecast(2.0), forecast(0.5)
+    wrong = forecast(-2.0)
+    assert rank([weak, wrong, damaging, reached, short], 2.0) == [short, reached, damaging, weak, wrong]
+    with pytest.raises(UserError, match="no candidate"):
+        rank([], 1.0)
+
+
+def test_strength_reaches_for_the_target_within_its_bounds():
+    from workbench.forecast import _strength
+
+    bounds = (0.25, 1.5)
+    assert _strength(2.0, 1.0, 1.0, 4.0, bounds) == 0.5
+    assert _strength(0.1, 1.0, 1.0, 4.0, bounds) == 1.5
+    assert _strength(0.1, 8.0, 1.0, 4.0, bounds) == 0.5  # not longer than 4 sigma
+    assert _strength(-1.0, 1.0, 1.0, 4.0, bounds) == 0.25  # the wrong way: as little as may be

@@ -1,0 +1,226 @@
+"""Converters between two models, and which layer of one answers to which of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .adapters.adapter import LowRank
+from .errors import UserError
+from .maps.linear_map import LinearMap
+from .maps.quality import Quality, quality
+from .maps.solver import Solver
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .store import Store
+
+METHODS = ("ridge", "pinv")
+MATCHES = ("nearest", "floor", "r2", "forecast")
+
+
+@dataclass(frozen=True, eq=False)
+class Converter:
+    """The two maps of one pair of sites, with how well each does on prompts that it was not fitted to.
+
+    `to_donor` carries recipient states to the donor's space (an adapter is read through it), `to_recipient` carries
+    what the adapter writes back. `quality_*` are on held-out prompts, None where nothing was held out.
+    """
+
+    donor: Site
+    recipient: Site
+    to_donor: LinearMap
+    to_recipient: LinearMap
+    method: str = "ridge"
+    alpha: float = 0.0
+    quality_to_donor: Quality | None = None
+    quality_to_recipient: Quality | None = None
+
+
+def match_layers(
+    donor_layers: Sequence[int],
+    n_donor: int,
+    n_recipient: int,
+    policy: str = "nearest",
+    recipient_layers: Sequence[int] | None = None,
+) -> dict[int, int]:
+    """Which recipient layer answers to each donor layer, by relative depth: {donor: recipient}.
+
+    nearest: the recipient layer nearest to l * n_recipient / n_donor, ties to the lower (the released code of
+    Command-V); floor: the largest not above it (its paper's formula, arXiv:2506.19140). Keys are always donor layers:
+    the released code turns the map round where both lists have one length. Raises UserError for unknown policies and
+    layers out of range.
+
+    >>> match_layers([0, 2, 4], 28, 32), match_layers([0, 2, 4], 28, 32, "floor")
+    ({0: 0, 2: 2, 4: 5}, {0: 0, 2: 2, 4: 4})
+    """
+    targets = sorted(range(n_recipient) if recipient_layers is None else recipient_layers)
+    for name, layers, n in (("donor", donor_layers, n_donor), ("recipient", targets, n_recipient)):
+        wrong = [l for l in layers if not 0 <= l < n]
+        if wrong or not layers:
+            raise UserError(f"{name} layers {wrong} are out of range: allowed 0 to {n - 1}, and at least one")
+    scale = n_recipient / n_donor
+    if policy == "nearest":
+        return {l: min(targets, key=lambda t: (abs(t - scale * l), t)) for l in donor_layers}
+    if policy == "floor":
+        return {
+            l: max((t for t in targets if t <= l * n_recipient // n_donor), default=targets[0]) for l in donor_layers
+        }
+    raise UserError(
+        f"unknown layer matching {policy!r} by depth; allowed: nearest, floor (r2 and forecast need profiles)"
+    )
+
+
+def match_by_r2(r2: Mapping[tuple[int, int], float], monotone: bool = True) -> dict[int, int]:
+    """The matching {donor: recipient} with the largest summed held-out R2; recipient layers never fall when monotone.
+
+    r2: held-out R2 of each (donor layer, recipient layer). Dynamic programming over the donor layers.
+    """
+    donors, recipients = sorted({d for d, _ in r2}), sorted({r for _, r in r2})
+    if not monotone:
+        return {d: max(recipients, key=lambda r: (r2[d, r], -r)) for d in donors}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {
+        r: (0.0, ()) for r in recipients
+    }  # best score of a path that ends at or below r
+    for d in donors:
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        top: tuple[float, tuple[int, ...]] = (float("-inf"), ())
+        for r in recipients:
+            score, path = best[r]
+            top = max(top, (score + r2[d, r], (*path, r)), key=lambda t: t[0])
+            reached[r] = top
+        best = reached
+    return dict(zip(donors, best[recipients[-1]][1], strict=True))
+
+
+def paired_rows(donor: Store, recipient: Store, holdout: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(rows to fit, rows held out) of two stores that pair, split by prompt with a seed.
+
+    Raises UserError when the stores do not pair (other prompts, positions or order).
+    """
+    from .store import check_pair
+
+    check_pair(donor, recipient)
+    prompts = torch.as_tensor(donor.prompt_index)
+    n = int(prompts.max()) + 1
+    held = torch.zeros(n, dtype=torch.bool)
+    held[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: int(n * holdout)]] = True
+    mask = held[prompts]
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()
+
+
+@dataclass
+class ConverterFits:
+    """Everything needed to fit converters between any two layers of two profiles, factorised once a layer.
+
+    Converters are formed by `converter`, or never: `fold` takes a low-rank adapter part straight through a pair at a
+    cost of rank x width (spec of the fold: arXiv:2506.19140, eq. 3; Gram form ours).
+    """
+
+    donor: Store
+    recipient: Store
+    holdout: float = 0.2
+    seed: int = 0
+    shuffled: bool = False  # the control: donor rows of other prompts
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.fit_rows, self.held_rows = paired_rows(self.donor, self.recipient, self.holdout, self.seed)
+        order = torch.randperm(len(self.fit_rows), generator=torch.Generator().manual_seed(self.seed + 1))
+        self._donor_rows = self.fit_rows[order] if self.shuffled else self.fit_rows
+
+    def states(self, side: str, site: Site, held: bool = False) -> Float[Tensor, "n d"]:
+        """The profile rows of one site, those that are fitted or those held out (float32)."""
+        store = self.donor if side == "donor" else self.recipient
+        rows = self.held_rows if held else self._donor_rows if side == "donor" else self.fit_rows
+        return self._once(("states", side, site, held), lambda: store.read(site, rows, dtype=torch.float32))
+
+    def solver(self, side: str, site: Site, centre: bool) -> Solver:
+        return self._once(("solver", side, site, centre), lambda: Solver.factor(self.states(side, site), centre))
+
+    def covariance(self, side: str, site: Site) -> Float[Tensor, "d d"]:
+        """The covariance of a site's fitted rows (float64)."""
+        return self._once(("cov", side, site), lambda: torch.cov(self.states(side, site).double().T))
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def converter(self, donor: Site, recipient: Site, method: str = "ridge", alpha: float = 0.1) -> Converter:
+        """Both maps of one pair, with their quality on the held-out prompts."""
+        centre, alpha = _method(method, alpha)
+        x, y = self.states("recipient", recipient), self.states("donor", donor)
+        there = self.solver("recipient", recipient, centre).solve(y, alpha)
+        back = self.solver("donor", donor, centre).solve(x, alpha)
+        made = Converter(donor, recipient, there, back, method, alpha)
+        if len(self.held_rows) < 2:
+            return made
+        hx, hy = self.states("recipient", recipient, held=True), self.states("donor", donor, held=True)
+        return replace(
+            made,
+            quality_to_donor=quality(there, hx, hy, back=back, train_mean=y.mean(0), n_train=len(y)),
+            quality_to_recipient=quality(back, hy, hx, back=there, train_mean=x.mean(0), n_train=len(x)),
+        )
+
+    def fold(self, part: LowRank, donor: Site, recipient: Site, method: str = "ridge", alpha: float = 0.1) -> LowRank:
+        """An adapter part of the donor at `donor` as one of the recipient at `recipient`; equals folding `converter`."""
+        centre, alpha = _method(method, alpha)
+        x, y = self.states("recipient", recipient).double(), self.states("donor", donor).double()
+        read = self.solver("recipient", recipient, centre)
+        v64 = part.V.double()
+        v = read.coefficients(y @ v64, alpha)  # W @ V, the width of the donor never squared
+        b = part.b.double()
+        if centre:
+            b = b + y.mean(0) @ v64 - read.mean @ v
+        u = self.solver("donor", donor, centre).project(part.U, x, alpha)
+        return LowRank(v.float(), b.float(), u.float(), part.act)
+
+
+def _method(method: str, alpha: float) -> tuple[bool, float]:
+    if method not in METHODS:
+        raise UserError(f"unknown converter {method!r}; allowed: {', '.join(METHODS)}")
+    if alpha < 0:
+        raise UserError(f"alpha {alpha} is negative; give 0 or more, in units of the mean diagonal of X'X")
+    return (True, alpha) if method == "ridge" else (False, 0.0)
+
+
+def fit_converters(
+    donor: Store,
+    recipient: Store,
+    pairs: Iterable[tuple[Site | int, Site | int]] | Mapping[int, int],
+    *,
+    method: str = "ridge",
+    alpha: float = 0.1,
+    holdout: float = 0.2,
+    seed: int = 0,
+) -> list[Converter]:
+    """Fits the converters of the pairs (donor site, recipient site) on two profiles of the same prompts.
+
+    method: `ridge` (centred, with bias; `alpha` in units of the mean diagonal of X'X) or `pinv` (uncentred, no bias, as
+    published). holdout: the share of prompts kept for the quality figures. Raises UserError when the stores do not pair
+    or lack a site.
+    """
+    fits = ConverterFits(donor, recipient, holdout, seed)
+    listed = pairs.items() if isinstance(pairs, Mapping) else pairs
+    return [fits.converter(Site.parse(d), Site.parse(r), method, alpha) for d, r in listed]
+
+
+def r2_table(
+    fits: ConverterFits, donors: Sequence[Site], recipients: Sequence[Site], alpha: float
+) -> dict[tuple[int, int], float]:
+    """Held-out R2 (variance-weighted) of the map to the donor, for every pair of layers: what `match_by_r2` takes."""
+    table = {}
+    for d in donors:
+        for r in recipients:
+            y = fits.states("donor", d)
+            there = fits.solver("recipient", r, True).solve(y, alpha)
+            scored = quality(there, fits.states("recipient", r, held=True), fits.states("donor", d, held=True),
+                             train_mean=y.mean(0), n_train=len(y))  # fmt: skip
+            table[d.layer, r.layer] = scored.r2_weighted
+    return table

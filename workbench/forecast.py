@@ -1,0 +1,240 @@
+"""What a paste will do, on and off target, before it is made: one backward pass of the plain recipient.
+
+The first-order effect of adding delta at a site is delta . G, with G the gradient of what is asked about. The same G
+serves every adapter, layer pair, converter and strength, so a candidate costs a product. Held-out R2 of the converter
+does not rank pastes; this does (shared figures: `docs/forecast.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .adapters.adapter import Adapter, LowRank
+from .adapters.train import frozen
+from .backends import torch_hooks
+from .convert import ConverterFits
+from .errors import UserError
+from .evaluate.behaviour import set_log_odds
+from .maps.quality import mahalanobis
+from .progress import progress
+from .prompts import PromptSet, encode, opener_ids, pad
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .models import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of one number per prompt with respect to the residual stream at the last prompt token.
+
+    value [n]: the number itself (log-odds, or a log-probability); states and grads: by site, [n, d], float32.
+    """
+
+    value: Float[Tensor, " n"]
+    states: Mapping[Site, Float[Tensor, "n d"]]
+    grads: Mapping[Site, Float[Tensor, "n d"]]
+
+    def effect(self, site: Site, part: LowRank) -> Float[Tensor, " n"]:
+        """delta(h) . G for each prompt: the forecast change of `value` when the part acts at strength 1."""
+        return (part.delta(self.states[site]) * self.grads[site]).sum(1)
+
+
+def _backward(
+    model: Model, prompts: PromptSet, sites: Sequence[Site], batch_size: int, scalar: Any, desc: str
+) -> Gradients:
+    """Gradients of `scalar(logits [b, v], rows) -> [b]` at the last prompt token, all sites in one backward pass."""
+    encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
+    if not encoded:
+        raise UserError("there are no prompts to forecast on; give at least one")
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    sites = sorted(sites)
+    value = torch.empty(len(encoded))
+    states = {s: torch.empty(len(encoded), model.width) for s in sites}
+    grads = {s: torch.empty(len(encoded), model.width) for s in sites}
+    leaf = {sites[0]: lambda h, _: h.detach().requires_grad_()}
+    with frozen(model), torch.enable_grad(), progress(total=len(encoded), desc=desc, unit="prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
+            with torch_hooks.edit(model, leaf), torch_hooks.read(model, sites) as seen:
+                out = scalar(model.logits(ids, mask, last_only=True)[:, -1].float(), rows)
+            found = torch.autograd.grad(out.sum(), [seen[s] for s in sites])
+            value[rows] = out.detach().float().cpu()
+            for site, g in zip(sites, found, strict=True):
+                states[site][rows] = seen[site][:, -1].detach().float().cpu()
+                grads[site][rows] = g[:, -1].float().cpu()
+            bar.update(len(rows))
+    return Gradients(value, states, grads)
+
+
+def gradients(
+    model: Model, prompts: Any, openers: Sequence[str], sites: Iterable[Site | int | str] | None = None,
+    *, batch_size: int = 64,
+) -> Gradients:  # fmt: skip
+    """Gradients of the log-odds that an answer begins with one of `openers`, at every site of `sites` (default: all)."""
+    prompts = PromptSet.load(prompts)
+    where = [model.site(s) for s in (range(model.n_layers) if sites is None else sites)]
+    first = opener_ids(openers, model.tokenizer, prompts[0])
+    return _backward(model, prompts, where, batch_size, lambda logits, _: set_log_odds(logits, first), "gradients")
+
+
+def fisher(
+    model: Model, prompts: Any, sites: Iterable[Site | int | str] | None = None, *, samples: int = 4, seed: int = 0,
+    batch_size: int = 64,
+) -> list[Gradients]:  # fmt: skip
+    """Gradients of the log-probability of next tokens that the model itself samples: KL(base || edited) of the next
+    token is E[(delta . g)^2] / 2 to second order, so `samples` backward passes forecast the damage to neutral text."""
+    prompts = PromptSet.load(prompts)
+    where = [model.site(s) for s in (range(model.n_layers) if sites is None else sites)]
+    made = []
+    for k in range(samples):
+        generator = torch.Generator().manual_seed(seed * 1000 + k)
+
+        def scalar(logits: Tensor, _: Any, generator: torch.Generator = generator) -> Tensor:
+            logp = logits.log_softmax(1)
+            drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
+            return logp.gather(1, drawn)[:, 0]
+
+        made.append(_backward(model, prompts, where, batch_size, scalar, "gradients on neutral text"))
+    return made
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to paste: the pair of sites of each donor part, the converter, and (where given) the strength."""
+
+    pairs: tuple[tuple[Site, Site], ...]
+    method: str
+    alpha: float
+
+    def label(self) -> str:
+        pairs = " ".join(f"{d.layer}>{r.layer}" for d, r in self.pairs)
+        return f"{pairs} {self.method}" + (f" {self.alpha:g}" if self.method == "ridge" else "")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a candidate will do at `strength`.
+
+    on: change of the log-odds of the behaviour, in nats, with its standard error over prompts; off: the same on each
+    other set of prompts; off_rate: the mean absolute change of a probability there; kl: expected KL of the next token
+    on neutral text, in nats; sigma: mean Mahalanobis length of the delta in the recipient's profile (of several sites,
+    the longest). All to first order in the delta, `kl` to second.
+    """
+
+    candidate: Candidate
+    strength: float
+    on: float
+    on_se: float
+    off: Mapping[str, float]
+    off_rate: Mapping[str, float]
+    kl: float
+    sigma: float
+
+    def worst_off_rate(self) -> float:
+        return max(self.off_rate.values(), default=0.0)
+
+
+def fold_candidate(adapter: Adapter, fits: ConverterFits, candidate: Candidate) -> dict[Site, list[LowRank]]:
+    """The recipient's parts of a candidate, by recipient site (several donor layers may meet at one)."""
+    folded: dict[Site, list[LowRank]] = {}
+    for donor, recipient in candidate.pairs:
+        part = fits.fold(adapter.parts[donor], donor, recipient, candidate.method, candidate.alpha)
+        folded.setdefault(recipient, []).append(part * adapter.strength)
+    return folded
+
+
+def forecast_pastes(
+    adapter: Adapter,
+    fits: ConverterFits,
+    candidates: Sequence[Candidate],
+    on: Gradients,
+    off: Mapping[str, Gradients] | None = None,
+    neutral: Sequence[Gradients] = (),
+    *,
+    target: float,
+    strength: float | None = None,
+    max_sigma: float = 4.0,
+    strengths: tuple[float, float] = (0.25, 1.5),
+) -> list[Forecast]:
+    """The forecast of every candidate paste of `adapter`, in the order given.
+
+    on: gradients of the behaviour on neutral prompts of the behaviour; off: of what must not change, by name; neutral:
+    `fisher` gradients. target: the effect that is wanted, in nats (the donor's own). Unless `strength` is given, each
+    candidate gets the one that should reach the target, within `strengths` and within `max_sigma` standard deviations
+    of the recipient's profile. The effects of several layers are summed: to first order they do not see each other.
+    """
+    made = []
+    for candidate in progress(candidates, desc="forecasting", unit="paste"):
+        folded = fold_candidate(adapter, fits, candidate)
+        parts = [(site, part) for site, listed in folded.items() for part in listed]
+        deltas = {
+            site: torch.stack([p.delta(on.states[site]) for p in listed]).sum(0) for site, listed in folded.items()
+        }
+        sigma = max(float(mahalanobis(d, fits.covariance("recipient", site)).mean()) for site, d in deltas.items())
+        effect = _effect(on, parts)
+        s = _strength(float(effect.mean()), sigma, target, max_sigma, strengths) if strength is None else strength
+        away = {name: (g.value, s * _effect(g, parts)) for name, g in (off or {}).items()}
+        kl = [float((s * _effect(g, parts)).square().mean()) / 2 for g in neutral]
+        made.append(
+            Forecast(
+                candidate,
+                s,
+                on=s * float(effect.mean()),
+                on_se=s * float(effect.std(correction=0)) / len(effect) ** 0.5,
+                off={name: float(e.mean()) for name, (_, e) in away.items()},
+                off_rate={name: float(((z + e).sigmoid() - z.sigmoid()).abs().mean()) for name, (z, e) in away.items()},
+                kl=sum(kl) / max(len(kl), 1),
+                sigma=s * sigma,
+            )
+        )
+    return made
+
+
+def _effect(g: Gradients, parts: Sequence[tuple[Site, LowRank]]) -> Float[Tensor, " n"]:
+    return torch.stack([g.effect(site, part) for site, part in parts]).sum(0)
+
+
+def _strength(on: float, sigma: float, target: float, max_sigma: float, strengths: tuple[float, float]) -> float:
+    wanted = target / on if on * target > 0 else 0.0
+    return min(max(wanted, strengths[0]), strengths[1], max_sigma / max(sigma, 1e-9))
+
+
+def candidates_of(
+    adapter: Adapter, n_recipient: int, methods: Sequence[tuple[str, float]], layers: Sequence[int] | None = None
+) -> list[Candidate]:
+    """Every pair of one donor layer of the adapter with one recipient layer, under every converter."""
+    targets = range(n_recipient) if layers is None else layers
+    return [
+        Candidate(((site, Site(r, site.point)),), method, alpha)
+        for site in adapter.parts
+        for r in targets
+        for method, alpha in methods
+    ]
+
+
+OFF_WEIGHT = 2.0  # a rate that moves by 5 points off target costs a tenth of the target
+
+
+def rank(forecasts: Sequence[Forecast], target: float) -> list[Forecast]:
+    """The forecasts in order of preference.
+
+    The merit of a candidate is the share of the target that it reaches (at most all of it), less twice the largest
+    change of a rate off target, less the KL on neutral text; where two are within 1 % of the target, the shorter delta
+    goes first.
+    """
+    if not forecasts:
+        raise UserError("there is no candidate to choose from; give layers and converters that exist")
+
+    def merit(f: Forecast) -> tuple[float, float]:
+        share = min(f.on / target, 1.0) if target else 0.0
+        return round(share - OFF_WEIGHT * f.worst_off_rate() - f.kl, 2), -f.sigma
+
+    return sorted(forecasts, key=merit, reverse=True)
