@@ -1,0 +1,201 @@
+"""What arrived: every arm of a transfer on the same evaluation prompts, its side effects and its cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..atomic import write_text
+from ..models import Model
+from ..prompts import PromptSet
+from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
+from .statistics import gain_share, mcnemar, mean_interval, rate
+
+if TYPE_CHECKING:
+    from ..transfer import BehaviourTransfer, Choice
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm on the evaluation prompts; a random control is several draws, graded the first few of them."""
+
+    graded: list[Measured]
+    log_odds: Float[Tensor, "draw n"]
+
+    @property
+    def passed(self) -> list[bool]:
+        """The verdicts of every graded draw."""
+        return [v for m in self.graded for v in m.passed]
+
+    @property
+    def score(self) -> list[float]:
+        """The share of graded draws that passed, by prompt."""
+        return np.mean([m.passed for m in self.graded], axis=0).tolist()
+
+    def row(self, base: Arm, sigma: float | None) -> dict[str, Any]:
+        """Rate and log-odds with intervals; the interval of a control's log-odds is over its draws."""
+        draws, n = self.log_odds.shape
+        paired = self is not base and draws == 1
+        return {
+            "rate": rate(self.passed).as_dict() if self.graded else None,
+            "log_odds": mean_interval(self.log_odds.mean(1) if draws > 1 else self.log_odds[0]).as_dict(),
+            "n": n,
+            "draws": draws,
+            "mcnemar_vs_base": mcnemar(base.passed, self.passed) if paired else None,
+            "sigma_length": sigma,
+        }
+
+    def share(self, base: Arm, native: Arm) -> dict[str, Any]:
+        """The share of native's gain over base that this arm reached, by verdict and by log-odds."""
+        shares = {
+            "rate": gain_share(base.score, self.score, native.score) if self.graded else None,
+            "log_odds": gain_share(base.log_odds.mean(0), self.log_odds.mean(0), native.log_odds.mean(0)),
+        }
+        return {k: None if v is None else v.as_dict() for k, v in shares.items()}
+
+
+def _arm(b: BehaviourTransfer, model: Model, prompts: PromptSet, adapters: Sequence[Adapter | None], name: str) -> Arm:
+    """Answers and log-odds under each adapter; of several draws only the first few answer."""
+    table, evaluate = b.table, b.shared.job.evaluate
+    behaviour = Behaviour(table.name, tuple(table.openers), table.grader, table.grader_args, table.score_name)
+    answering = adapters[: evaluate.rate_draws] if len(adapters) > 1 else adapters
+    graded = [
+        measure(model, behaviour, prompts, a, name=name, max_new_tokens=evaluate.max_new_tokens,
+                batch_size=evaluate.batch_size)
+        for a in answering
+    ]  # fmt: skip
+    rest = [log_odds(model, prompts, table.openers, a) for a in adapters[len(graded) :]]
+    return Arm(graded, torch.stack([*(m.log_odds for m in graded), *rest]))
+
+
+def _shown(answers: list[str], openers: list[str]) -> list[bool]:
+    return [any(a.strip().lower().startswith(o.strip().lower()) for o in openers) for a in answers]
+
+
+def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> dict[str, Any]:
+    """KL and perplexity on neutral text, over-triggering, and the log-odds of the other behaviours."""
+    t, table, evaluate = b.shared, b.table, b.shared.job.evaluate
+    found: dict[str, Any] = {"kl_neutral_text": {}, "perplexity": {}, "over_trigger": {}, "log_odds_elsewhere": {}}
+    if evaluate.neutral_text:
+        texts = t.prompts(evaluate.neutral_text)
+        for name, adapter in arms.items():
+            if adapter is not None:
+                result = kl_on_text(t.recipient, texts, adapter)
+                found["kl_neutral_text"][name] = result.kl.as_dict()
+                found["perplexity"][name] = result.perplexity_edited
+                found["perplexity"]["base"] = result.perplexity_base
+    if table.evaluation_not:
+        away = t.prompts(table.evaluation_not)
+        for name, adapter in arms.items():
+            answers = t.recipient.generate(away, max_new_tokens=8, batch_size=evaluate.batch_size, adapter=adapter,
+                                           desc=f"{b.name} where not wanted, {name}")  # fmt: skip
+            found["over_trigger"][name] = rate(_shown(answers, table.openers)).as_dict()
+    for other in t.job.behaviours:
+        if other.name == b.name:
+            continue
+        prompts = t.prompts(other.evaluation)
+        plain = log_odds(t.recipient, prompts, other.openers)
+        found["log_odds_elsewhere"][other.name] = {
+            name: float((log_odds(t.recipient, prompts, other.openers, adapter) - plain).mean())
+            for name, adapter in arms.items() if adapter is not None
+        }  # fmt: skip
+    return found
+
+
+def _dose(b: BehaviourTransfer, prompts: PromptSet, paste: Adapter, base: Arm) -> list[dict[str, Any]]:
+    """Log-odds against strength, on the evaluation prompts; nothing is chosen by it."""
+    t = b.shared
+    rows = [{"strength": 0.0, "log_odds": mean_interval(base.log_odds[0]).as_dict()}]
+    for factor in sorted({1.0, *t.job.evaluate.dose}):
+        dosed = replace(paste, strength=paste.strength * factor)
+        odds = log_odds(t.recipient, prompts, b.table.openers, dosed)
+        rows.append({"strength": dosed.strength, "log_odds": mean_interval(odds).as_dict()})
+    return rows
+
+
+def measure_arms(b: BehaviourTransfer, chosen: Choice, forecast: Mapping[str, Any], pasted: Mapping[str, Any],
+            native: Mapping[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+    """The metrics of one behaviour (the layout is described in docs/jobs.md)."""
+    t, table = b.shared, b.table
+    sets = [
+        table.evaluation,
+        table.evaluation_not,
+        t.job.evaluate.neutral_text,
+        *(o.evaluation for o in t.job.behaviours),
+    ]
+    hashes = [t.prompts(s).full_hash for s in sets if s]
+    own = {
+        arm: b.adapter(arm).hash for arm in ("donor", "paste", "pinv", "mean_delta", *(["native"] if native else []))
+    }
+    inputs = [hashes, own, t.job.evaluate.model_dump(), table.model_dump()]
+    name = f"answers/{b.name}.jsonl"
+
+    def make() -> dict[str, Any]:
+        return _measure(b, chosen, native is not None, name)
+
+    measured = t.run.step(f"evaluate-{b.name}", t.key(inputs), make, (name,))
+    return {**measured, "forecast": forecast, "converter": pasted["converters"][0], "converters": pasted["converters"],
+            "cost": _cost(forecast, pasted, native)}  # fmt: skip
+
+
+def _cost(forecast: Mapping[str, Any], pasted: Mapping[str, Any], native: Mapping[str, Any] | None) -> dict[str, Any]:
+    seconds = pasted["fit"] + pasted["fold"]
+    parts = {"fit": pasted["fit"], "fold": pasted["fold"], "forecast": forecast["seconds"]}
+    cost = {"paste_seconds": seconds, "paste_flops": pasted["flops"], "paste_parts": parts}
+    if native is None:
+        return cost
+    return {**cost, "native_seconds": native["seconds"], "native_flops": native["flops"],
+            "ratio_seconds": native["seconds"] / seconds, "ratio_flops": native["flops"] / pasted["flops"],
+            "ratio_seconds_with_forecast": native["seconds"] / (seconds + forecast["seconds"])}  # fmt: skip
+
+
+def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_file: str) -> dict[str, Any]:
+    t, table = b.shared, b.table
+    prompts = t.prompts(table.evaluation)
+    prompts = prompts[: t.job.evaluate.limit] if t.job.evaluate.limit else prompts
+    single: dict[str, tuple[Model, Adapter | None]] = {
+        "donor_base": (t.donor, None), "donor_adapter": (t.donor, b.adapter("donor")), "base": (t.recipient, None),
+        **({"native": (t.recipient, b.adapter("native"))} if with_native else {}),
+        "paste": (t.recipient, b.adapter("paste")), "pinv": (t.recipient, b.adapter("pinv")),
+    }  # fmt: skip
+    single["mean_delta"] = (t.recipient, b.adapter("mean_delta"))
+    arms = {name: _arm(b, model, prompts, [adapter], name) for name, (model, adapter) in single.items()}
+    drawn = b.controls(chosen) if t.job.evaluate.draws else {}
+    arms |= {name: _arm(b, t.recipient, prompts, adapters, name) for name, adapters in drawn.items()}
+    sigmas = {n: b.sigma(a) for n, (m, a) in single.items() if m is t.recipient and a is not None}
+    sigmas |= dict.fromkeys(drawn, sigmas["paste"])
+    result: dict[str, Any] = {
+        "n": len(prompts), "score_name": table.score_name,
+        "arms": {n: arm.row(arms["donor_base" if n.startswith("donor") else "base"], sigmas.get(n)) for n, arm in arms.items()},
+    }  # fmt: skip
+    if with_native:
+        result["gain_share"] = arms["paste"].share(arms["base"], arms["native"])
+        others = [n for n in arms if n in ("pinv", "mean_delta", *drawn)]
+        result["control_share"] = {n: arms[n].share(arms["base"], arms["native"]) for n in others}
+    kept = {n: a for n, (m, a) in single.items() if m is t.recipient and n != "mean_delta"}
+    result["side_effects"] = _side_effects(b, kept)
+    result["dose"] = _dose(b, prompts, b.adapter("paste"), arms["base"])
+    result["examples"] = _answers(b, prompts, arms, answers_file)
+    return result
+
+
+def _answers(b: BehaviourTransfer, prompts: PromptSet, arms: Mapping[str, Arm], file: str) -> list[dict[str, Any]]:
+    """Writes every answer of every arm as JSON lines; returns the first few for the report."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.user, "gold": prompt.meta.get("gold", "")}
+        row |= {name: arm.graded[0].answers[i] for name, arm in arms.items() if arm.graded}
+        rows.append(row)
+    write_text(b.shared.run.folder / file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    keep = ("prompt", "gold", "donor_adapter", "base", "native", "paste")
+    return [{k: r[k] for k in keep if k in r} for r in rows[:EXAMPLES]]

@@ -1,0 +1,235 @@
+"""What a behaviour is, and how much of it a model shows: log-odds, rates, and the damage done to neutral text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..errors import UserError
+from ..models import Model
+from ..progress import progress
+from ..prompts import PromptSet, encode, opener_ids, pad
+from .graders import find, grade
+from .statistics import Interval, mcnemar, mean_interval, rate
+
+LOGIT_BUDGET = 1 << 26  # logits held at once, in numbers: 256 MB of float32
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Something that a model does or does not do, and how to tell.
+
+    Arguments: `openers`, beginnings of an answer that shows it; `grader` and `grader_args`, see `evaluate.graders`;
+    `score_name`, what a rate of passing is called. Raises UserError for no openers, an unknown grader or argument.
+
+    >>> Behaviour("refusal", ("sorry",), "refusal").score_name
+    'rate'
+    """
+
+    name: str
+    openers: tuple[str, ...]
+    grader: str
+    grader_args: Mapping[str, Any] = field(default_factory=dict)
+    score_name: str = "rate"
+
+    def __post_init__(self) -> None:
+        if not self.openers or not all(self.openers):
+            raise UserError(f"behaviour {self.name!r} needs openers, how its answers begin; got {self.openers}")
+        find(self.grader, self.grader_args)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One arm: the answers to n prompts, which of them passed, and the log-odds of the behaviour on each."""
+
+    name: str
+    answers: tuple[str, ...]
+    passed: tuple[bool, ...]
+    log_odds: Float[Tensor, " n"]
+    seconds: float
+
+    @property
+    def rate(self) -> Interval:
+        """The share that passed, with Wilson's interval."""
+        return rate(self.passed)
+
+    @property
+    def mean_log_odds(self) -> Interval:
+        """The mean log-odds, with Student's t interval."""
+        return mean_interval(self.log_odds)
+
+    def as_dict(self, base: Measured | None = None) -> dict[str, Any]:
+        """The arm as metrics.json keeps it; with `base`, the p-value of the paired comparison of their rates."""
+        return {
+            "rate": self.rate.as_dict(),
+            "log_odds": self.mean_log_odds.as_dict(),
+            "n": len(self.passed),
+            "mcnemar_vs_base": None if base is None else mcnemar(self.passed, base.passed),
+        }
+
+
+def measure(
+    model: Model,
+    behaviour: Behaviour,
+    prompts: PromptSet,
+    adapter: Adapter | None = None,
+    *,
+    name: str = "",
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> Measured:
+    """Greedy answers of a model (with `adapter`, where given), graded, and the log-odds on the same prompts."""
+    began = time.perf_counter()
+    what = f"{behaviour.name}: {name or 'answers'}"
+    answers = model.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=adapter, desc=what)
+    passed = grade(behaviour.grader, answers, prompts, **behaviour.grader_args)
+    odds = log_odds(model, prompts, behaviour.openers, adapter, batch_size=2 * batch_size)
+    return Measured(name, tuple(answers), tuple(passed), odds, time.perf_counter() - began)
+
+
+def log_odds(
+    model: Model,
+    prompts: PromptSet | Sequence[Any],
+    openers: Sequence[str],
+    adapter: Adapter | None = None,
+    batch_size: int = 128,
+) -> Float[Tensor, " n"]:
+    """Log-odds of a behaviour where an answer begins: log p(S) - log(1 - p(S)), in nats, float64 [n] in prompt order.
+
+    S is the set of first tokens of `openers`; p is the model's distribution after the last prompt token. Computed from
+    the logits as logsumexp over S less logsumexp over the rest, so that p near 0 or 1 loses nothing. A first token that
+    other answers share with an opener counts for the behaviour: choose openers that begin as nothing else does.
+
+    Raises UserError where S is the whole vocabulary, or an opener has no tokens.
+    """
+    prompts = PromptSet.load(prompts)
+    encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
+    found = torch.empty(len(prompts), dtype=torch.float64)
+    chosen = _first_tokens(model, prompts, openers)
+    with progress(total=len(encoded), desc="log-odds", unit="prompt") as bar, torch.inference_mode():
+        for rows in _by_length(encoded, batch_size):
+            ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
+            with adapter.on(model) if adapter is not None else nullcontext():
+                last = model.logits(ids, mask, last_only=True)[:, -1]
+            found[rows] = set_log_odds(last, chosen).cpu()
+            bar.update(len(rows))
+    return found
+
+
+def set_log_odds(logits: Float[Tensor, "b v"], tokens: Sequence[int]) -> Float[Tensor, " b"]:
+    """log p(S) - log(1 - p(S)) of a set of token ids S, float64.
+
+    >>> set_log_odds(torch.zeros(1, 4), [0]).exp().item()  # 1/4 against 3/4
+    0.3333333333333333
+    """
+    inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    inside[list(tokens)] = True
+    n, size = int(inside.sum()), len(inside)
+    if not 0 < n < size:
+        raise UserError(f"log-odds need some but not all tokens of the vocabulary; got {n} of {size}")
+    logits = logits.double()
+    return logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
+
+
+def _first_tokens(model: Model, prompts: PromptSet, openers: Sequence[str]) -> list[int]:
+    """The openers' first tokens after this kind of prompt; the template decides them, so one prompt tells for all."""
+    return opener_ids(list(openers), model.tokenizer, prompts[0])
+
+
+def _by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices, longest first, so that a batch too large for memory fails at once."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1; got {batch_size}")
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+@dataclass(frozen=True, eq=False)
+class TextShift:
+    """What an adapter does to plain text.
+
+    kl: mean over texts of KL(base || edited) per continuation token, in nats, with its interval; per_text [n] holds
+    the texts' own. perplexity_base, perplexity_edited: exp of the mean loss per token. n_tokens: those compared.
+    """
+
+    kl: Interval
+    per_text: Float[Tensor, " n"]
+    perplexity_base: float
+    perplexity_edited: float
+    n_tokens: int
+
+
+def kl_on_text(
+    model: Model,
+    texts: PromptSet | Sequence[Any],
+    adapter: Adapter | None = None,
+    split: float = 0.5,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> TextShift:
+    """How far an adapter moves a model on neutral text.
+
+    Each text is cut after the share `split` of its tokens; the first part takes the place of the prompt, so an adapter
+    for the last prompt token edits the token before the cut. Compared are the distributions of every token after it:
+    KL(p || q) = sum_v p log(p / q), p of the plain model, q of the edited one. Without an adapter KL is 0 and both
+    perplexities are the plain model's. Texts are cut to `max_length` tokens, at most the model's own limit.
+
+    Raises UserError for a split outside 0 to 1, and for texts of which none has two tokens.
+    """
+    if not 0 < split < 1:
+        raise UserError(f"split must lie between 0 and 1; got {split}")
+    limit = min(max_length or model.max_length, model.max_length)
+    encoded = [row[:limit] for row in encode(PromptSet.load(texts), model.tokenizer)]
+    encoded = [row for row in encoded if len(row) > 1]
+    if not encoded:
+        raise UserError("none of the neutral texts has two tokens; give longer texts")
+    widest = max(map(len, encoded)) * model.module.get_input_embeddings().weight.shape[0]
+    size = max(1, min(batch_size, LOGIT_BUDGET // widest))
+    sums = torch.zeros(len(encoded), 4, dtype=torch.float64)  # kl, base loss, edited loss, tokens
+    with progress(total=len(encoded), desc="neutral text", unit="text") as bar, torch.inference_mode():
+        for rows in _by_length(encoded, size):
+            cuts = [min(len(encoded[i]) - 1, max(1, round(split * len(encoded[i])))) for i in rows]
+            sums[rows] = _shift_batch(model, [encoded[i] for i in rows], cuts, adapter)
+            bar.update(len(rows))
+    kl, base, edited, tokens = sums.unbind(1)
+    total = float(tokens.sum())
+    per_text = kl / tokens
+    before, after = (math.exp(float(loss.sum()) / total) for loss in (base, edited))
+    return TextShift(mean_interval(per_text), per_text, before, after, int(total))
+
+
+def _shift_batch(
+    model: Model, batch: list[list[int]], cuts: list[int], adapter: Adapter | None
+) -> Float[Tensor, "b 4"]:
+    """Sums over the continuation of each text: KL, loss of the plain and of the edited model, and how many tokens."""
+    ids, mask = pad(batch, model.pad_id, "right")
+    plain = model.logits(ids, mask)
+    edited = plain
+    if adapter is not None:
+        with adapter.on(model, prompt_lengths=torch.tensor(cuts)):
+            edited = model.logits(ids, mask)
+    parts = zip(plain, edited, batch, cuts, strict=True)
+    return torch.stack([_shift(p, q, torch.tensor(row), cut) for p, q, row, cut in parts])
+
+
+def _shift(
+    plain: Float[Tensor, "t v"], edited: Float[Tensor, "t v"], ids: Int[Tensor, " n"], cut: int
+) -> Float[Tensor, " 4"]:
+    """One text's sums. Logits at i predict token i + 1: those at cut - 1 to n - 2 predict the continuation."""
+    at = slice(cut - 1, len(ids) - 1)
+    p, q = plain[at].float().log_softmax(-1), edited[at].float().log_softmax(-1)
+    target = ids[cut:, None].to(p.device)
+    # the sum over the vocabulary in float64: where p and q are close, float32 would leave rounding of either sign
+    kl = (p.double().exp() * (p.double() - q.double())).sum()
+    losses = [-x.gather(1, target).double().sum() for x in (p, q)]
+    return torch.stack([kl, *losses, kl.new_tensor(len(target))]).cpu()
