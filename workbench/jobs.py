@@ -1,0 +1,290 @@
+"""A job file, checked, and the run folder that it becomes; every step is kept and known by the hash of its inputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .atomic import write_json, write_text
+from .errors import UserError
+from .models import short_hash
+
+log = logging.getLogger("workbench")
+
+
+class _Table(BaseModel):
+    """A table of a job file: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelTable(_Table):
+    """A model of the job."""
+
+    model: str
+    """A hub id, a local folder, `bundled:donor` or `bundled:recipient`."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """The dtype to run in; `auto` follows the checkpoint."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or `map` for accelerate's device map."""
+    revision: str | None = None
+    """The revision of a hub model."""
+    blocks: str | None = None
+    """The path of the ModuleList of blocks, for a family that is not recognised."""
+
+
+class ProfileTable(_Table):
+    """What both models are profiled on."""
+
+    prompts: str = "bundled:profile"
+    """A prompt set: `bundled:NAME`, or a .txt, .jsonl, .csv or .parquet file."""
+    limit: int | None = Field(None, gt=0)
+    """Use the first so many prompts only."""
+    holdout: float = Field(0.2, ge=0, lt=1)
+    """The share of prompts that converters are not fitted to, for their quality figures."""
+    batch_tokens: int = Field(8192, gt=0)
+    """Tokens in a batch, padding included."""
+
+
+class TrainingTable(_Table):
+    """How adapters are trained: the donor's where a behaviour gives none, and the native ones."""
+
+    layers: list[int] | None = None
+    """Donor layers; unless given, the layer at half the donor's depth."""
+    kind: Literal["nodireft", "loreft", "vector"] = "nodireft"
+    """The form of the adapter."""
+    rank: int = Field(4, gt=0)
+    """Rank at each layer."""
+    steps: int = Field(150, gt=0)
+    """Optimiser steps."""
+    batch_size: int = Field(32, gt=0)
+    """Demonstrations a step."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """Peak learning rate."""
+    max_size: float = Field(0.4, gt=0)
+    """Deltas longer than this many spreads of the profile are penalised."""
+
+
+class PasteTable(_Table):
+    """How the paste is made."""
+
+    match: Literal["forecast", "nearest", "floor", "r2"] = "forecast"
+    """Which recipient layer answers to a donor layer."""
+    alphas: list[float] = Field([0.01, 0.03, 0.1, 0.3, 1.0], min_length=1)
+    """Ridge strengths, in units of the mean diagonal of X'X; `forecast` chooses among them, else the first is taken."""
+    strength: float | Literal["forecast"] = "forecast"
+    """A number, or what the forecast says will reach the donor's own effect."""
+    max_sigma: float = Field(4.0, gt=0)
+    """The longest delta that `forecast` may choose, in standard deviations of the recipient's profile."""
+
+
+class EvaluateTable(_Table):
+    """What is measured."""
+
+    native: bool = True
+    """Train the behaviour into the recipient directly, for comparison."""
+    neutral_text: str | None = "bundled:evaluation_text"
+    """Plain texts on which side effects are measured; `""` for none."""
+    validation_text: str | None = "bundled:validation_text"
+    """Plain texts on which side effects are forecast; `""` for none."""
+    draws: int = Field(16, ge=0)
+    """Draws of each random control, for its log-odds."""
+    rate_draws: int = Field(2, ge=0)
+    """Draws of each random control whose answers are generated and graded."""
+    dose: list[float] = [0.25, 0.5, 0.75, 1.25, 1.5, 2.0]
+    """Multiples of the paste's strength for the dose-response curve."""
+    max_new_tokens: int = Field(72, gt=0)
+    """Length at which an answer is cut."""
+    batch_size: int = Field(160, gt=0)
+    """Prompts generated at once."""
+    limit: int | None = Field(None, gt=0)
+    """Evaluate on the first so many prompts only."""
+
+
+class BehaviourTable(_Table):
+    """A behaviour that the donor's adapter brings out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    """Its name, used for folders."""
+    openers: list[str] = Field(min_length=1)
+    """How an answer that shows the behaviour begins; their first tokens give the log-odds."""
+    grader: str
+    """The grader of its score, by name (see `workbench.evaluate.graders`)."""
+    grader_args: dict[str, Any] = {}
+    """Arguments of the grader."""
+    score_name: str = "rate"
+    """What the score is called in tables."""
+    adapter: str | None = None
+    """The donor's adapter folder (ours, or a published pyreft one); unless given, it is trained on `demonstrations`."""
+    demonstrations: str | None = None
+    """Prompts with responses: what the donor's adapter (unless given) and the native one are trained on."""
+    validation: str
+    """Neutral prompts for the forecast and every choice; never evaluated on."""
+    evaluation: str
+    """Neutral prompts for evaluation; used for nothing else."""
+    validation_not: str | None = None
+    """Prompts where the behaviour is not wanted, for the forecast off target."""
+    evaluation_not: str | None = None
+    """Prompts where the behaviour is not wanted, for over-triggering."""
+
+
+class Job(_Table):
+    """A transfer job: the whole of a job file."""
+
+    name: str = Field("job", pattern=r"^[A-Za-z0-9_.-]+$")
+    """The name of the run."""
+    out: str = "runs"
+    """The folder in which the run folder is made."""
+    seed: int = 0
+    """The seed of everything that is random."""
+    donor: ModelTable
+    """The model an adapter was trained on."""
+    recipient: ModelTable
+    """The model that receives its effect."""
+    profile: ProfileTable = ProfileTable()
+    training: TrainingTable = TrainingTable()
+    paste: PasteTable = PasteTable()
+    evaluate: EvaluateTable = EvaluateTable()
+    behaviours: list[BehaviourTable] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Job:
+        """Reads a job.toml. Raises UserError with one line: the key, what was given, what is allowed."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as err:
+            raise UserError(f"cannot read the job file {path}: {err.strerror}; give a job.toml, or bundled:demo") from err
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+            raise UserError(f"{path} is not valid TOML: {err}") from err
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str = "job") -> Job:
+        """Checks a mapping as `load` checks a file."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as err:
+            first = err.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            if first["type"] == "extra_forbidden":
+                table = _table_at(first["loc"][:-1])
+                raise UserError(
+                    f"{source}: unknown key {where!r}; allowed here: {', '.join(table.model_fields)}"
+                ) from err
+            given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+            raise UserError(f"{source}: {where}: {first['msg'].lower()}{given[:120]}; see docs/jobs.md") from err
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The table of the schema that a location in a job file lies in."""
+    tables: dict[str, type[BaseModel]] = {
+        "donor": ModelTable, "recipient": ModelTable, "profile": ProfileTable, "training": TrainingTable,
+        "paste": PasteTable, "evaluate": EvaluateTable, "behaviours": BehaviourTable,
+    }  # fmt: skip
+    return tables[str(loc[0])] if loc else Job
+
+
+class Run:
+    """A run folder: job.toml, steps/*.json, artefacts, log.txt, environment.json, metrics.json, report.html."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def step(self, name: str, inputs: Any, make: Callable[[], Any], artefacts: tuple[str, ...] = ()) -> Any:
+        """The JSON result of a step: kept from an earlier run with the same inputs, or made now and kept.
+
+        inputs: a JSON value that says everything the result depends on. artefacts: paths in the run folder that the
+        step makes; where one is gone the step is done again. What failed leaves the steps before it usable.
+        """
+        from . import __version__
+
+        key = short_hash({"inputs": inputs, "version": __version__})
+        record = self.folder / "steps" / f"{name}.json"
+        if record.exists():
+            try:
+                kept = json.loads(record.read_text())
+            except ValueError:
+                kept = {}
+            if kept.get("key") == key and all((self.folder / a).exists() for a in artefacts):
+                log.info("step %s: kept", name)
+                return kept["result"]
+        log.info("step %s", name)
+        start = time.perf_counter()
+        try:
+            result = make()
+        except UserError as err:
+            raise UserError(f"step {name}: {err}") from err
+        write_json(record, {"key": key, "seconds": time.perf_counter() - start, "result": result})
+        return result
+
+    @contextmanager
+    def logging(self) -> Any:
+        """Writes the log of the block to log.txt."""
+        handler = logging.FileHandler(self.folder / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        except BaseException:
+            log.exception("the run stopped")
+            raise
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+            handler.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads and devices: what a figure depends on beside the code."""
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("workbench", "torch", "transformers", "safetensors", "scikit-learn", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "versions": {n: version(n) for n in names},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_job(job: Job | str | Path | Mapping[str, Any], *, only: str | None = None) -> Run:
+    """Runs a transfer job to its end and returns its run folder, with metrics.json and report.html in it.
+
+    Steps already done with the same inputs are reused. Raises UserError for anything in the job that cannot be done.
+    """
+    from .job_checks import check_job
+    from .report import write_report
+    from .transfer import transfer
+
+    if not isinstance(job, Job):
+        job = Job.parse(job) if isinstance(job, Mapping) else Job.load(job)
+    check_job(job)
+    run = Run(job.folder)
+    write_text(run.folder / "job.toml", tomli_w.dumps(job.model_dump(exclude_none=True)))
+    with run.logging():
+        metrics = transfer(job, run)
+        write_json(run.folder / "environment.json", metrics["environment"])
+        write_json(run.folder / "metrics.json", metrics)
+        write_report(run.folder)
+    return run

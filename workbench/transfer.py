@@ -1,0 +1,455 @@
+"""The main job: profile both models, forecast, paste, train the native, measure everything beside its controls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters.adapter import Adapter, LowRank, vector
+from .adapters.train import spread, train_adapter
+from .convert import Converter, ConverterFits, match_by_r2, match_layers, r2_table
+from .errors import UserError
+from .evaluate.behaviour import log_odds
+from .evaluate.statistics import sign_agreement, spearman
+from .forecast import (
+    Candidate,
+    Forecast,
+    Gradients,
+    candidates_of,
+    fisher,
+    fold_candidate,
+    forecast_pastes,
+    gradients,
+    rank,
+)
+from .jobs import BehaviourTable, Job, ModelTable, Run, environment
+from .maps.quality import mahalanobis
+from .models import Model, load
+from .profile import profile_model
+from .progress import progress
+from .prompts import PromptSet
+from .sites import Site
+from .store import Store
+
+log = logging.getLogger("workbench")
+MEASURED = 24  # candidates whose forecast is checked against a measurement on validation prompts
+
+
+def _load(table: ModelTable) -> Model:
+    return load(table.model, dtype=table.dtype, device=table.device, revision=table.revision, blocks=table.blocks)
+
+
+@dataclass
+class Transfer:
+    """What the steps of one job share: models, profiles, factorised fits, prompt sets and gradients, each made once."""
+
+    job: Job
+    run: Run
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def donor(self) -> Model:
+        return _load(self.job.donor)
+
+    @cached_property
+    def recipient(self) -> Model:
+        return _load(self.job.recipient)
+
+    def model(self, side: str) -> Model:
+        return self.donor if side == "donor" else self.recipient
+
+    def prompts(self, source: str) -> PromptSet:
+        return PromptSet.load(source, limit=None)
+
+    def store(self, side: str) -> Store:
+        """The profile of one side (a step of the run)."""
+        return self._stores[side]
+
+    @cached_property
+    def _stores(self) -> dict[str, Store]:
+        return {side: Store.open(self.run.folder / "profiles" / side) for side in ("donor", "recipient")}
+
+    @cached_property
+    def fits(self) -> ConverterFits:
+        return ConverterFits(self.store("donor"), self.store("recipient"), self.job.profile.holdout, self.job.seed)
+
+    def key(self, *more: Any) -> list[Any]:
+        """What every step after the profiles depends on."""
+        profile = self.job.profile
+        return [self.donor.fingerprint_id, self.recipient.fingerprint_id, self.profiled.hash, profile.holdout, self.job.seed,
+                *more]  # fmt: skip
+
+    @cached_property
+    def profiled(self) -> PromptSet:
+        return PromptSet.load(self.job.profile.prompts, limit=self.job.profile.limit)
+
+    def gradient(self, behaviour: str, source: str) -> Gradients:
+        """Gradients of a behaviour's log-odds on a prompt set of the recipient; one backward pass, kept for all."""
+        key = (behaviour, source)
+        if key not in self._gradients:
+            openers = next(b.openers for b in self.job.behaviours if b.name == behaviour)
+            start = time.perf_counter()
+            self._gradients[key] = gradients(self.recipient, self.prompts(source), openers)
+            self.seconds["gradients"] = self.seconds.get("gradients", 0.0) + time.perf_counter() - start
+        return self._gradients[key]
+
+    @cached_property
+    def _gradients(self) -> dict[tuple[str, str], Gradients]:
+        return {}
+
+    @cached_property
+    def neutral(self) -> list[Gradients]:
+        source = self.job.evaluate.validation_text
+        return fisher(self.recipient, self.prompts(source), seed=self.job.seed) if source else []
+
+
+def _profiles(t: Transfer) -> dict[str, Any]:
+    made = {}
+    for side in ("donor", "recipient"):
+        model, table = t.model(side), t.job.profile
+        path = t.run.folder / "profiles" / side
+
+        def make(model: Model = model, path: Path = path, size: int = table.batch_tokens) -> dict[str, Any]:
+            start = time.perf_counter()
+            store = profile_model(model, t.profiled, path, batch_tokens=size, overwrite=True)
+            return {"seconds": time.perf_counter() - start, "rows": store.n_rows, "sites": [str(s) for s in store.sites],
+                    "model": model.name, "width": model.width}  # fmt: skip
+
+        inputs = [model.fingerprint_id, t.profiled.full_hash]
+        made[side] = t.run.step(f"profile-{side}", inputs, make, (f"profiles/{side}/manifest.json",))
+    return made
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is pasted: a candidate and its strength."""
+
+    candidate: Candidate
+    strength: float
+
+
+@dataclass
+class BehaviourTransfer:
+    """The steps of one behaviour."""
+
+    shared: Transfer
+    table: BehaviourTable
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    def path(self, arm: str) -> str:
+        return f"adapters/{self.name}/{arm}"
+
+    def adapter(self, arm: str) -> Adapter:
+        return Adapter.load(self.shared.run.folder / self.path(arm))
+
+    def _keep(self, adapter: Adapter, arm: str) -> None:
+        adapter.save(self.shared.run.folder / self.path(arm), overwrite=True)
+
+    def _step(self, name: str, inputs: Any, make: Callable[[], Any], arms: tuple[str, ...] = ()) -> Any:
+        artefacts = tuple(self.path(a) for a in arms)
+        return self.shared.run.step(f"{name}-{self.name}", self.shared.key(inputs), make, artefacts)
+
+    @cached_property
+    def _training(self) -> dict[str, Any]:
+        """The recipe, as far as it decides the adapter."""
+        return self.shared.job.training.model_dump(exclude={"layers"})
+
+    def _train(self, side: str, sites: list[Site], arm: str) -> dict[str, Any]:
+        t = self.shared
+        if self.table.demonstrations is None:
+            raise UserError(
+                f"behaviour {self.name!r} has neither an adapter nor demonstrations to train one on; give one"
+            )
+        spreads = [spread(t.store(side).read(s, dtype=torch.float32)) for s in sites]
+        trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, spreads=spreads,
+                                seed=t.job.seed, name=f"{self.name} {arm}", **self._training)  # fmt: skip
+        self._keep(trained.adapter, arm)
+        return {"seconds": trained.seconds, "flops": trained.flops, "steps": trained.steps, "curve": trained.curve,
+                "sites": [str(s) for s in sites]}  # fmt: skip
+
+    def donor_adapter(self) -> dict[str, Any]:
+        """The donor's adapter: the folder that was given, or one trained on the demonstrations."""
+        t = self.shared
+        if self.table.adapter is not None:
+            given = Adapter.load(resolve(self.table.adapter))
+
+            def copy() -> dict[str, Any]:
+                given.check(t.donor)
+                self._keep(given, "donor")
+                return {"source": self.table.adapter, "sites": [str(s) for s in given.parts]}
+
+            return self._step("donor", [self.table.adapter, given.hash], copy, ("donor",))
+        layers = t.job.training.layers or [t.donor.n_layers // 2]
+        sites = [t.donor.site(l) for l in layers]
+        inputs = [self._training, layers, self.demonstrations_hash]
+        return self._step("donor", inputs, lambda: self._train("donor", sites, "donor"), ("donor",))
+
+    @cached_property
+    def demonstrations_hash(self) -> str | None:
+        source = self.table.demonstrations
+        return self.shared.prompts(source).full_hash if source else None
+
+    def native(self, sites: list[Site]) -> dict[str, Any]:
+        """The same recipe on the recipient itself, at the sites of the paste."""
+        inputs = [self._training, [str(s) for s in sites], self.demonstrations_hash]
+        return self._step("native", inputs, lambda: self._train("recipient", sites, "native"), ("native",))
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def _candidates(self, donor: Adapter) -> list[Candidate]:
+        t, table = self.shared, self.shared.job.paste
+        layers, nd, nr = donor.layers, t.donor.n_layers, t.recipient.n_layers
+        ridge = [("ridge", a) for a in table.alphas]
+        if table.match == "forecast":
+            return candidates_of(donor, nr, ridge)
+        if table.match == "r2":
+            sites = [Site(l) for l in range(nr)]
+            matched = match_by_r2(r2_table(t.fits, list(donor.parts), sites, table.alphas[0]))
+        else:
+            matched = match_layers(layers, nd, nr, table.match)
+        pairs = tuple((s, Site(matched[s.layer], s.point)) for s in donor.parts)
+        return [Candidate(pairs, method, alpha) for method, alpha in ridge]
+
+    def forecast(self) -> dict[str, Any]:
+        """Forecasts every candidate, chooses, and measures some of them on validation prompts to check the forecast."""
+        t, job = self.shared, self.shared.job
+        others = [b for b in job.behaviours if b.name != self.name]
+        sources = [self.table.validation, self.table.validation_not, *(b.validation for b in others)]
+        hashes = [t.prompts(s).full_hash for s in sources if s]
+        inputs = [self.adapter("donor").hash, job.paste.model_dump(), hashes, job.evaluate.validation_text]
+        return self._step("forecast", inputs, self._forecast)
+
+    def _forecast(self) -> dict[str, Any]:
+        t, job, donor = self.shared, self.shared.job, self.adapter("donor")
+        prompts = t.prompts(self.table.validation)
+        effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
+        start = time.perf_counter()
+        on = t.gradient(self.name, self.table.validation)
+        off = {b.name: t.gradient(b.name, b.validation) for b in job.behaviours if b.name != self.name}
+        if self.table.validation_not:
+            off["where not wanted"] = t.gradient(self.name, self.table.validation_not)
+        neutral, fits = t.neutral, t.fits
+        candidates = self._candidates(donor)
+        for side, site in {
+            (s, p[k]) for c in candidates for p in c.pairs for k, s in enumerate(("donor", "recipient"))
+        }:
+            fits.solver(side, site, True)  # factorised here, so that the time below is the forecast's own
+        start = time.perf_counter()
+        fixed = None if job.paste.strength == "forecast" else float(job.paste.strength)
+        target = float(effect.mean())
+        made = forecast_pastes(donor, fits, candidates, on, off, neutral, target=target, strength=fixed,
+                               max_sigma=job.paste.max_sigma)  # fmt: skip
+        ranked = rank(made, target)
+        seconds = time.perf_counter() - start
+        rows = [_forecast_row(f, chosen=i == 0) for i, f in enumerate(ranked)]
+        self._measure(ranked, rows, donor, prompts, on.value)
+        checked = [r for r in rows if r["measured_on"] is not None]
+        said, found = [r["on"] for r in checked], [r["measured_on"] for r in checked]
+        return {
+            "target": target,
+            "candidates": rows,
+            "chosen": rows[0],
+            "seconds": seconds,
+            "spearman": spearman(said, found),
+            "sign_agreement": sign_agreement(said, found),
+        }
+
+    def _measure(self, ranked: list[Forecast], rows: list[dict[str, Any]], donor: Adapter, prompts: PromptSet,
+                 before: Tensor) -> None:  # fmt: skip
+        """Measures the first candidates and an even spread of the rest on validation prompts."""
+        t = self.shared
+        step = max(1, len(ranked) // MEASURED)
+        for i in progress(
+            sorted({0, 1, 2, *range(0, len(ranked), step)} & set(range(len(ranked)))), desc="checking forecasts"
+        ):
+            adapter = self._folded(ranked[i], donor)
+            after = log_odds(t.recipient, prompts, self.table.openers, adapter)
+            rows[i]["measured_on"] = float((after - before).mean())
+
+    def _folded(self, f: Choice, donor: Adapter, fits: ConverterFits | None = None) -> Adapter:
+        """The paste of one candidate at its strength."""
+        folded = fold_candidate(donor, fits or self.shared.fits, f.candidate)
+        parts = {site: _sum(listed) for site, listed in folded.items()}
+        return Adapter(
+            parts,
+            positions=donor.positions,
+            strength=f.strength,
+            name=f"{self.name} paste",
+            base=self.shared.recipient.fingerprint,
+        )
+
+    @staticmethod
+    def chosen(forecast: Mapping[str, Any]) -> Choice:
+        c = forecast["chosen"]
+        pairs = tuple((Site.parse(d), Site.parse(r)) for d, r in c["pairs"])
+        return Choice(Candidate(pairs, c["method"], c["alpha"]), c["strength"])
+
+    # -- pasting ------------------------------------------------------------------------------------------------------
+
+    def paste(self, chosen: Choice) -> dict[str, Any]:
+        """The paste, the published way beside it, and what does not belong to any draw; converters with their quality."""
+        t = self.shared
+        inputs = [self.adapter("donor").hash, repr(chosen.candidate), chosen.strength]
+        return self._step(
+            "paste", [inputs, t.profiled.hash], lambda: self._paste(chosen), ("paste", "pinv", "mean_delta")
+        )
+
+    def _paste(self, chosen: Choice) -> dict[str, Any]:
+        t, donor = self.shared, self.adapter("donor")
+        fresh = ConverterFits(t.store("donor"), t.store("recipient"), t.job.profile.holdout, t.job.seed)
+        for d, r in chosen.candidate.pairs:  # reading the profile is not the paste's time
+            fresh.states("donor", d), fresh.states("recipient", r)
+        start = time.perf_counter()
+        for d, r in chosen.candidate.pairs:
+            fresh.solver("donor", d, True), fresh.solver("recipient", r, True)
+        fitted = time.perf_counter()
+        adapter = self._folded(chosen, donor, fresh)
+        folded = time.perf_counter()
+        self._keep(adapter, "paste")
+        self._keep(self._published(donor, fresh), "pinv")
+        states = t.gradient(self.name, self.table.validation).states
+        mean = {s: vector(s, part.delta(states[s]).mean(0)).parts[s] for s, part in adapter.parts.items()}
+        self._keep(replace(adapter, parts=mean, name=f"{self.name} mean delta"), "mean_delta")
+        converters = [fresh.converter(d, r, chosen.candidate.method, chosen.candidate.alpha)
+                      for d, r in chosen.candidate.pairs]  # fmt: skip
+        return {"fit": fitted - start, "fold": folded - fitted, "flops": paste_flops(fresh, donor, chosen.candidate),
+                "converters": [_converter_row(c) for c in converters]}  # fmt: skip
+
+    def _published(self, donor: Adapter, fits: ConverterFits) -> Adapter:
+        """Command-V as published: pinv, nearest layer by depth, strength 1."""
+        t = self.shared
+        matched = match_layers(donor.layers, t.donor.n_layers, t.recipient.n_layers, "nearest")
+        pairs = tuple((s, Site(matched[s.layer], s.point)) for s in donor.parts)
+        return self._folded(Choice(Candidate(pairs, "pinv", 0.0), 1.0), donor, fits)
+
+    def sigma(self, adapter: Adapter) -> float:
+        """Mean Mahalanobis length of an adapter's delta on validation prompts, in the recipient's profile."""
+        states = self.shared.gradient(self.name, self.table.validation).states
+        lengths = [
+            mahalanobis(part.delta(states[s]) * adapter.strength, self.shared.fits.covariance("recipient", s)).mean()
+            for s, part in adapter.parts.items()
+        ]
+        return float(torch.stack(lengths).max())
+
+    def controls(self, chosen: Choice) -> dict[str, list[Adapter]]:
+        """Draws of the random controls, each scaled to the paste's length in standard deviations."""
+        t, donor, paste = self.shared, self.adapter("donor"), self.adapter("paste")
+        length = self.sigma(paste)
+
+        def scaled(adapter: Adapter) -> Adapter:
+            return adapter * (length / self.sigma(adapter))
+
+        made: dict[str, list[Adapter]] = {"random_converter": [], "shuffled_pairs": []}
+        for draw in range(t.job.evaluate.draws):
+            seed = t.job.seed * 1000 + draw
+            made["random_converter"].append(scaled(self._random(chosen, donor, seed)))
+            shuffled = ConverterFits(t.store("donor"), t.store("recipient"), t.job.profile.holdout, seed, shuffled=True)
+            made["shuffled_pairs"].append(scaled(self._folded(chosen, donor, shuffled)))
+        return made
+
+    def _random(self, chosen: Choice, donor: Adapter, seed: int) -> Adapter:
+        """Converters of independent normal entries with the size of the fitted ones; the means still correspond."""
+        generator, fits = torch.Generator().manual_seed(seed), self.shared.fits
+        folded: dict[Site, list[LowRank]] = {}
+        for d, r in chosen.candidate.pairs:
+            x, y, part = fits.states("recipient", r), fits.states("donor", d), donor.parts[d]
+            there = (
+                torch.randn(x.shape[1], y.shape[1], generator=generator) * float(y.std() / x.std()) / x.shape[1] ** 0.5
+            )
+            back = torch.randn(y.shape[1], x.shape[1], generator=generator)
+            v = there @ part.V
+            b = part.b + y.mean(0) @ part.V - x.mean(0) @ v
+            folded.setdefault(r, []).append(LowRank(v, b, part.U @ back, part.act))
+        return replace(self.adapter("paste"), parts={s: _sum(p) for s, p in folded.items()}, strength=1.0)
+
+
+def resolve(path: str) -> str | Path:
+    """An adapter's folder: a path, or `bundled:NAME`."""
+    from .bundled import PREFIX, bundled_path
+
+    return bundled_path(path, "adapters") if path.startswith(PREFIX) else path
+
+
+def _sum(parts: list[LowRank]) -> LowRank:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:
+    """A candidate as metrics.json has it."""
+    row = {k: v for k, v in asdict(f).items() if k != "candidate"}
+    first = f.candidate.pairs[0]
+    return {
+        **row,
+        "pairs": [[str(d), str(r)] for d, r in f.candidate.pairs],
+        "donor_site": str(first[0]),
+        "recipient_site": str(first[1]),
+        "method": f.candidate.method,
+        "alpha": f.candidate.alpha,
+        "measured_on": None,
+        "chosen": chosen,
+    }
+
+
+def _converter_row(c: Converter) -> dict[str, Any]:
+    def plain(q: Any) -> dict[str, Any] | None:
+        return None if q is None else asdict(q)
+
+    warnings = [q.warning for q in (c.quality_to_donor, c.quality_to_recipient) if q is not None and q.warning]
+    return {"pair": f"{c.donor} <-> {c.recipient}", "method": c.method, "alpha": c.alpha,
+            "quality_to_donor": plain(c.quality_to_donor), "quality_to_recipient": plain(c.quality_to_recipient),
+            "warning": "; ".join(warnings) or None}  # fmt: skip
+
+
+def paste_flops(fits: ConverterFits, donor: Adapter, candidate: Candidate) -> float:
+    """Multiply-adds (twice their number) of factorising both profiles and folding; 9 k^3 for an eigendecomposition."""
+    total = 0.0
+    sides = {("donor", d) for d, _ in candidate.pairs} | {("recipient", r) for _, r in candidate.pairs}
+    for side, site in sides:
+        n, width = fits.states(side, site).shape
+        k = min(n, width)
+        total += 2.0 * n * width * k * 2 + 9.0 * k**3
+    for d, r in candidate.pairs:
+        rank = donor.parts[d].rank
+        (n, a), b = fits.states("donor", d).shape, fits.states("recipient", r).shape[1]
+        total += 2.0 * n * rank * (2 * a + 2 * b) + 2.0 * rank * (min(n, a) * a + min(n, b) * b)
+    return total
+
+
+def transfer(job: Job, run: Run) -> dict[str, Any]:
+    """Runs the job and returns its metrics; artefacts and step records lie in the run folder."""
+    from .evaluate.arms import measure_arms
+
+    t = Transfer(job, run)
+    start = time.perf_counter()
+    metrics: dict[str, Any] = {"schema": 1, "environment": environment(), "warnings": []}
+    metrics["job"] = {"name": job.name, "seed": job.seed, "donor": t.donor.name, "recipient": t.recipient.name,
+                      "profile_prompts": len(t.profiled)}  # fmt: skip
+    metrics["profiles"] = _profiles(t)
+    metrics["behaviours"] = {}
+    for table in job.behaviours:
+        b = BehaviourTransfer(t, table)
+        b.donor_adapter()
+        forecast = b.forecast()
+        chosen = b.chosen(forecast)
+        pasted = b.paste(chosen)
+        native = (
+            b.native([r for _, r in chosen.candidate.pairs]) if job.evaluate.native and table.demonstrations else None
+        )
+        metrics["behaviours"][table.name] = measure_arms(b, chosen, forecast, pasted, native)
+        metrics["warnings"] += [f"{table.name}: {c['warning']}" for c in pasted["converters"] if c["warning"]]
+    metrics["seconds"] = time.perf_counter() - start
+    return metrics
