@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all check bench data docs ui clean
+.PHONY: demo test test-all check data clean
 .DELETE_ON_ERROR:
 
 # constraints.txt pins every version, torch among them; on a machine with a GPU see "With a GPU" in the README
@@ -33,9 +33,6 @@ check: $(STAMP)
 
 data: $(STAMP)
 	$(BIN)/python -m data.build
-
-ui: $(STAMP)
-	$(BIN)/workbench ui
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

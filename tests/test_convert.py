@@ -54,7 +54,7 @@ def test_keys_are_donor_layers_also_where_both_lists_have_one_length():
     "arguments", [([4], 4, 4), ([], 4, 4), ([0], 4, 4, "nearest", [9]), ([0], 4, 4, "nearest", []), ([0], 4, 4, "best")]
 )
 def test_bad_layers_and_policies_are_refused(arguments):
-    with pytest.raises(UserError, match="out of range|unknown layer matching"):
+    with pytest.raises(UserError, match=r"out of range|unknown layer matching"):
         match_layers(*arguments)
 
 

@@ -23,7 +23,7 @@ def test_layer_out_of_range_names_what_is_allowed(text):
 
 @pytest.mark.parametrize("text", ["resid.5", "banana", "blocks.x.hook_resid_post", ""])
 def test_what_is_no_site_is_refused(text):
-    with pytest.raises(UserError, match="unknown point|cannot read"):
+    with pytest.raises(UserError, match=r"unknown point|cannot read"):
         Site.parse(text)
 
 

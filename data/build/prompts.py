@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from . import language
@@ -72,7 +73,7 @@ def profile_sample(rng: random.Random) -> Sample:
 def build(out: Path, seed: int = 7) -> None:
     """Writes every set; the same seed gives the same bytes."""
     rng = random.Random(seed)
-    lines = _distinct(lambda: profile_sample(rng), N_PROFILE, set())
+    lines = _distinct(partial(profile_sample, rng), N_PROFILE, set())
     write(out / "profile.jsonl", [_line(s, i) for i, s in enumerate(lines)])
     for kind in BEHAVIOURS:
         shown = [demonstration(rng, kind) for _ in range(N_DEMONSTRATIONS)]
@@ -80,10 +81,10 @@ def build(out: Path, seed: int = 7) -> None:
     for split, n in (("validation", N_VALIDATION), ("evaluation", N_EVALUATION)):
         taken: set[str] = set()
         for kind in BEHAVIOURS:
-            wanted = _distinct(lambda kind=kind: of_interest(rng, kind, split), n, taken)
+            wanted = _distinct(partial(of_interest, rng, kind, split), n, taken)
             write(out / f"{split}_{kind}.jsonl", [_line(s, i) for i, s in enumerate(wanted)])
         for kind in BEHAVIOURS:
-            away = _distinct(lambda kind=kind: elsewhere(rng, kind, split), n, set())
+            away = _distinct(partial(elsewhere, rng, kind, split), n, set())
             write(out / f"{split}_not_{kind}.jsonl", [_line(s, i) for i, s in enumerate(away)])
-        stories = _distinct(lambda: language.draw(rng, "plain", split, neutral=True), n, set())
+        stories = _distinct(partial(language.draw, rng, "plain", split, neutral=True), n, set())
         write(out / f"{split}_text.jsonl", [_line(s, i) for i, s in enumerate(stories)])

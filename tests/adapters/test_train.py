@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.conftest import make_model
 from workbench.adapters.train import spread, train_adapter
 from workbench.errors import UserError
 from workbench.evaluate.behaviour import log_odds

@@ -58,6 +58,10 @@ class _Part(nn.Module):
             return torch.zeros_like(self.read), torch.ones_like(self.bias), self.write
         return self.read, self.bias, self.write
 
+    def frozen(self) -> LowRank:
+        v, b, u = (t.detach().cpu().clone().contiguous() for t in self.low_rank())
+        return LowRank(v, b, u)
+
     def delta(self, h: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         v, b, u = self.low_rank()
         return ((h.float() @ v + b) @ u).to(h.dtype)
@@ -188,7 +192,7 @@ def train_adapter(
             tokens += sum(len(p) + len(a) for p, a in batch)
             if step % 10 == 0 or step == steps - 1:
                 curve.append((step, loss.item(), size.mean().item()))
-    done = {s: LowRank(*(t.detach().cpu().clone().contiguous() for t in part.low_rank())) for s, part in parts.items()}
+    done = {s: part.frozen() for s, part in parts.items()}
     adapter = Adapter(done, positions=positions, name=name, base=model.fingerprint, meta={"kind": kind, "seed": seed})
     # forward 2 N and backward 2 N per token: gradients of activations only, the weights are frozen
     return Trained(adapter, tuple(curve), time.perf_counter() - start, 4.0 * model.parameters * tokens, steps)
