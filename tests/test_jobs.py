@@ -1,0 +1,213 @@
+"""Job files: what is refused and how it is told, there and back through TOML, and steps that are kept or done again."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from workbench import jobs_docs
+from workbench.errors import UserError
+from workbench.job_options import open_job
+from workbench.jobs import Job, Run
+
+from .conftest import ROOT
+
+BEHAVIOUR = {
+    "name": "refusal",
+    "openers": ["sorry"],
+    "grader": "refusal",
+    "validation": "v.jsonl",
+    "evaluation": "e.jsonl",
+}
+SMALLEST: dict[str, Any] = {"donor": {"model": "a"}, "recipient": {"model": "b"}, "behaviours": [BEHAVIOUR]}
+
+
+def changed(**tables: Any) -> dict[str, Any]:
+    return {**SMALLEST, **tables}
+
+
+def job_file(folder: Path, data: dict[str, Any] | str) -> Path:
+    path = folder / "job.toml"
+    path.write_text(data if isinstance(data, str) else tomli_w.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (changed(speed=3), ["unknown key 'speed'", "allowed here", "behaviours"]),
+        (changed(paste={"mtach": "floor"}), ["unknown key 'paste.mtach'", "match", "max_sigma"]),
+        (changed(behaviours=[{**BEHAVIOUR, "gradr": "x"}]), ["unknown key 'behaviours.0.gradr'", "grader_args"]),
+        (changed(paste={"match": "middle"}), ["paste.match", "'middle'", "forecast", "nearest", "docs/jobs.md"]),
+        (changed(profile={"holdout": 1.5}), ["profile.holdout", "1.5", "less than 1"]),
+        (changed(training={"rank": 0}), ["training.rank", "given: 0"]),
+        (changed(behaviours=[]), ["behaviours", "at least 1"]),
+        (changed(name="../out"), ["name", "'../out'"]),
+        (changed(behaviours=[{**BEHAVIOUR, "name": "a/b"}]), ["behaviours.0.name", "'a/b'"]),
+        ({k: v for k, v in SMALLEST.items() if k != "donor"}, ["donor", "required"]),
+        ("name = [", ["not valid TOML", "job.toml"]),
+    ],
+)
+def test_a_bad_job_is_told_in_one_line(tmp_path, data, words):
+    with pytest.raises(UserError) as caught:
+        Job.load(job_file(tmp_path, data))
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_job_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.toml"):
+        Job.load(tmp_path / "gone.toml")
+    with pytest.raises(UserError, match="job file"):
+        Job.load(tmp_path)
+
+
+def test_to_toml_and_back(tmp_path):
+    given = changed(
+        seed=7, paste={"match": "floor", "alphas": [0.5], "strength": 2.0}, training={"layers": [1, 2]},
+        evaluate={"dose": [], "limit": 5}, behaviours=[{**BEHAVIOUR, "grader_args": {"openers": ["no"]}}],
+    )  # fmt: skip
+    job = Job.parse(given)
+    written = tomli_w.dumps(job.model_dump(exclude_none=True))
+    assert Job.load(job_file(tmp_path, written)) == job
+    assert Job.parse(tomllib.loads(written)).paste.strength == 2.0
+
+
+def test_what_is_turned_off_stays_off_through_toml(tmp_path):
+    job = Job.parse(changed(evaluate={"neutral_text": "", "validation_text": "", "native": False}))
+    back = Job.load(job_file(tmp_path, tomli_w.dumps(job.model_dump(exclude_none=True))))
+    assert not back.evaluate.neutral_text
+    assert not back.evaluate.validation_text
+
+
+def test_options_of_the_command_line_replace_what_the_file_says(tmp_path):
+    donor = {"model": "a", "dtype": "float32", "revision": "abc", "blocks": "model.layers"}
+    path = job_file(tmp_path, changed(donor=donor))
+    job = open_job(path, donor="elsewhere", out=tmp_path / "o", seed=3)
+    assert (job.donor.model, job.donor.dtype, job.donor.revision, job.donor.blocks) == (
+        "elsewhere",
+        "float32",
+        None,
+        None,
+    )
+    assert (job.recipient.model, job.folder, job.seed) == ("b", tmp_path / "o" / "job", 3)
+    assert open_job(path) == Job.load(path)
+    quick = open_job(path, quick=True)
+    assert quick.name == "job-quick"
+    assert quick.evaluate.draws < job.evaluate.draws
+    assert Job.parse(quick.model_dump()) == quick
+
+
+def test_the_bundled_job_is_a_job():
+    job = open_job("bundled:demo")
+    assert (job.name, job.folder) == ("demo", Path("runs/demo"))
+    with pytest.raises(UserError, match="allowed: bundled:demo"):
+        open_job("bundled:other")
+
+
+class Maker:
+    """Counts how often a step is really done."""
+
+    def __init__(self, run: Run, result: Any = 1) -> None:
+        self.run, self.result, self.done = run, result, 0
+
+    def __call__(self) -> Any:
+        self.done += 1
+        (self.run.folder / "made").mkdir(parents=True, exist_ok=True)
+        return self.result
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def test_a_step_is_kept_for_the_same_inputs_and_done_again_for_others(run):
+    make = Maker(run, {"value": 3})
+    for _ in range(2):
+        assert run.step("fit", {"alpha": 0.1}, make, ("made",)) == {"value": 3}
+    assert make.done == 1
+    Run(run.folder).step("fit", {"alpha": 0.1}, make, ("made",))
+    assert make.done == 1
+    run.step("fit", {"alpha": 0.2}, make, ("made",))
+    assert make.done == 2
+    run.step("other", {"alpha": 0.2}, make, ("made",))
+    assert make.done == 3
+
+
+def test_a_step_whose_artefact_is_gone_is_done_again(run):
+    make = Maker(run)
+    run.step("fit", 1, make, ("made",))
+    (run.folder / "made").rmdir()
+    run.step("fit", 1, make, ("made",))
+    assert make.done == 2
+
+
+def test_a_damaged_record_is_done_again(run):
+    make = Maker(run)
+    run.step("fit", 1, make)
+    (run.folder / "steps" / "fit.json").write_text('{"key": ')
+    run.step("fit", 1, make)
+    assert make.done == 2
+
+
+def test_a_step_of_another_version_is_done_again(run, monkeypatch):
+    make = Maker(run)
+    run.step("fit", 1, make)
+    monkeypatch.setattr("workbench.__version__", "99.0")
+    run.step("fit", 1, make)
+    assert make.done == 2
+
+
+def test_a_step_that_fails_is_named_and_leaves_the_earlier_ones(run):
+    first = Maker(run)
+    run.step("profile", 1, first)
+
+    def fail() -> None:
+        raise UserError("layer 9 is out of range")
+
+    with pytest.raises(UserError, match="step fit: layer 9 is out of range"):
+        run.step("fit", 1, fail)
+    assert not (run.folder / "steps" / "fit.json").exists()
+    run.step("profile", 1, first)
+    assert first.done == 1
+    second = Maker(run, 5)
+    assert run.step("fit", 1, second) == 5
+    assert json.loads((run.folder / "steps" / "fit.json").read_text())["result"] == 5
+
+
+def test_the_result_of_a_kept_step_is_what_it_was(run):
+    """The first return must already be what a later run reads back: tuples are lists, keys are strings."""
+    made = run.step("fit", 1, lambda: {"pairs": [[0, 1]], "x": None})
+    assert made == run.step("fit", 1, Maker(run))
+
+
+def test_a_stop_is_in_the_log(run):
+    run.folder.mkdir()
+    with pytest.raises(KeyboardInterrupt), run.logging():
+        raise KeyboardInterrupt
+    assert "the run stopped" in (run.folder / "log.txt").read_text()
+
+
+def test_the_reference_of_the_job_file_is_up_to_date():
+    """Where this fails: workbench job --reference > docs/jobs.md"""
+    assert (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8") == jobs_docs.reference()
+
+
+def test_the_reference_names_every_key():
+    text = jobs_docs.reference()
+    for _, table in jobs_docs.TABLES:
+        for name, field in table.model_fields.items():
+            assert f"| `{name}` |" in text
+            assert field.description, f"{table.__name__}.{name} has no docstring"
+
+
+def test_the_example_in_the_reference_is_a_job():
+    example = jobs_docs.INTRO.split("```toml\n")[1].split("```")[0]
+    assert Job.parse(tomllib.loads(example)).behaviours[0].name == "refusal"

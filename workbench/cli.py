@@ -1,0 +1,327 @@
+"""The command line: each verb parses its arguments, calls the function of the same name, and prints what it returned.
+
+Results go to stdout, progress and the log to stderr. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .cli_errors import FLAGS, guarded
+from .cli_values import alpha_value, layer_list, site_list
+from .errors import UserError
+
+ADAPTER_HELP = "adapter folder, ours or pyreft's, or bundled:NAME"
+MODEL_HELP = "hub id, local folder, bundled:donor or bundled:recipient"
+
+
+class _Group(TyperGroup):
+    """The verbs; errors come out as one line, and the global flags may stand anywhere on the line."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        flags = [a for a in given[:end] if a in FLAGS]
+        line = flags + [a for a in given[:end] if a not in FLAGS] + given[end:]
+        parse = super().main
+        sys.exit(guarded(lambda: parse(line, prog_name, complete_var, False, windows_expand_args, **extra), flags))
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def main() -> None:
+    """The console command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign shows a question mark
+    app(prog_name="workbench")
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"workbench {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, and only warnings in the log")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="and exit")] = False,
+) -> None:
+    """Move what one language model does into another, and measure how much arrived. Start with `workbench demo`."""
+
+
+Json = Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")]
+Seed = Annotated[int | None, typer.Option(help="of everything random, in place of the job's")]
+Donor = Annotated[str | None, typer.Option(metavar="MODEL", help=f"donor in place of the job's: {MODEL_HELP}")]
+Recipient = Annotated[str | None, typer.Option(metavar="MODEL", help=f"recipient in place of the job's: {MODEL_HELP}")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace --out where it exists")]
+Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="take an adapter that belongs to another model")]
+Quick = Annotated[bool, typer.Option("--quick", help="fewer prompts: shows that it runs; the numbers mean little")]
+Out = Annotated[Path, typer.Option(help="folder to make")]
+Dtype = Annotated[str, typer.Option(help="to run in: auto, float32, float16, bfloat16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map to spread over all GPUs")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="folder in which the run folder is made [runs]")] = None,
+    quick: Quick = False,
+    donor: Donor = None,
+    recipient: Recipient = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Runs the bundled job and prints its result.
+
+    Takes an adapter from the bundled donor to the bundled recipient and measures what arrived beside its controls; the
+    path of the report comes last. Run it again to go on after a stop.
+    """
+    _run("bundled:demo", donor=donor, recipient=recipient, out=out, seed=seed, quick=quick, as_json=as_json)
+
+
+@app.command()
+def run(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="job.toml, or bundled:demo")],
+    donor: Donor = None,
+    recipient: Recipient = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder in which the run folder is made, in place of the job's")
+    ] = None,
+    seed: Seed = None,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Runs a job file. Steps already done with the same inputs are kept; run it again to go on after a stop."""
+    _run(job, donor=donor, recipient=recipient, out=out, seed=seed, quick=quick, as_json=as_json)
+
+
+def _run(source: str, *, as_json: bool, **changes: Any) -> None:
+    from .job_options import open_job
+    from .jobs import run_job
+    from .summary import load_metrics, result_table
+
+    made = run_job(open_job(source, **changes))
+    metrics = load_metrics(made.folder)
+    if as_json:
+        return _json(metrics)
+    _table(result_table(metrics))
+    for warning in metrics.get("warnings", []):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"report: {made.folder / 'report.html'}")
+
+
+@app.command()
+def job(
+    path: Annotated[str | None, typer.Argument(metavar="[JOB]", help="job.toml, or bundled:demo")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="print docs/jobs.md: every key of a job file")] = False,
+) -> None:
+    """Checks a job file and prints it with its defaults."""
+    if reference:
+        from .jobs_docs import reference as text
+
+        return typer.echo(text(), nl=False)
+    if path is None:
+        raise UserError("no job file given; give one to check, or --reference for every key that it may have")
+    import tomli_w
+
+    from .job_options import open_job
+
+    typer.echo(tomli_w.dumps(open_job(path).model_dump(exclude_none=True)), nl=False)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    prompts: Annotated[str, typer.Option(help="bundled:NAME, hub:owner/name, or a .txt, .jsonl, .csv, .parquet file")],
+    out: Out,
+    sites: Annotated[str | None, typer.Option(help="such as resid_post.4,resid_pre.5 [every resid_post]")] = None,
+    layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these")] = None,
+    tokens: Annotated[str, typer.Option(help="last, all, first:n, last:n, every:n")] = "last",
+    store_dtype: Annotated[str, typer.Option(help="of the store: float32, float16, bfloat16, auto")] = "float32",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="tokens in a forward pass, padding included")] = 8192,
+    max_length: Annotated[int | None, typer.Option(help="cut longer prompts [the model's context]")] = None,
+    limit: Annotated[int | None, typer.Option(help="the first so many prompts only")] = None,
+    column: Annotated[str | None, typer.Option(help="the column of the prompts file to read")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Keeps a model's activations in a store on disk."""
+    wanted = site_list(sites, layers)
+    from .models import load
+    from .profile import profile_model
+    from .prompts import PromptSet
+
+    read = PromptSet.load(prompts, column=column, limit=limit)
+    store = profile_model(load(model, dtype=dtype, device=device), read, out, sites=wanted, tokens=tokens, dtype=store_dtype,
+                          batch_tokens=batch_tokens, max_length=max_length, overwrite=overwrite)  # fmt: skip
+    if as_json:
+        return _json({"store": str(store.path), "rows": store.n_rows, "sites": [str(s) for s in store.sites],
+                      "prompt_hash": store.prompt_hash, "bytes": store.n_bytes})  # fmt: skip
+    typer.echo(f"{store.path}: {store.n_rows} rows at {', '.join(map(str, store.sites))}")
+
+
+@app.command()
+def convert(
+    donor: Annotated[Path, typer.Argument(metavar="DONOR_STORE", help="profile of the donor")],
+    recipient: Annotated[
+        Path, typer.Argument(metavar="RECIPIENT_STORE", help="profile of the recipient, same prompts")
+    ],
+    out: Out,
+    donor_layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 [all of its profile]")] = None,
+    match: Annotated[str, typer.Option(help="which recipient layer answers: nearest, floor, r2")] = "nearest",
+    method: Annotated[str, typer.Option(help="ridge, or pinv as published")] = "ridge",
+    alpha: Annotated[str, typer.Option(help="ridge strength in units of the mean diagonal of X'X, or cv")] = "0.1",
+    holdout: Annotated[float, typer.Option(help="share of prompts kept for the quality figures")] = 0.2,
+    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fits converters between two profiles.
+
+    Prints how well each map fits prompts that it was not fitted on, beside two baselines.
+    """
+    layers = None if donor_layers is None else layer_list(donor_layers)
+    strength = alpha_value(alpha)
+    from .converter_files import fit_set, quality_rows, save_converters
+    from .store import Store
+
+    made = fit_set(Store.open(donor), Store.open(recipient), layers=layers, match=match, method=method, alpha=strength,
+                   holdout=holdout, seed=seed)  # fmt: skip
+    save_converters(made, out, overwrite=overwrite)
+    rows = quality_rows(made)
+    if as_json:
+        return _json({"converters": str(out), "maps": rows})
+    from .converter_table import quality_table
+
+    _table(quality_table(rows))
+    for warning in sorted({row["warning"] for row in rows if row["warning"]}):
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{out}: {len(made)} converters")
+
+
+@app.command()
+def paste(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help=f"the donor's {ADAPTER_HELP}")],
+    converters: Annotated[Path, typer.Argument(metavar="CONVERTERS", help="folder that `workbench convert` made")],
+    out: Out,
+    strength: Annotated[float, typer.Option(help="factor on the adapter's own")] = 1.0,
+    allow_mismatch: Mismatch = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrites a donor's adapter for the recipient."""
+    from .adapters.adapter import Adapter
+    from .converter_files import load_converters
+
+    made = load_converters(converters).paste(Adapter.load(adapter), strength=strength, allow_mismatch=allow_mismatch)
+    made.save(out, overwrite=overwrite)
+    if as_json:
+        return _json({"adapter": str(out), "sites": [str(s) for s in made.parts], "rank": made.rank, "width": made.width,
+                      "strength": made.strength})  # fmt: skip
+    sites = ", ".join(map(str, made.parts))
+    typer.echo(
+        f"{out}: rank {made.rank} at {sites}, for {made.base.get('name', 'the recipient')} of width {made.width}"
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="user turns")] = None,
+    prompts: Annotated[str | None, typer.Option(help="a prompt set in place of PROMPT")] = None,
+    adapter: Annotated[Path | None, typer.Option(help=ADAPTER_HELP)] = None,
+    strength: Annotated[float, typer.Option(help="factor on the adapter's own; 0 is the plain model")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="length at which an answer is cut")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="sample in place of the likeliest token")] = False,
+    temperature: Annotated[float, typer.Option(help="of --sample")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of --sample")] = 0,
+    limit: Annotated[int | None, typer.Option(help="the first so many of --prompts only")] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts at once")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    allow_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> None:
+    """Answers prompts, with an adapter where one is given. With --json: one object a line."""
+    if bool(prompt) == (prompts is not None):
+        raise UserError("give either prompts on the line or --prompts with a prompt set" +
+                        (", not both" if prompt else ""))  # fmt: skip
+    from dataclasses import replace
+
+    from .adapters.adapter import Adapter
+    from .models import load
+    from .prompts import PromptSet
+
+    read = PromptSet.load(prompts if prompts is not None else list(prompt or []), limit=limit)
+    used = None if adapter is None else Adapter.load(adapter) * strength
+    if used is not None and allow_mismatch:
+        used = replace(used, base={})
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {}
+    answers = load(model, dtype=dtype, device=device).generate(
+        read, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=used, seed=seed, **options
+    )
+    for one, answer in zip(read, answers, strict=True):
+        if as_json:
+            typer.echo(json.dumps({"id": one.id, "prompt": one.user, "answer": answer}, ensure_ascii=False))
+        else:
+            typer.echo(f"> {one.user}\n{answer.strip()}\n")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"a model to prove too: {MODEL_HELP}")] = None,
+    as_json: Json = False,
+) -> None:
+    """Checks this machine, and a model.
+
+    Versions, devices, memory and disk; of a model, that it loads and that every site is proved. Exit code 1 where
+    something is wrong.
+    """
+    from dataclasses import asdict
+
+    from .doctor import diagnose
+
+    checks = diagnose(model)
+    if as_json:
+        _json([asdict(c) for c in checks])
+    else:
+        typer.echo("\n".join(map(str, checks)))
+    if any(c.status == "FAIL" for c in checks):
+        raise typer.Exit(1)
+
+
+def _json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(table: Any) -> None:
+    from rich.console import Console
+
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,53 @@
+"""How values on the command line are read."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from .errors import UserError
+
+
+def layer_list(text: str) -> list[int]:
+    """Numbers and ranges, both ends included; raises UserError for anything else.
+
+    >>> layer_list("0,4,8-10,-1")
+    [0, 4, 8, 9, 10, -1]
+    """
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", item)
+        if match is None:
+            raise UserError(f"cannot read {item!r} in the layers {text!r}; write numbers and ranges, such as 0,4,8-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"the range {item!r} in the layers {text!r} runs backwards; write it as {last}-{first}")
+        found += range(first, last + 1)
+    return found
+
+
+def site_list(sites: str | None, layers: str | None) -> list[int] | list[str] | None:
+    """What `--sites resid_post.4,resid_pre.5` or `--layers 0,4,8-12` name; None where neither was given.
+
+    >>> site_list("resid_post.4, resid_pre.5", None)
+    ['resid_post.4', 'resid_pre.5']
+    """
+    if sites is not None and layers is not None:
+        raise UserError("both --sites and --layers were given; give one of them")
+    if layers is not None:
+        return layer_list(layers)
+    return None if sites is None else [name.strip() for name in sites.split(",")]
+
+
+def alpha_value(text: str) -> float | Literal["cv"]:
+    """A ridge strength, or the word that leaves it to cross-validation.
+
+    >>> alpha_value("0.1"), alpha_value("cv")
+    (0.1, 'cv')
+    """
+    if text == "cv":
+        return "cv"
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"alpha {text!r} is neither a number nor cv; 0.01 to 0.1 are usual") from None

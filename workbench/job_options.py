@@ -1,0 +1,47 @@
+"""A job file as the command line changes it: other models, another place, another seed, or a quick look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .bundled import located
+from .jobs import Job, ModelTable
+
+QUICK: dict[str, dict[str, Any]] = {
+    "profile": {"limit": 512},
+    "training": {"steps": 60},
+    "evaluate": {"limit": 48, "draws": 2, "rate_draws": 1, "dose": []},
+}
+"""What a quick run changes: it shows that everything runs, and its numbers mean little."""
+
+
+def open_job(
+    source: str | Path,
+    *,
+    donor: str | None = None,
+    recipient: str | None = None,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    quick: bool = False,
+) -> Job:
+    """Reads a job file (a path or `bundled:NAME`), with what is given here in place of what it says.
+
+    donor, recipient: another model in place of the job's; dtype and device stay, revision and blocks were the other's.
+    out: the folder in which the run folder is made. quick: see `QUICK`; the run is named NAME-quick.
+    Raises UserError as `Job.load` does.
+    """
+    job = Job.load(located(source, "jobs", ".toml"))
+    change: dict[str, Any] = {}
+    for side, name in (("donor", donor), ("recipient", recipient)):
+        if name is not None:
+            was: ModelTable = getattr(job, side)
+            change[side] = ModelTable(model=name, dtype=was.dtype, device=was.device)
+    if out is not None:
+        change["out"] = str(out)
+    if seed is not None:
+        change["seed"] = seed
+    if quick:
+        change |= {table: getattr(job, table).model_copy(update=values) for table, values in QUICK.items()}
+        change["name"] = f"{job.name}-quick"
+    return job.model_copy(update=change)
