@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import platform
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,9 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .atomic import write_json, write_text
+from .atomic import make_parent, write_json, write_text
 from .errors import UserError
-from .models import short_hash
+from .hashes import short_hash
 
 log = logging.getLogger("workbench")
 
@@ -94,9 +95,9 @@ class EvaluateTable(_Table):
 
     native: bool = True
     """Train the behaviour into the recipient directly, for comparison."""
-    neutral_text: str | None = "bundled:evaluation_text"
+    neutral_text: str = "bundled:evaluation_text"
     """Plain texts on which side effects are measured; `""` for none."""
-    validation_text: str | None = "bundled:validation_text"
+    validation_text: str = "bundled:validation_text"
     """Plain texts on which side effects are forecast; `""` for none."""
     draws: int = Field(16, ge=0)
     """Draws of each random control, for its log-odds."""
@@ -165,7 +166,9 @@ class Job(_Table):
         try:
             data = tomllib.loads(path.read_text())
         except OSError as err:
-            raise UserError(f"cannot read the job file {path}: {err.strerror}; give a job.toml, or bundled:demo") from err
+            raise UserError(
+                f"cannot read the job file {path}: {err.strerror}; give a job.toml, or bundled:demo"
+            ) from err
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise UserError(f"{path} is not valid TOML: {err}") from err
         return cls.parse(data, str(path))
@@ -234,7 +237,20 @@ class Run:
         return result
 
     @contextmanager
-    def logging(self) -> Any:
+    def alone(self) -> Iterator[None]:
+        """Holds the run folder for this process; raises UserError where another one is writing into it."""
+        make_parent(self.folder / "lock")
+        with (self.folder / "lock").open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as err:
+                raise UserError(
+                    f"another run is writing into {self.folder}; wait for it, or give this job another name"
+                ) from err
+            yield
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
         """Writes the log of the block to log.txt."""
         handler = logging.FileHandler(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -268,7 +284,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_job(job: Job | str | Path | Mapping[str, Any], *, only: str | None = None) -> Run:
+def run_job(job: Job | str | Path | Mapping[str, Any]) -> Run:
     """Runs a transfer job to its end and returns its run folder, with metrics.json and report.html in it.
 
     Steps already done with the same inputs are reused. Raises UserError for anything in the job that cannot be done.
@@ -281,8 +297,12 @@ def run_job(job: Job | str | Path | Mapping[str, Any], *, only: str | None = Non
         job = Job.parse(job) if isinstance(job, Mapping) else Job.load(job)
     check_job(job)
     run = Run(job.folder)
-    write_text(run.folder / "job.toml", tomli_w.dumps(job.model_dump(exclude_none=True)))
-    with run.logging():
+    text = tomli_w.dumps(job.model_dump(exclude_none=True))
+    with run.alone(), run.logging():
+        if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_text() != text:
+            for stale in ("metrics.json", "report.html"):  # of another job: its results are not this one's
+                (run.folder / stale).unlink(missing_ok=True)
+        write_text(run.folder / "job.toml", text)
         metrics = transfer(job, run)
         write_json(run.folder / "environment.json", metrics["environment"])
         write_json(run.folder / "metrics.json", metrics)

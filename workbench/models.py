@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .backends import torch_hooks
 from .bundled import PREFIX, bundled_path
 from .errors import UserError
+from .hashes import file_hash, short_hash
 from .progress import progress
 from .sites import Site, find_blocks, text_config
 
@@ -28,20 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workbench")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def short_hash(value: Any) -> str:
-    """The first 12 hex digits of the sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def file_hash(path: Path) -> str:
-    """The sha256 of a file. A hub cache names its large files by it, so those are not read again."""
-    target = path.resolve()
-    if target.parent.name == "blobs" and len(target.name) == 64:
-        return target.name
-    with target.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Model:

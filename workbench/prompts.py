@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from .errors import UserError
+from .hashes import json_hash
 from .prompt_files import read_rows
 from .rendering import encode, encode_spans, opener_ids, pad, render, response_ids
 
@@ -21,12 +21,6 @@ __all__ = [
 MESSAGES = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "text", "question", "instruction")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-def json_hash(value: Any) -> str:
-    """The sha256 (hex) of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import UserError
+from .hashes import file_hash
 from .sites import Site
-from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, file_hash, files_of, manifest_text, read_manifest
+from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, files_of, manifest_text, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -117,9 +117,3 @@ def _check_header(path: Path, site: str, shard: dict[str, Any], width: int, dtyp
     if said != (site, dtype, [shard["rows"], width], [0, size]) or 8 + length + size != shard["bytes"]:
         raise UserError(f"store {path}: the header of {shard['file']} says {said[0]} {said[1]} {said[2]} at {said[3]}, "
                         f"the manifest says {site} {dtype} {[shard['rows'], width]}; refused")  # fmt: skip
-
-
-def file_hash(file: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from .atomic import make_parent
 from .errors import UserError
+from .hashes import file_hash
 from .sites import Site
-from .store_checks import MANIFEST, TABLES, file_hash, manifest_text
+from .store_checks import MANIFEST, TABLES, manifest_text
 
 
 class StoreWriter:
