@@ -10,6 +10,12 @@ from .errors import UserError
 PREFIX = "bundled:"
 
 
+def located(source: str | Path, folder: str, suffix: str = "") -> Path:
+    """`source` as a path, or in `data/<folder>` where it is `bundled:NAME`."""
+    text = str(source)
+    return bundled_path(text, folder, suffix) if text.startswith(PREFIX) else Path(source).expanduser()
+
+
 def bundled_path(name: str, folder: str, suffix: str = "") -> Path:
     """The path of `bundled:NAME` in `data/<folder>`; raises UserError with the names that exist."""
     root = Path(str(resources.files("workbench_data"))) / folder

@@ -25,10 +25,9 @@ def _train(name: str) -> None:
 
 def _adapters() -> None:
     """The donor's adapters, by the recipe that a job uses where it is given none."""
-    import torch
 
     from workbench import load
-    from workbench.adapters.train import spread, train_adapter
+    from workbench.adapters.train import default_layer, train_adapter
     from workbench.jobs import TrainingTable
     from workbench.profile import profile_model
 
@@ -36,15 +35,16 @@ def _adapters() -> None:
 
     donor = load(str(DATA / "models" / "donor"))
     donor.name = "bundled:donor"
-    site = donor.site(donor.n_layers // 2)
+    site = donor.site(default_layer(donor))
     store = profile_model(donor, DATA / "prompts" / "profile.jsonl", sites=[site])
-    limit = spread(store.read(site, dtype=torch.float32))
     recipe = TrainingTable().model_dump(exclude={"layers"})
     for name in BEHAVIOURS:
         demonstrations = DATA / "prompts" / f"demonstrations_{name}.jsonl"
-        trained = train_adapter(donor, demonstrations, site, spreads=[limit], name=name, **recipe)
+        trained = train_adapter(donor, demonstrations, site, profile=store, name=name, **recipe)
         trained.adapter.save(DATA / "adapters" / name, overwrite=True)
-        print(f"{name}: loss {trained.curve[0][1]:.3f} -> {trained.curve[-1][1]:.3f}, size {trained.curve[-1][2]:.2f} spreads")
+        print(
+            f"{name}: loss {trained.curve[0][1]:.3f} -> {trained.curve[-1][1]:.3f}, size {trained.curve[-1][2]:.2f} spreads"
+        )
 
 
 def main(parts: list[str]) -> None:
