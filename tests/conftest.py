@@ -11,6 +11,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WORKBENCH_PROGRESS", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # there are as many workers as cores: with a second thread each, all spend their time waiting for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers as tf

@@ -107,9 +107,7 @@ def test_held_out_rows_are_whole_prompts_and_the_same_for_both_sides(stores):
 
 
 def test_shuffled_pairs_predict_nothing(stores):
-    true, false = (
-        r2_table(ConverterFits(*stores, shuffled=s), [Site(1)], [Site(1)], 0.3)[1, 1] for s in (False, True)
-    )
+    true, false = (r2_table(ConverterFits(*stores, shuffled=s), [Site(1)], [Site(1)], 0.3)[1, 1] for s in (False, True))
     assert false < 0.05
     assert true > false
 

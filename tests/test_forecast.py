@@ -5,10 +5,21 @@ import torch
 
 from tests.conftest import make_model
 from workbench.adapters.adapter import Adapter, LowRank, vector
-from workbench.convert import ConverterFits
+from workbench.convert import ConverterFits, fit_converters
 from workbench.errors import UserError
 from workbench.evaluate.behaviour import log_odds
-from workbench.forecast import Candidate, Forecast, candidates_of, fisher, forecast_pastes, gradients, rank
+from workbench.forecast import (
+    Candidate,
+    Forecast,
+    candidates_of,
+    fisher,
+    forecast_frame,
+    forecast_pastes,
+    gradients,
+    paste_candidate,
+    rank,
+)
+from workbench.paste import paste_adapter
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, pad
 from workbench.sites import Site
@@ -67,7 +78,7 @@ def test_a_forecast_of_pastes_agrees_with_the_pastes():
     made = forecast_pastes(adapter, fits, candidates, on, {"other": on}, target=1.0, strength=0.01)
     plain = log_odds(recipient, PROMPTS, ["w7"])
     for f in made:
-        (d, r), = f.candidate.pairs
+        ((d, r),) = f.candidate.pairs
         pasted = Adapter({r: fits.fold(part, d, r, f.candidate.method, f.candidate.alpha)}, strength=0.01)
         measured = float((log_odds(recipient, PROMPTS, ["w7"], pasted) - plain).mean())
         assert measured == pytest.approx(f.on, abs=0.05 * abs(f.on) + 1e-4)
@@ -94,3 +105,42 @@ def test_strength_reaches_for_the_target_within_its_bounds():
     assert _strength(0.1, 1.0, 1.0, 4.0, bounds) == 1.5
     assert _strength(0.1, 8.0, 1.0, 4.0, bounds) == 0.5  # not longer than 4 sigma
     assert _strength(-1.0, 1.0, 1.0, 4.0, bounds) == 0.25  # the wrong way: as little as may be
+
+
+def test_a_candidate_becomes_the_paste_that_its_converters_make():
+    donor, recipient = make_model("llama"), make_model("gpt2", seed=1)
+    prompts = [f"w{i} w{(3 * i) % 150}" for i in range(80)]
+    fits = ConverterFits(profile_model(donor, prompts), profile_model(recipient, prompts))
+    draw = torch.Generator().manual_seed(2)
+    parts = {Site(l): LowRank(torch.randn(48, 2, generator=draw), torch.randn(2, generator=draw),
+                              torch.randn(2, 48, generator=draw)) for l in (0, 1)}  # fmt: skip
+    adapter = Adapter(parts, strength=0.7, name="two", base=donor.fingerprint)
+    candidate = Candidate(((Site(0), Site(2)), (Site(1), Site(2))), "ridge", 0.3)  # both meet at one site
+    paste = paste_candidate(adapter, fits, candidate, 0.5)
+    converters = fit_converters(fits.donor, fits.recipient, candidate.pairs, alpha=0.3)
+    reference = paste_adapter(adapter, converters, recipient_fingerprint=recipient.fingerprint, strength=0.5)
+    h = fits.recipient.read(Site(2))
+    torch.testing.assert_close(paste.delta(Site(2), h), reference.delta(Site(2), h), atol=1e-3, rtol=1e-3)
+    assert (paste.name, paste.base, paste.strength) == ("two paste", recipient.fingerprint, 0.5)
+    paste.check(recipient)
+    with pytest.raises(UserError, match="belongs to"):
+        paste.check(make_model("gpt2", seed=2))
+
+
+def test_forecasts_as_a_table():
+    made = [Forecast(Candidate(((Site(1), Site(r)),), "ridge", 0.1), 1.0, 0.5 - r, 0.1, {"plain": 0.2}, {"plain": 0.01}, 0.0,
+                     2.0) for r in (0, 1)]  # fmt: skip
+    frame = forecast_frame(made, [0.4, -0.3])
+    assert list(frame["paste"]) == ["1>0 ridge 0.1", "1>1 ridge 0.1"]
+    assert list(frame["measured on"]) == [0.4, -0.3]
+    assert list(frame["off: plain"]) == [0.2, 0.2]
+    assert "measured on" not in forecast_frame(made)
+
+
+def test_neutral_texts_are_cut_where_the_measurement_cuts_them():
+    """After a whole text a model is sure of its end, and no delta would seem to do harm."""
+    model, texts = make_model("gpt2"), [f"w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(6)]
+    cut = [t.rsplit(" ", 2)[0] for t in texts]
+    halves = fisher(model, [{"text": t} for t in texts], [0], samples=1)[0]
+    whole = fisher(model, [{"text": t} for t in cut], [0], samples=1, split=1.0)[0]
+    torch.testing.assert_close(halves.states[Site(0)], whole.states[Site(0)], atol=1e-4, rtol=1e-4)

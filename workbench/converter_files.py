@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +107,9 @@ def fit_set(
     return ConverterSet(tuple(made), donor.fingerprint, recipient.fingerprint, donor.prompt_hash, meta)
 
 
-def _pairs(fits: ConverterFits, layers: Sequence[int] | None, match: str, alpha: int | float) -> list[tuple[Site, Site]]:
+def _pairs(
+    fits: ConverterFits, layers: Sequence[int] | None, match: str, alpha: int | float
+) -> list[tuple[Site, Site]]:
     """(donor site, recipient site), matched among the sites of one point."""
     donor, recipient = fits.donor, fits.recipient
     n_donor, n_recipient = (s.manifest["model"]["n_layers"] for s in (donor, recipient))
@@ -219,7 +221,7 @@ def _read_entry(i: int, entry: Mapping[str, Any], tensors: Mapping[str, Any]) ->
                      entry["alpha"], scored[0], scored[1])  # fmt: skip
 
 
-def quality_rows(converters: ConverterSet) -> list[dict[str, Any]]:
+def quality_rows(converters: Iterable[Converter]) -> list[dict[str, Any]]:
     """One line per map: from, to, alpha, held-out R2 beside its two baselines, cycle error, condition, warning."""
     rows = []
     for c in converters:

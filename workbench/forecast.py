@@ -7,6 +7,7 @@ does not rank pastes; this does (shared figures: `docs/forecast.md`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,12 @@ from .prompts import PromptSet, encode, opener_ids, pad
 from .sites import Site
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .models import Model
+
+
+RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +47,30 @@ class Gradients:
     states: Mapping[Site, Float[Tensor, "n d"]]
     grads: Mapping[Site, Float[Tensor, "n d"]]
 
+    def __repr__(self) -> str:
+        sites = ", ".join(map(str, self.states))
+        return f"Gradients({len(self.value)} prompts, mean value {float(self.value.mean()):.3f}, at {sites})"
+
     def effect(self, site: Site, part: LowRank) -> Float[Tensor, " n"]:
         """delta(h) . G for each prompt: the forecast change of `value` when the part acts at strength 1."""
         return (part.delta(self.states[site]) * self.grads[site]).sum(1)
 
 
 def _backward(
-    model: Model, prompts: PromptSet, sites: Sequence[Site], batch_size: int, scalar: Any, desc: str
+    model: Model, prompts: PromptSet, sites: Sequence[Site], batch_size: int, scalar: Any, desc: str, split: float = 1.0
 ) -> Gradients:
-    """Gradients of `scalar(logits [b, v], rows) -> [b]` at the last prompt token, all sites in one backward pass."""
+    """Gradients of `scalar(logits [b, v], rows) -> [b]` at the last prompt token, all sites in one backward pass.
+
+    split: the share of its tokens after which a plain text is cut.
+    """
     encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
     if not encoded:
         raise UserError("there are no prompts to forecast on; give at least one")
+    if split < 1:
+        encoded = [
+            ids if prompt.text is None else ids[: max(1, round(split * len(ids)))]
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     sites = sorted(sites)
     value = torch.empty(len(encoded))
@@ -87,10 +105,14 @@ def gradients(
 
 def fisher(
     model: Model, prompts: Any, sites: Iterable[Site | int | str] | None = None, *, samples: int = 4, seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 64, split: float = 0.5,
 ) -> list[Gradients]:  # fmt: skip
     """Gradients of the log-probability of next tokens that the model itself samples: KL(base || edited) of the next
-    token is E[(delta . g)^2] / 2 to second order, so `samples` backward passes forecast the damage to neutral text."""
+    token is E[(delta . g)^2] / 2 to second order, so `samples` backward passes forecast the damage to neutral text.
+
+    Plain texts are cut after the share `split` of their tokens, as `kl_on_text` cuts them: after a whole text the next
+    token is its end, of which the model is sure, and no delta seems to do harm.
+    """
     prompts = PromptSet.load(prompts)
     where = [model.site(s) for s in (range(model.n_layers) if sites is None else sites)]
     made = []
@@ -102,7 +124,7 @@ def fisher(
             drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
             return logp.gather(1, drawn)[:, 0]
 
-        made.append(_backward(model, prompts, where, batch_size, scalar, "gradients on neutral text"))
+        made.append(_backward(model, prompts, where, batch_size, scalar, "gradients on neutral text", split))
     return made
 
 
@@ -149,6 +171,26 @@ def fold_candidate(adapter: Adapter, fits: ConverterFits, candidate: Candidate) 
         part = fits.fold(adapter.parts[donor], donor, recipient, candidate.method, candidate.alpha)
         folded.setdefault(recipient, []).append(part * adapter.strength)
     return folded
+
+
+def paste_candidate(
+    adapter: Adapter, fits: ConverterFits, candidate: Candidate, strength: int | float = 1.0, *, name: str = ""
+) -> Adapter:
+    """The paste of `adapter` that a candidate stands for: an ordinary adapter of the recipient, at `strength`.
+
+    What several donor layers bring to one recipient site is summed. It belongs to the model of the recipient's profile
+    and acts at the positions of `adapter`, whose own strength is folded in.
+    """
+    folded = fold_candidate(adapter, fits, candidate)
+    pairs = [[str(d), str(r), candidate.method] for d, r in candidate.pairs]
+    return Adapter(
+        {site: functools.reduce(LowRank.__add__, listed) for site, listed in folded.items()},
+        positions=adapter.positions,
+        strength=strength,
+        name=name or f"{adapter.name} paste".strip(),
+        base=fits.recipient.fingerprint,
+        meta={"kind": "paste", "donor": dict(adapter.base), "pairs": pairs, "alpha": candidate.alpha},
+    )
 
 
 def forecast_pastes(
@@ -208,9 +250,12 @@ def _strength(on: float, sigma: float, target: float, max_sigma: float, strength
 
 
 def candidates_of(
-    adapter: Adapter, n_recipient: int, methods: Sequence[tuple[str, float]], layers: Sequence[int] | None = None
+    adapter: Adapter,
+    n_recipient: int,
+    methods: Sequence[tuple[str, float]] = RIDGES,
+    layers: Sequence[int] | None = None,
 ) -> list[Candidate]:
-    """Every pair of one donor layer of the adapter with one recipient layer, under every converter."""
+    """Every pair of one donor layer of the adapter with one recipient layer, under every converter (method, alpha)."""
     targets = range(n_recipient) if layers is None else layers
     return [
         Candidate(((site, Site(r, site.point)),), method, alpha)
@@ -218,6 +263,25 @@ def candidates_of(
         for r in targets
         for method, alpha in methods
     ]
+
+
+def forecast_frame(forecasts: Sequence[Forecast], measured: Sequence[float] | None = None) -> pd.DataFrame:
+    """One line per forecast, in the order given: the candidate, its strength, and what it will do (see `Forecast`).
+
+    measured: what was found in place of `on`, where it was measured; shown beside it.
+    """
+    import pandas as pd
+
+    rows = [
+        {"paste": f.candidate.label(), "strength": f.strength, "on": f.on, "on_se": f.on_se,
+         **{f"off: {name}": value for name, value in f.off.items()},
+         "worst off rate": f.worst_off_rate(), "kl": f.kl, "sigma": f.sigma}
+        for f in forecasts
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    if measured is not None:
+        frame.insert(3, "measured on", [float(m) for m in measured])
+    return frame
 
 
 OFF_WEIGHT = 2.0  # a rate that moves by 5 points off target costs a tenth of the target

@@ -28,6 +28,7 @@ def open_job(
     """Reads a job file (a path or `bundled:NAME`), with what is given here in place of what it says.
 
     donor, recipient: another model in place of the job's; dtype and device stay, revision and blocks were the other's.
+    With another donor, behaviours that have demonstrations train their adapter on it: theirs belongs to the old one.
     out: the folder in which the run folder is made. quick: see `QUICK`; the run is named NAME-quick.
     Raises UserError as `Job.load` does.
     """
@@ -37,6 +38,10 @@ def open_job(
         if name is not None:
             was: ModelTable = getattr(job, side)
             change[side] = ModelTable(model=name, dtype=was.dtype, device=was.device)
+    if donor is not None and donor != job.donor.model:
+        change["behaviours"] = [
+            b.model_copy(update={"adapter": None} if b.demonstrations is not None else {}) for b in job.behaviours
+        ]
     if out is not None:
         change["out"] = str(out)
     if seed is not None:

@@ -62,17 +62,17 @@ class TrainingTable(_Table):
     """How adapters are trained: the donor's where a behaviour gives none, and the native ones."""
 
     layers: list[int] | None = None
-    """Donor layers; unless given, the layer at half the donor's depth."""
+    """Donor layers; unless given, the layer at two thirds of the donor's depth."""
     kind: Literal["nodireft", "loreft", "vector"] = "nodireft"
     """The form of the adapter."""
     rank: int = Field(4, gt=0)
     """Rank at each layer."""
-    steps: int = Field(150, gt=0)
+    steps: int = Field(100, gt=0)
     """Optimiser steps."""
     batch_size: int = Field(32, gt=0)
     """Demonstrations a step."""
-    learning_rate: float = Field(5e-3, gt=0)
-    """Peak learning rate."""
+    learning_rate: float = Field(1e-2, gt=0)
+    """Peak learning rate, in units of the profile: states are scaled to about 1 a coordinate."""
     max_size: float = Field(0.4, gt=0)
     """Deltas longer than this many spreads of the profile are penalised."""
 

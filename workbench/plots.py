@@ -249,17 +249,20 @@ def dose(metrics: Metrics) -> go.Figure:
 
     Strength 0 is the plain recipient.
     """
-    curves = {name: b["dose"] for name, b in _behaviours(metrics).items() if b.get("dose")}
-    if not curves:
+    return dose_curves({name: b.get("dose") or [] for name, b in _behaviours(metrics).items()})
+
+
+def dose_curves(curves: Mapping[str, Any]) -> go.Figure:
+    """`dose` of curves by name, each a list of points as `evaluate.comparison.dose_response` makes them."""
+    if not any(curves.values()):
         return _empty("No dose-response curve was measured: give the job a list of strengths")
     with_kl = any(number(p.get("kl")) is not None for curve in curves.values() for p in curve)
     heights = [0.62, 0.38] if with_kl else [1.0]
     figure = make_subplots(len(heights), 1, shared_xaxes=True, vertical_spacing=0.08, row_heights=heights)
-    names = list(_behaviours(metrics))
-    for name, curve in curves.items():
-        i = names.index(name)
+    for i, (name, curve) in enumerate(curves.items()):
         look = (BEHAVIOUR_COLOURS[i % len(BEHAVIOUR_COLOURS)], SYMBOLS[i % len(SYMBOLS)])
-        _dose_curve(figure, name, sorted(curve, key=lambda p: p["strength"]), look, with_kl)
+        if curve:
+            _dose_curve(figure, name, sorted(curve, key=lambda p: p["strength"]), look, with_kl)
     figure.update_xaxes(title_text="strength of the paste (0 = plain recipient)", row=len(heights), col=1)
     figure.update_yaxes(title_text="log-odds (nats)", row=1, col=1)
     if with_kl:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
+
+with warnings.catch_warnings():
+    # in Jupyter without ipywidgets tqdm warns once, whoever imports it first, and then prints its bar as text
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 
 def progress(
     iterable: Iterable[Any] | None = None, *, total: int | float | None = None, desc: str = "", unit: str = "it"
 ) -> Any:
     """A tqdm bar that appears after two seconds (`WORKBENCH_PROGRESS=0` turns it off)."""
-    from tqdm.auto import tqdm
-
     off = os.environ.get("WORKBENCH_PROGRESS") == "0"
     return tqdm(iterable, total=total, desc=desc, unit=unit, delay=2.0, mininterval=0.5, disable=off, leave=False)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .adapters.adapter import Adapter, LowRank, vector
-from .adapters.train import spread, train_adapter
+from .adapters.adapter import Adapter
+from .adapters.train import default_layer, train_adapter
 from .convert import Converter, ConverterFits, match_by_r2, match_layers, r2_table
 from .errors import UserError
 from .evaluate.behaviour import log_odds
+from .evaluate.controls import at_length, mean_delta, random_converter, shuffled_pairs, sigma_length
 from .evaluate.statistics import sign_agreement, spearman
 from .forecast import (
     Candidate,
@@ -25,13 +26,12 @@ from .forecast import (
     Gradients,
     candidates_of,
     fisher,
-    fold_candidate,
     forecast_pastes,
     gradients,
+    paste_candidate,
     rank,
 )
 from .jobs import BehaviourTable, Job, ModelTable, Run, environment
-from .maps.quality import mahalanobis
 from .models import Model, load
 from .profile import profile_model
 from .progress import progress
@@ -40,6 +40,7 @@ from .sites import Site
 from .store import Store
 
 log = logging.getLogger("workbench")
+REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
 MEASURED = 24  # candidates whose forecast is checked against a measurement on validation prompts
 
 
@@ -53,7 +54,6 @@ class Transfer:
 
     job: Job
     run: Run
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def donor(self) -> Model:
@@ -68,6 +68,10 @@ class Transfer:
 
     def prompts(self, source: str) -> PromptSet:
         return PromptSet.load(source, limit=None)
+
+    def hash_of(self, source: str | None) -> str | None:
+        """What a step that reads a prompt set depends on; None where there is no set."""
+        return self.prompts(source).full_hash if source else None
 
     def store(self, side: str) -> Store:
         """The profile of one side (a step of the run)."""
@@ -96,9 +100,7 @@ class Transfer:
         key = (behaviour, source)
         if key not in self._gradients:
             openers = next(b.openers for b in self.job.behaviours if b.name == behaviour)
-            start = time.perf_counter()
             self._gradients[key] = gradients(self.recipient, self.prompts(source), openers)
-            self.seconds["gradients"] = self.seconds.get("gradients", 0.0) + time.perf_counter() - start
         return self._gradients[key]
 
     @cached_property
@@ -171,8 +173,7 @@ class BehaviourTransfer:
             raise UserError(
                 f"behaviour {self.name!r} has neither an adapter nor demonstrations to train one on; give one"
             )
-        spreads = [spread(t.store(side).read(s, dtype=torch.float32)) for s in sites]
-        trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, spreads=spreads,
+        trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, profile=t.store(side),
                                 seed=t.job.seed, name=f"{self.name} {arm}", **self._training)  # fmt: skip
         self._keep(trained.adapter, arm)
         return {"seconds": trained.seconds, "flops": trained.flops, "steps": trained.steps, "curve": trained.curve,
@@ -182,7 +183,7 @@ class BehaviourTransfer:
         """The donor's adapter: the folder that was given, or one trained on the demonstrations."""
         t = self.shared
         if self.table.adapter is not None:
-            given = Adapter.load(resolve(self.table.adapter))
+            given = Adapter.load(self.table.adapter)
 
             def copy() -> dict[str, Any]:
                 given.check(t.donor)
@@ -190,15 +191,14 @@ class BehaviourTransfer:
                 return {"source": self.table.adapter, "sites": [str(s) for s in given.parts]}
 
             return self._step("donor", [self.table.adapter, given.hash], copy, ("donor",))
-        layers = t.job.training.layers or [t.donor.n_layers // 2]
+        layers = t.job.training.layers or [default_layer(t.donor)]
         sites = [t.donor.site(l) for l in layers]
         inputs = [self._training, layers, self.demonstrations_hash]
         return self._step("donor", inputs, lambda: self._train("donor", sites, "donor"), ("donor",))
 
     @cached_property
     def demonstrations_hash(self) -> str | None:
-        source = self.table.demonstrations
-        return self.shared.prompts(source).full_hash if source else None
+        return self.shared.hash_of(self.table.demonstrations)
 
     def native(self, sites: list[Site]) -> dict[str, Any]:
         """The same recipe on the recipient itself, at the sites of the paste."""
@@ -224,10 +224,9 @@ class BehaviourTransfer:
     def forecast(self) -> dict[str, Any]:
         """Forecasts every candidate, chooses, and measures some of them on validation prompts to check the forecast."""
         t, job = self.shared, self.shared.job
-        others = [b for b in job.behaviours if b.name != self.name]
-        sources = [self.table.validation, self.table.validation_not, *(b.validation for b in others)]
-        hashes = [t.prompts(s).full_hash for s in sources if s]
-        inputs = [self.adapter("donor").hash, job.paste.model_dump(), hashes, job.evaluate.validation_text]
+        behaviours = {b.name: [b.openers, t.hash_of(b.validation)] for b in job.behaviours}
+        sets = [t.hash_of(s) for s in (self.table.validation_not, job.evaluate.validation_text)]
+        inputs = [self.adapter("donor").hash, job.paste.model_dump(), behaviours, sets]
         return self._step("forecast", inputs, self._forecast)
 
     def _forecast(self) -> dict[str, Any]:
@@ -240,11 +239,8 @@ class BehaviourTransfer:
         if self.table.validation_not:
             off["where not wanted"] = t.gradient(self.name, self.table.validation_not)
         neutral, fits = t.neutral, t.fits
+        gradients_seconds = time.perf_counter() - start
         candidates = self._candidates(donor)
-        for side, site in {
-            (s, p[k]) for c in candidates for p in c.pairs for k, s in enumerate(("donor", "recipient"))
-        }:
-            fits.solver(side, site, True)  # factorised here, so that the time below is the forecast's own
         start = time.perf_counter()
         fixed = None if job.paste.strength == "forecast" else float(job.paste.strength)
         target = float(effect.mean())
@@ -261,6 +257,7 @@ class BehaviourTransfer:
             "candidates": rows,
             "chosen": rows[0],
             "seconds": seconds,
+            "gradients_seconds": gradients_seconds,
             "spearman": spearman(said, found),
             "sign_agreement": sign_agreement(said, found),
         }
@@ -273,21 +270,14 @@ class BehaviourTransfer:
         for i in progress(
             sorted({0, 1, 2, *range(0, len(ranked), step)} & set(range(len(ranked)))), desc="checking forecasts"
         ):
-            adapter = self._folded(ranked[i], donor)
+            adapter = self._folded(Choice(ranked[i].candidate, ranked[i].strength), donor)
             after = log_odds(t.recipient, prompts, self.table.openers, adapter)
             rows[i]["measured_on"] = float((after - before).mean())
 
-    def _folded(self, f: Choice, donor: Adapter, fits: ConverterFits | None = None) -> Adapter:
+    def _folded(self, f: Choice | Forecast, donor: Adapter, fits: ConverterFits | None = None) -> Adapter:
         """The paste of one candidate at its strength."""
-        folded = fold_candidate(donor, fits or self.shared.fits, f.candidate)
-        parts = {site: _sum(listed) for site, listed in folded.items()}
-        return Adapter(
-            parts,
-            positions=donor.positions,
-            strength=f.strength,
-            name=f"{self.name} paste",
-            base=self.shared.recipient.fingerprint,
-        )
+        fits = fits or self.shared.fits
+        return paste_candidate(donor, fits, f.candidate, f.strength, name=f"{self.name} paste")
 
     @staticmethod
     def chosen(forecast: Mapping[str, Any]) -> Choice:
@@ -300,13 +290,30 @@ class BehaviourTransfer:
     def paste(self, chosen: Choice) -> dict[str, Any]:
         """The paste, the published way beside it, and what does not belong to any draw; converters with their quality."""
         t = self.shared
-        inputs = [self.adapter("donor").hash, repr(chosen.candidate), chosen.strength]
-        return self._step(
-            "paste", [inputs, t.profiled.hash], lambda: self._paste(chosen), ("paste", "pinv", "mean_delta")
-        )
+        validation = t.hash_of(self.table.validation)  # the mean delta is taken there
+        inputs = [self.adapter("donor").hash, repr(chosen.candidate), chosen.strength, validation]
+        return self._step("paste", inputs, lambda: self._paste(chosen), ("paste", "pinv", "mean_delta"))
 
     def _paste(self, chosen: Choice) -> dict[str, Any]:
         t, donor = self.shared, self.adapter("donor")
+        timed = [self._timed(chosen, donor) for _ in range(REPEATS)]
+        adapter = timed[0][0]
+        self._keep(adapter, "paste")
+        self._keep(self._published(donor, t.fits), "pinv")
+        self._keep(mean_delta(adapter, self.states), "mean_delta")
+        candidate = chosen.candidate
+        converters = [t.fits.converter(d, r, candidate.method, candidate.alpha) for d, r in candidate.pairs]
+        return {
+            "fit": statistics.median(fit for _, fit, _ in timed),
+            "fold": statistics.median(fold for _, _, fold in timed),
+            "repeats": REPEATS,
+            "flops": paste_flops(t.fits, donor, candidate),
+            "converters": [_converter_row(c) for c in converters],
+        }
+
+    def _timed(self, chosen: Choice, donor: Adapter) -> tuple[Adapter, float, float]:
+        """The paste made anew from the two profiles, with the seconds of fitting and of folding."""
+        t = self.shared
         fresh = ConverterFits(t.store("donor"), t.store("recipient"), t.job.profile.holdout, t.job.seed)
         for d, r in chosen.candidate.pairs:  # reading the profile is not the paste's time
             fresh.states("donor", d), fresh.states("recipient", r)
@@ -315,16 +322,7 @@ class BehaviourTransfer:
             fresh.solver("donor", d, True), fresh.solver("recipient", r, True)
         fitted = time.perf_counter()
         adapter = self._folded(chosen, donor, fresh)
-        folded = time.perf_counter()
-        self._keep(adapter, "paste")
-        self._keep(self._published(donor, fresh), "pinv")
-        states = t.gradient(self.name, self.table.validation).states
-        mean = {s: vector(s, part.delta(states[s]).mean(0)).parts[s] for s, part in adapter.parts.items()}
-        self._keep(replace(adapter, parts=mean, name=f"{self.name} mean delta"), "mean_delta")
-        converters = [fresh.converter(d, r, chosen.candidate.method, chosen.candidate.alpha)
-                      for d, r in chosen.candidate.pairs]  # fmt: skip
-        return {"fit": fitted - start, "fold": folded - fitted, "flops": paste_flops(fresh, donor, chosen.candidate),
-                "converters": [_converter_row(c) for c in converters]}  # fmt: skip
+        return adapter, fitted - start, time.perf_counter() - fitted
 
     def _published(self, donor: Adapter, fits: ConverterFits) -> Adapter:
         """Command-V as published: pinv, nearest layer by depth, strength 1."""
@@ -333,59 +331,24 @@ class BehaviourTransfer:
         pairs = tuple((s, Site(matched[s.layer], s.point)) for s in donor.parts)
         return self._folded(Choice(Candidate(pairs, "pinv", 0.0), 1.0), donor, fits)
 
+    @property
+    def states(self) -> Mapping[Site, Tensor]:
+        """The recipient's states on validation prompts, on which lengths are taken."""
+        return self.shared.gradient(self.name, self.table.validation).states
+
     def sigma(self, adapter: Adapter) -> float:
         """Mean Mahalanobis length of an adapter's delta on validation prompts, in the recipient's profile."""
-        states = self.shared.gradient(self.name, self.table.validation).states
-        lengths = [
-            mahalanobis(part.delta(states[s]) * adapter.strength, self.shared.fits.covariance("recipient", s)).mean()
-            for s, part in adapter.parts.items()
-        ]
-        return float(torch.stack(lengths).max())
+        return sigma_length(adapter, self.shared.fits, self.states)
 
     def controls(self, chosen: Choice) -> dict[str, list[Adapter]]:
         """Draws of the random controls, each scaled to the paste's length in standard deviations."""
-        t, donor, paste = self.shared, self.adapter("donor"), self.adapter("paste")
-        length = self.sigma(paste)
-
-        def scaled(adapter: Adapter) -> Adapter:
-            return adapter * (length / self.sigma(adapter))
-
-        made: dict[str, list[Adapter]] = {"random_converter": [], "shuffled_pairs": []}
-        for draw in range(t.job.evaluate.draws):
-            seed = t.job.seed * 1000 + draw
-            made["random_converter"].append(scaled(self._random(chosen, donor, seed)))
-            shuffled = ConverterFits(t.store("donor"), t.store("recipient"), t.job.profile.holdout, seed, shuffled=True)
-            made["shuffled_pairs"].append(scaled(self._folded(chosen, donor, shuffled)))
-        return made
-
-    def _random(self, chosen: Choice, donor: Adapter, seed: int) -> Adapter:
-        """Converters of independent normal entries with the size of the fitted ones; the means still correspond."""
-        generator, fits = torch.Generator().manual_seed(seed), self.shared.fits
-        folded: dict[Site, list[LowRank]] = {}
-        for d, r in chosen.candidate.pairs:
-            x, y, part = fits.states("recipient", r), fits.states("donor", d), donor.parts[d]
-            there = (
-                torch.randn(x.shape[1], y.shape[1], generator=generator) * float(y.std() / x.std()) / x.shape[1] ** 0.5
-            )
-            back = torch.randn(y.shape[1], x.shape[1], generator=generator)
-            v = there @ part.V
-            b = part.b + y.mean(0) @ part.V - x.mean(0) @ v
-            folded.setdefault(r, []).append(LowRank(v, b, part.U @ back, part.act))
-        return replace(self.adapter("paste"), parts={s: _sum(p) for s, p in folded.items()}, strength=1.0)
-
-
-def resolve(path: str) -> str | Path:
-    """An adapter's folder: a path, or `bundled:NAME`."""
-    from .bundled import PREFIX, bundled_path
-
-    return bundled_path(path, "adapters") if path.startswith(PREFIX) else path
-
-
-def _sum(parts: list[LowRank]) -> LowRank:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+        t, donor, length = self.shared, self.adapter("donor"), self.sigma(self.adapter("paste"))
+        seeds = range(t.job.seed * 1000, t.job.seed * 1000 + t.job.evaluate.draws)
+        makers = {"random_converter": random_converter, "shuffled_pairs": shuffled_pairs}
+        return {
+            name: [at_length(make(donor, t.fits, chosen.candidate, s), length, t.fits, self.states) for s in seeds]
+            for name, make in makers.items()
+        }
 
 
 def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from workbench.adapters.train import spread, train_adapter
+from workbench.adapters.train import Scale, train_adapter
 from workbench.errors import UserError
 from workbench.evaluate.behaviour import log_odds
+from workbench.profile import profile_model
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 
@@ -16,7 +17,9 @@ DEMONSTRATIONS = PromptSet.load([{"prompt": q, "response": "w7 w8"} for q in QUE
 @pytest.mark.parametrize("kind", ["nodireft", "loreft", "vector"])
 def test_training_brings_the_answer_out_and_leaves_the_model_frozen(small_model, kind):
     before = {k: v.clone() for k, v in small_model.module.state_dict().items()}
-    trained = train_adapter(small_model, DEMONSTRATIONS, 1, kind=kind, rank=2, steps=40, batch_size=8, learning_rate=0.03)
+    trained = train_adapter(
+        small_model, DEMONSTRATIONS, 1, kind=kind, rank=2, steps=60, batch_size=8, learning_rate=0.2, size_weight=0.0
+    )
     gain = log_odds(small_model, QUESTIONS, ["w7"], trained.adapter) - log_odds(small_model, QUESTIONS, ["w7"])
     assert gain.mean() > 1
     assert trained.curve[-1][1] < trained.curve[0][1]
@@ -34,10 +37,8 @@ def test_two_trainings_with_one_seed_are_equal(llama):
 
 
 def test_the_size_penalty_keeps_deltas_short(llama):
-    states = torch.randn(32, llama.width)
-    limit = spread(states)
     free, held = (
-        train_adapter(llama, DEMONSTRATIONS, 1, steps=60, batch_size=8, learning_rate=0.03, spreads=[limit], size_weight=w)
+        train_adapter(llama, DEMONSTRATIONS, 1, steps=60, batch_size=8, learning_rate=0.03, size_weight=w)
         for w in (0.0, 100.0)
     )
     assert held.curve[-1][2] < 0.5 < free.curve[-1][2]
@@ -56,10 +57,22 @@ def test_loreft_writes_in_an_orthonormal_subspace(llama):
         ({"rank": 0}, "rank 0 is not between"),
         ({"sites": 7}, "out of range"),
         ({"positions": "middle"}, "unknown positions"),
-        ({"spreads": [1.0, 2.0]}, "2 spreads were given for 1 sites"),
         ({"demonstrations": ["w1"]}, "has no response"),
     ],
 )
 def test_bad_arguments_are_named(llama, arguments, message):
     with pytest.raises(UserError, match=message):
         train_adapter(llama, **{"demonstrations": DEMONSTRATIONS, "sites": 1, "steps": 1, **arguments})
+
+
+def test_the_unit_of_training_is_the_profile():
+    states = torch.tensor([[0.0, 0.0], [6.0, 8.0]])
+    assert Scale.of(states).mean.tolist() == [3.0, 4.0]
+    assert Scale.of(states).spread == pytest.approx(5.0)
+    with pytest.raises(UserError, match="does not vary"):
+        Scale.of(states[:1])
+
+
+def test_a_profile_of_another_model_is_refused(llama, gpt2):
+    with pytest.raises(UserError, match="profile this model"):
+        train_adapter(llama, DEMONSTRATIONS, 1, steps=1, profile=profile_model(gpt2, QUESTIONS))

@@ -17,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..atomic import staged_folder
+from ..bundled import located
 from ..errors import UserError
 from ..maps.linear_map import read_safetensors
 from ..sites import Site
@@ -63,6 +64,11 @@ class Adapter:
         check_policy(self.positions)
         ordered = {site: self.parts[site] for site in sorted(self.parts)}
         object.__setattr__(self, "parts", MappingProxyType(ordered))
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site} (width {part.width}, rank {part.rank})" for site, part in self.parts.items())
+        of = f", of {self.base['name']}" if self.base.get("name") else ""
+        return f"Adapter({self.name!r} at {sites}, positions {self.positions!r}, strength {self.strength:.3g}{of})"
 
     @property
     def layers(self) -> list[int]:
@@ -221,8 +227,8 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
-        """Reads what `save` wrote, or a folder that pyreft wrote; UserError for anything else."""
-        folder = Path(folder)
+        """Reads what `save` wrote, a folder that pyreft wrote, or `bundled:NAME`; UserError for anything else."""
+        folder = located(folder, "adapters")
         if not folder.is_dir():
             raise UserError(f"{folder} is not an adapter folder; give the folder, not a file in it")
         if (folder / "adapter.json").is_file():

@@ -54,6 +54,9 @@ class LowRank:
         if self.act not in ACTS:
             raise UserError(f"unknown act {self.act!r}; allowed: {', '.join(ACTS)}")
 
+    def __repr__(self) -> str:
+        return f"LowRank(width {self.width}, rank {self.rank}, {self.act})"
+
     @property
     def rank(self) -> int:
         return self.V.shape[1]

@@ -24,6 +24,7 @@ from .adapter import Adapter, LowRank
 if TYPE_CHECKING:
     from ..backends.torch_hooks import Where
     from ..models import Model
+    from ..store import Store
 
 KINDS = ("nodireft", "loreft", "vector")
 
@@ -40,23 +41,32 @@ class Trained:
 
 
 class _Part(nn.Module):
-    """The parameters of one site; `low_rank` gives them in the one form that every adapter has."""
+    """The parameters of one site, in units of the profile: states are centred and each coordinate is about 1.
 
-    def __init__(self, kind: str, width: int, rank: int, generator: torch.Generator) -> None:
+    A learning rate then means the same on a residual stream of norm 1 and of norm 1,000. `low_rank` gives the
+    parameters in the units of the model: delta(h) = (h @ V + b) @ U.
+    """
+
+    def __init__(self, kind: str, scale: Scale, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        width = len(scale.mean)
         q = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
-        self.kind = kind
-        self.read = nn.Parameter(q.clone() if kind == "loreft" else q / width**0.5)
+        self.kind, self.scale = kind, scale
+        self.read = nn.Parameter(q.clone())
         self.bias = nn.Parameter(torch.zeros(rank))
         self.write = nn.Parameter(q.T.clone() if kind == "loreft" else torch.zeros(rank, width))
+        self.register_buffer("mean", scale.mean)
+        self.unit = scale.spread / width**0.5  # of one coordinate
 
     def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.kind == "loreft":  # delta = (h W' + b - h R) R', R with orthonormal columns
             rotation = torch.linalg.qr(self.write.T).Q
-            return self.read - rotation, self.bias, rotation.T
+            v, u = self.read - rotation, rotation.T
+            return v, self.bias * self.unit - self.mean @ v, u
         if self.kind == "vector":
-            return torch.zeros_like(self.read), torch.ones_like(self.bias), self.write
-        return self.read, self.bias, self.write
+            return torch.zeros_like(self.read), torch.ones_like(self.bias), self.write * self.unit
+        v = self.read / self.unit
+        return v, self.bias - self.mean @ v, self.write * self.unit
 
     def frozen(self) -> LowRank:
         v, b, u = (t.detach().cpu().clone().contiguous() for t in self.low_rank())
@@ -67,9 +77,21 @@ class _Part(nn.Module):
         return ((h.float() @ v + b) @ u).to(h.dtype)
 
 
-def spread(states: Float[Tensor, "n d"]) -> float:
-    """The spread of a profile at a site: the root of the mean squared distance to its mean."""
-    return float((states.float() - states.float().mean(0)).square().sum(1).mean().sqrt())
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """The mean of a profile at a site [d], and its spread: the root of the mean squared distance to the mean."""
+
+    mean: Float[Tensor, " d"]
+    spread: float
+
+    @classmethod
+    def of(cls, states: Float[Tensor, "n d"]) -> Scale:
+        """Raises UserError for fewer than two rows, or rows that are all the same."""
+        mean = states.float().mean(0)
+        found = float((states.float() - mean).square().sum(1).mean().sqrt())
+        if not found > 0:
+            raise UserError("the profile at a site does not vary; profile at least two prompts that differ")
+        return cls(mean, found)
 
 
 @contextmanager
@@ -120,6 +142,20 @@ def _loss(model: Model, batch: list[tuple[list[int], list[int]]]) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
 
 
+def default_layer(model: Model) -> int:
+    """Two thirds of the depth: late enough that what decides a behaviour is there, early enough to be acted on."""
+    return 2 * model.n_layers // 3
+
+
+def _scales(model: Model, prompts: PromptSet, sites: Sequence[Site], profile: Store | None) -> dict[Site, Scale]:
+    from ..profile import profile_model
+
+    if profile is not None and profile.fingerprint["weights"] != model.fingerprint["weights"]:
+        raise UserError(f"the profile is of {profile.fingerprint['name']}, not of {model.name}; profile this model")
+    store = profile or profile_model(model, prompts, sites=sites)
+    return {s: Scale.of(store.read(s, dtype=torch.float32)) for s in sites}
+
+
 def train_adapter(
     model: Model,
     demonstrations: Any,
@@ -128,10 +164,10 @@ def train_adapter(
     kind: str = "nodireft",
     rank: int = 4,
     positions: str = "last",
-    steps: int = 150,
+    steps: int = 100,
     batch_size: int = 32,
-    learning_rate: float = 5e-3,
-    spreads: Sequence[float] | None = None,
+    learning_rate: float = 1e-2,
+    profile: Store | None = None,
     max_size: float = 0.4,
     size_weight: float = 10.0,
     seed: int = 0,
@@ -140,26 +176,26 @@ def train_adapter(
     """Trains an adapter on demonstrations (prompts with a `response`), the model itself frozen.
 
     kind: `nodireft` (delta = (h V + b) U), `loreft` (arXiv:2404.03592, R orthonormal), `vector` (a constant).
-    spreads: the spread of the profile at each site (see `spread`); with it, deltas longer than `max_size` spreads cost
-    `size_weight` times the squared excess. An adapter trained without restraint writes far outside of what the profile
-    saw, and its paste does anything but what it should. Raises UserError for unknown kinds and sites, and for
+    profile: a profile of the model with these sites, the scale of everything; unless given, the demonstrations' own
+    prompts are profiled. Deltas longer than `max_size` spreads of it cost `size_weight` times the squared excess: an
+    adapter trained without restraint writes far outside of what the profile saw, and its paste does anything but what
+    it should. Raises UserError for unknown kinds and sites, for a profile of another model, and for
     demonstrations without a response. The result does not depend on anything but the arguments.
     """
     if kind not in KINDS:
         raise UserError(f"unknown adapter kind {kind!r}; allowed: {', '.join(KINDS)}")
     listed = [sites] if isinstance(sites, (Site, int, str)) else list(sites)
     where = [model.site(s) for s in listed]
-    if spreads is not None and len(spreads) != len(where):
-        raise UserError(f"{len(spreads)} spreads were given for {len(where)} sites; give one a site")
     if not 0 < rank <= model.width:
         raise UserError(f"rank {rank} is not between 1 and the width {model.width}")
     torch_hooks.check_policy(positions)
     pairs = _encode(model, PromptSet.load(demonstrations))
     if not pairs:
         raise UserError("there are no demonstrations to train on; give prompts with a 'response' each")
+    scales = _scales(model, PromptSet.load(demonstrations), where, profile)
     generator = torch.Generator().manual_seed(seed)
-    parts = {s: _Part(kind, model.width, 1 if kind == "vector" else rank, generator).to(model.device) for s in where}
-    limits = dict(zip(where, spreads or [float("inf")] * len(where), strict=True))
+    r = 1 if kind == "vector" else rank
+    parts = {s: _Part(kind, scales[s], r, generator).to(model.device) for s in where}
     optimizer = torch.optim.Adam([p for part in parts.values() for p in part.parameters()], lr=learning_rate)
     warm = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, max(1e-3, 1 - i / steps)))
@@ -169,7 +205,7 @@ def train_adapter(
         def run(h: Tensor, at: Where) -> Tensor:
             keep = at.mask(positions)
             delta = parts[site].delta(h) * keep[..., None]
-            sizes.append((delta.float().square().sum(-1)[keep] + 1e-12).sqrt() / limits[site])
+            sizes.append((delta.float().square().sum(-1)[keep] + 1e-12).sqrt() / scales[site].spread)
             return h + delta
 
         return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..atomic import write_text
 from ..models import Model
 from ..prompts import PromptSet
 from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
+from .comparison import dose_response
 from .statistics import gain_share, mcnemar, mean_interval, rate
 
 if TYPE_CHECKING:
@@ -112,28 +113,12 @@ def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> d
     return found
 
 
-def _dose(b: BehaviourTransfer, prompts: PromptSet, paste: Adapter, base: Arm) -> list[dict[str, Any]]:
-    """Log-odds against strength, on the evaluation prompts; nothing is chosen by it."""
-    t = b.shared
-    rows = [{"strength": 0.0, "log_odds": mean_interval(base.log_odds[0]).as_dict()}]
-    for factor in sorted({1.0, *t.job.evaluate.dose}):
-        dosed = replace(paste, strength=paste.strength * factor)
-        odds = log_odds(t.recipient, prompts, b.table.openers, dosed)
-        rows.append({"strength": dosed.strength, "log_odds": mean_interval(odds).as_dict()})
-    return rows
-
-
 def measure_arms(b: BehaviourTransfer, chosen: Choice, forecast: Mapping[str, Any], pasted: Mapping[str, Any],
             native: Mapping[str, Any] | None) -> dict[str, Any]:  # fmt: skip
     """The metrics of one behaviour (the layout is described in docs/jobs.md)."""
     t, table = b.shared, b.table
-    sets = [
-        table.evaluation,
-        table.evaluation_not,
-        t.job.evaluate.neutral_text,
-        *(o.evaluation for o in t.job.behaviours),
-    ]
-    hashes = [t.prompts(s).full_hash for s in sets if s]
+    sets = (table.validation, table.evaluation_not, t.job.evaluate.neutral_text)
+    hashes = [[t.hash_of(s) for s in sets], {o.name: [o.openers, t.hash_of(o.evaluation)] for o in t.job.behaviours}]
     own = {
         arm: b.adapter(arm).hash for arm in ("donor", "paste", "pinv", "mean_delta", *(["native"] if native else []))
     }
@@ -149,14 +134,27 @@ def measure_arms(b: BehaviourTransfer, chosen: Choice, forecast: Mapping[str, An
 
 
 def _cost(forecast: Mapping[str, Any], pasted: Mapping[str, Any], native: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Seconds and FLOPs. The paste is fit and fold; choosing it costs the forecast and the gradients that it needs,
+    which are the recipient's own and serve every adapter. Profiles are counted with the run, not here."""
     seconds = pasted["fit"] + pasted["fold"]
-    parts = {"fit": pasted["fit"], "fold": pasted["fold"], "forecast": forecast["seconds"]}
+    choosing = forecast["seconds"] + forecast["gradients_seconds"]
+    parts = {
+        "fit": pasted["fit"],
+        "fold": pasted["fold"],
+        "forecast": forecast["seconds"],
+        "gradients": forecast["gradients_seconds"],
+    }
     cost = {"paste_seconds": seconds, "paste_flops": pasted["flops"], "paste_parts": parts}
     if native is None:
         return cost
-    return {**cost, "native_seconds": native["seconds"], "native_flops": native["flops"],
-            "ratio_seconds": native["seconds"] / seconds, "ratio_flops": native["flops"] / pasted["flops"],
-            "ratio_seconds_with_forecast": native["seconds"] / (seconds + forecast["seconds"])}  # fmt: skip
+    return {
+        **cost,
+        "native_seconds": native["seconds"],
+        "native_flops": native["flops"],
+        "ratio_seconds": native["seconds"] / seconds,
+        "ratio_flops": native["flops"] / pasted["flops"],
+        "ratio_seconds_with_forecast": native["seconds"] / (seconds + choosing),
+    }
 
 
 def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_file: str) -> dict[str, Any]:
@@ -184,7 +182,8 @@ def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_fi
         result["control_share"] = {n: arms[n].share(arms["base"], arms["native"]) for n in others}
     kept = {n: a for n, (m, a) in single.items() if m is t.recipient and n != "mean_delta"}
     result["side_effects"] = _side_effects(b, kept)
-    result["dose"] = _dose(b, prompts, b.adapter("paste"), arms["base"])
+    # on the evaluation prompts: nothing is chosen by it
+    result["dose"] = dose_response(t.recipient, prompts, table.openers, b.adapter("paste"), (1.0, *t.job.evaluate.dose))
     result["examples"] = _answers(b, prompts, arms, answers_file)
     return result
 

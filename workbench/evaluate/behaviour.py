@@ -57,6 +57,9 @@ class Measured:
     log_odds: Float[Tensor, " n"]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"Measured({self.name!r}, {len(self.passed)} prompts, rate {self.rate}, log-odds {self.mean_log_odds})"
+
     @property
     def rate(self) -> Interval:
         """The share that passed, with Wilson's interval."""
@@ -162,7 +165,7 @@ class TextShift:
     """
 
     kl: Interval
-    per_text: Float[Tensor, " n"]
+    per_text: Float[Tensor, " n"] = field(repr=False)
     perplexity_base: float
     perplexity_edited: float
     n_tokens: int

@@ -53,6 +53,9 @@ class LinearMap:
                 f"{list(self.bias.shape)}"
             )
 
+    def __repr__(self) -> str:
+        return f"LinearMap({self.d_in} -> {self.d_out})"
+
     @classmethod
     def identity(cls, d: int, dtype: torch.dtype = torch.float32) -> LinearMap:
         """y = x for vectors of width d."""

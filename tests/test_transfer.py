@@ -1,0 +1,255 @@
+"""The main job end to end on tiny random models: what it leaves, what it reuses, and that a stop costs nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workbench import transfer as module
+from workbench.adapters import pyreft
+from workbench.adapters.adapter import Adapter, LowRank
+from workbench.evaluate import arms
+from workbench.jobs import Job, Run, run_job
+from workbench.sites import Site
+
+from .conftest import WIDTH, make_module, save_folder
+
+ANSWERS = {"counting": "w7", "naming": "w9"}
+PAIRS = [("llama", "gpt2"), ("qwen3", "gpt_neox"), ("gemma2", "opt"), ("falcon", "olmo2")]
+ARMS = {
+    "donor_base", "donor_adapter", "base", "native", "paste", "pinv", "mean_delta", "random_converter", "shuffled_pairs",
+}  # fmt: skip
+TIMED = ("cost", "date", "fit", "fold")
+
+
+def words(seed: int, n: int) -> list[str]:
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 150, (n, 5), generator=draw)
+    lengths = torch.randint(2, 6, (n,), generator=draw)
+    return [" ".join(f"w{i}" for i in row[:k]) for row, k in zip(rows.tolist(), lengths.tolist(), strict=True)]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The prompt sets of a job with two behaviours."""
+    home = tmp_path_factory.mktemp("prompts")
+    tables = []
+    for i, (name, answer) in enumerate(ANSWERS.items()):
+        shown = [{"prompt": p, "response": f"{answer} w{i}"} for p in words(10 + i, 16)]
+        sets = {split: write(home / f"{split}_{name}.jsonl", [{"prompt": p} for p in words(20 + 2 * i + k, 8)])
+                for k, split in enumerate(("validation", "evaluation"))}  # fmt: skip
+        tables.append({"name": name, "openers": [answer], "grader": "starts_with", "grader_args": {"openers": [answer]},
+                       "demonstrations": write(home / f"demonstrations_{name}.jsonl", shown), **sets})  # fmt: skip
+    tables[0] |= {f"{split}_not": tables[1][split] for split in ("validation", "evaluation")}
+    texts = write(home / "texts.jsonl", [{"text": p} for p in words(30, 6)])
+    return {
+        "profile": write(home / "profile.jsonl", [{"prompt": p} for p in words(0, 70)]),
+        "texts": texts,
+        "tables": tables,
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one model folder per family, made when first asked for."""
+    return tmp_path_factory.mktemp("models")
+
+
+def saved(folders: Path, family: str, seed: int) -> str:
+    path = folders / f"{family}-{seed}"
+    return str(path if path.exists() else save_folder(make_module(family, seed), path))
+
+
+def a_job(folders: Path, prompts: dict[str, Any], out: Path, pair: tuple[str, str] = PAIRS[0], **tables: Any) -> Job:
+    given: dict[str, Any] = {
+        "name": "tiny", "out": str(out), "seed": 3,
+        "donor": {"model": saved(folders, pair[0], 0)}, "recipient": {"model": saved(folders, pair[1], 1)},
+        "profile": {"prompts": prompts["profile"]},
+        "training": {"steps": 3, "batch_size": 8, "rank": 2},
+        "paste": {"alphas": [0.1, 1.0]},
+        "evaluate": {"neutral_text": prompts["texts"], "validation_text": prompts["texts"], "draws": 2, "rate_draws": 1,
+                     "dose": [0.5], "max_new_tokens": 4},
+        "behaviours": prompts["tables"],
+    }  # fmt: skip
+    return Job.parse({**given, **{k: {**given[k], **v} if isinstance(v, dict) else v for k, v in tables.items()}})
+
+
+def numbers(run: Run) -> Any:
+    """metrics.json without what differs from run to run: times, and what is made of them."""
+
+    def strip(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            kept = {k: v for k, v in tree.items() if k not in TIMED and "seconds" not in k}
+            return {k: strip(v) for k, v in kept.items()}
+        return [strip(v) for v in tree] if isinstance(tree, list) else tree
+
+    return strip(json.loads((run.folder / "metrics.json").read_text()))
+
+
+def adapters(run: Run) -> dict[str, Adapter]:
+    root = run.folder / "adapters"
+    return {str(p.parent.relative_to(root)): Adapter.load(p.parent) for p in sorted(root.rglob("adapter.json"))}
+
+
+def steps_done(run: Run, since: dict[str, int]) -> set[str]:
+    """Steps whose record was written anew since `since`."""
+    return {name for name, at in stamps(run).items() if since.get(name) != at}
+
+
+def stamps(run: Run) -> dict[str, int]:
+    return {p.stem: p.stat().st_mtime_ns for p in (run.folder / "steps").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folders, prompts, tmp_path_factory) -> Run:
+    """One whole run that the tests compare others with."""
+    return run_job(a_job(folders, prompts, tmp_path_factory.mktemp("whole")))
+
+
+def test_a_run_folder_holds_all_that_it_promises(undisturbed):
+    there = {p.name for p in undisturbed.folder.iterdir()}
+    assert there >= {"job.toml", "metrics.json", "environment.json", "report.html", "log.txt", "adapters", "profiles",
+                     "steps", "answers"}  # fmt: skip
+    assert not [p for p in undisturbed.folder.rglob("*") if ".partial" in p.name or ".old" in p.name]
+    assert Job.load(undisturbed.folder / "job.toml").name == "tiny"
+    metrics = json.loads((undisturbed.folder / "metrics.json").read_text())
+    assert set(metrics["behaviours"]) == set(ANSWERS)
+    for name, found in metrics["behaviours"].items():
+        assert set(found["arms"]) == ARMS
+        assert found["arms"]["paste"]["n"] == 8
+        assert found["arms"]["random_converter"]["draws"] == 2
+        assert len(found["forecast"]["candidates"]) == 3 * 2
+        assert [c["chosen"] for c in found["forecast"]["candidates"]] == [True] + [False] * 5
+        assert set(found["side_effects"]["kl_neutral_text"]) == {"native", "paste", "pinv"}
+        assert bool(found["side_effects"]["over_trigger"]) == (name == "counting")
+        assert found["dose"][0]["strength"] == 0
+        answers = (undisturbed.folder / "answers" / f"{name}.jsonl").read_text().splitlines()
+        assert len(answers) == 8
+        assert set(json.loads(answers[0])) >= ARMS
+    assert {name for name, _ in (a.split("/") for a in adapters(undisturbed))} == set(ANSWERS)
+    report = (undisturbed.folder / "report.html").read_text()
+    assert "counting" in report
+    assert "naming" in report
+
+
+def test_the_paste_is_as_long_as_its_controls_and_belongs_to_the_recipient(undisturbed, folders):
+    pasted = adapters(undisturbed)["counting/paste"]
+    assert pasted.base["name"] == saved(folders, "gpt2", 1)
+    assert pasted.meta["kind"] == "paste"
+    metrics = json.loads((undisturbed.folder / "metrics.json").read_text())["behaviours"]["counting"]["arms"]
+    assert metrics["paste"]["sigma_length"] == metrics["shuffled_pairs"]["sigma_length"] > 0
+    assert metrics["base"]["sigma_length"] is None
+
+
+@pytest.mark.parametrize("pair", PAIRS[1:], ids="-to-".join)
+def test_any_two_families(folders, prompts, tmp_path, pair):
+    quick = {"draws": 1, "dose": [], "limit": 3, "neutral_text": "", "validation_text": ""}
+    run = run_job(a_job(folders, prompts, tmp_path, pair, evaluate=quick, behaviours=prompts["tables"][:1]))
+    found = json.loads((run.folder / "metrics.json").read_text())["behaviours"]["counting"]
+    assert set(found["arms"]) == ARMS
+    assert found["arms"]["paste"]["n"] == 3
+    assert set(adapters(run)) == {f"counting/{arm}" for arm in ("donor", "native", "paste", "pinv", "mean_delta")}
+
+
+def test_a_second_run_reuses_every_step(folders, prompts, undisturbed):
+    before, was = stamps(undisturbed), (undisturbed.folder / "metrics.json").read_text()
+    again = run_job(a_job(folders, prompts, undisturbed.folder.parent))
+    assert steps_done(again, before) == set()
+    now, then = json.loads((again.folder / "metrics.json").read_text()), json.loads(was)
+    assert {k: v for k, v in now.items() if k != "seconds"} == {k: v for k, v in then.items() if k != "seconds"}
+
+
+def test_two_runs_of_one_seed_give_equal_tensors(folders, prompts, undisturbed, tmp_path):
+    other = run_job(a_job(folders, prompts, tmp_path))
+    assert adapters(other) == adapters(undisturbed)
+    assert numbers(other) == numbers(undisturbed)
+
+
+@pytest.mark.parametrize("place", ["train_adapter", "forecast_pastes", "measure"])
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folders, prompts, undisturbed, tmp_path, monkeypatch, place):
+    job, owner = a_job(folders, prompts, tmp_path), arms if place == "measure" else module
+    with monkeypatch.context() as patch:
+        whole, calls = getattr(owner, place), []
+
+        def stops(*args: Any, **kwargs: Any) -> Any:
+            calls.append(place)
+            if len(calls) == 2:  # the first behaviour goes through, or the first arm of it
+                raise KeyboardInterrupt
+            return whole(*args, **kwargs)
+
+        patch.setattr(owner, place, stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job)
+    assert not (job.folder / "metrics.json").exists()
+    kept = stamps(Run(job.folder))
+    assert {"profile-donor", "profile-recipient"} <= set(kept)
+    run = run_job(job)
+    assert not steps_done(run, kept) & set(kept)
+    assert numbers(run) == numbers(undisturbed)
+    assert adapters(run) == adapters(undisturbed)
+
+
+def both(*steps: str) -> set[str]:
+    return {f"{step}-{name}" for step in steps for name in ANSWERS}
+
+
+@pytest.mark.parametrize(
+    ("tables", "redone", "may_follow"),
+    [
+        # the native adapter is trained where the paste goes, and another strength may be best at another site
+        ({"paste": {"strength": 0.5}}, both("forecast", "paste", "evaluate"), both("native")),
+        ({"training": {"steps": 4}}, both("donor", "forecast", "paste", "native", "evaluate"), set()),
+        ({"evaluate": {"draws": 1}}, both("evaluate"), set()),
+        ({"evaluate": {"validation_text": ""}}, both("forecast", "evaluate"), both("paste", "native")),
+    ],
+    ids=["strength", "training steps", "draws", "validation text"],
+)
+def test_a_change_redoes_what_depends_on_it(folders, prompts, undisturbed, tmp_path, tables, redone, may_follow):
+    copy = Run(shutil.copytree(undisturbed.folder, tmp_path / "tiny"))
+    before = stamps(copy)
+    run = run_job(a_job(folders, prompts, tmp_path, **tables))
+    assert redone <= steps_done(run, before) <= redone | may_follow
+    if "paste" in tables:
+        assert adapters(run)["counting/paste"].strength == 0.5
+    if "training" not in tables:
+        assert adapters(run)["counting/donor"] == adapters(undisturbed)["counting/donor"]
+
+
+def test_other_openers_redo_every_forecast_that_looks_at_them(folders, prompts, undisturbed, tmp_path):
+    copy = Run(shutil.copytree(undisturbed.folder, tmp_path / "tiny"))
+    before = stamps(copy)
+    tables = [{**prompts["tables"][0], "openers": ["w8"]}, prompts["tables"][1]]
+    run = run_job(a_job(folders, prompts, tmp_path, behaviours=tables))
+    done = steps_done(run, before)
+    assert both("forecast", "evaluate") <= done
+    assert not done & both("donor")
+    found = json.loads((run.folder / "metrics.json").read_text())["behaviours"]
+    fresh = run_job(a_job(folders, prompts, tmp_path / "fresh", behaviours=tables))
+    assert found["naming"]["side_effects"] == json.loads((fresh.folder / "metrics.json").read_text())["behaviours"][
+        "naming"]["side_effects"]  # fmt: skip
+
+
+def test_a_published_adapter_is_pasted(folders, prompts, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    parts = {Site(layer): LowRank(torch.randn(WIDTH, 2, generator=draw), torch.zeros(2),
+                                  0.1 * torch.randn(2, WIDTH, generator=draw)) for layer in (0, 1)}  # fmt: skip
+    pyreft.write(Adapter(parts, name="published"), tmp_path / "published")
+    table = {k: v for k, v in prompts["tables"][0].items() if k != "demonstrations"}
+    job = a_job(folders, prompts, tmp_path, behaviours=[{**table, "adapter": str(tmp_path / "published")}],
+                paste={"match": "nearest"}, evaluate={"draws": 1})  # fmt: skip
+    run = run_job(job)
+    found = json.loads((run.folder / "metrics.json").read_text())["behaviours"]["counting"]
+    assert set(found["arms"]) == ARMS - {"native"}
+    assert [c["pair"] for c in found["converters"]] == [f"{Site(l)} <-> {Site(l)}" for l in (0, 1)]
+    assert adapters(run)["counting/paste"].layers == [0, 1]
+    assert adapters(run)["counting/donor"] == Adapter.load(tmp_path / "published")
