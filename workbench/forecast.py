@@ -2,7 +2,7 @@
 
 The first-order effect of adding delta at a site is delta . G, with G the gradient of what is asked about. The same G
 serves every adapter, layer pair, converter and strength, so a candidate costs a product. Held-out R2 of the converter
-does not rank pastes; this does (shared figures: `docs/forecast.md`).
+does not rank pastes; this does (figures: `docs/demo.md`).
 """
 
 from __future__ import annotations
