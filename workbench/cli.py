@@ -6,6 +6,7 @@ Results go to stdout, progress and the log to stderr. Nothing heavy is imported 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -51,6 +52,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The console command."""
+    # OpenMP's threads spin while they wait: beside any other busy process that made a run several times as slow
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign shows a question mark

@@ -73,7 +73,7 @@ class _Part(nn.Module):
         return LowRank(v, b, u)
 
     def delta(self, h: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        v, b, u = self.low_rank()
+        v, b, u = (t.to(h.device) for t in self.low_rank())  # a spread model's block may lie elsewhere
         return ((h.float() @ v + b) @ u).to(h.dtype)
 
 
@@ -219,7 +219,7 @@ def train_adapter(
             # the lengths are given: a batch of prompts with answers is not a prompt to its end
             with torch_hooks.edit(model, {s: edit(s) for s in where}, prompt_lengths=[len(p) for p, _ in batch]):
                 loss = _loss(model, batch)
-            size = torch.cat([s.flatten() for s in sizes])
+            size = torch.cat([s.to(loss.device) for s in sizes])
             excess = (size - max_size).clamp(min=0).square().mean()
             (loss + size_weight * excess).backward()
             optimizer.step()
