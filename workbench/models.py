@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .backends import torch_hooks
-from .bundled import PREFIX, bundled_path
+from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, place
 from .errors import UserError
 from .hashes import file_hash, short_hash
 from .progress import progress
@@ -274,100 +273,16 @@ def load(
         return model
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    folder = _folder_of(str(source), revision)
-    config, tok = _open_config(source, folder, revision), tokenizer or _open_tokenizer(source, folder, revision)
-    placed, device_map = _place(device)
+    folder = folder_of(str(source), revision)
+    config, tok = open_config(source, folder), tokenizer or open_tokenizer(source, folder)
+    placed, device_map = place(device)
     wanted = DTYPES.get(dtype) or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     if placed == "cpu" and wanted == torch.float16:
         wanted = torch.float32  # half precision is slow and lossy on a CPU
-    module = _open_weights(source, folder, revision, wanted, device_map)
-    if device_map is None:
-        module = module.to(placed)
+    # straight to its place: by way of the host's memory a large model would need it twice
+    module = open_weights(source, folder, wanted, device_map or (None if placed == "cpu" else placed))
     model = Model(module, tok, str(source), folder, revision or "", blocks)
     if prove:
         model.prove()
     log.info("loaded %s", model)
     return model
-
-
-def _folder_of(source: str, revision: str | None) -> Path:
-    """The local folder of a source, fetched from the hub where need be."""
-    if source.startswith(PREFIX):
-        return bundled_path(source, "models")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{source} has no config.json: it is not a Hugging Face model folder")
-        return path
-    if path.is_absolute() or source.startswith(".") or source.count("/") > 1 or path.exists():
-        raise UserError(
-            f"model {source!r} is not a folder; give a model folder, a hub id (owner/name), or {PREFIX}donor"
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except Exception as err:  # the hub client has dozens of errors; each means the same to the user
-        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise UserError(
-            f"model {source!r} is neither a local folder nor a model that the hub gave{offline}: {reason}; "
-            f"check the name, log in for a gated model, or use {PREFIX}donor or {PREFIX}recipient"
-        ) from err
-
-
-def _quiet() -> None:
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-
-
-def _open_config(source: str | Path, folder: Path, revision: str | None) -> Any:
-    from transformers import AutoConfig
-
-    _quiet()
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as err:
-        raise UserError(f"cannot read the config of {source}: {str(err).strip().splitlines()[0][:200]}") from err
-
-
-def _open_tokenizer(source: str | Path, folder: Path, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as err:
-        raise UserError(f"{source} has no tokenizer that can be loaded ({str(err).strip().splitlines()[0][:160]}); "
-                        "pass tokenizer=...") from err  # fmt: skip
-
-
-def _open_weights(source: str | Path, folder: Path, revision: str | None, dtype: Any, device_map: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
-        raise UserError(f"cannot load the weights of {source}: {str(err).strip().splitlines()[0][:200]}; only "
-                        "safetensors of a causal language model are read") from err  # fmt: skip
-
-
-def _place(device: str) -> tuple[str, str | None]:
-    """(device, device_map) for what the user asked."""
-    if device == "map":
-        return "cuda" if torch.cuda.is_available() else "cpu", "auto"
-    if device != "auto":
-        try:
-            placed = torch.device(device)
-        except RuntimeError as err:
-            raise UserError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:N, mps, map") from err
-        if placed.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                f"device {device!r} was asked for and torch sees no GPU; use cpu, or install torch with CUDA"
-            )
-        return str(placed), None
-    if torch.cuda.is_available():
-        return "cuda", "auto" if torch.cuda.device_count() > 1 else None
-    return "cpu", None
