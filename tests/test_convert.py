@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import make_model
 from workbench.adapters.adapter import LowRank
-from workbench.convert import ConverterFits, fit_converters, match_by_r2, match_layers, r2_table
+from workbench.convert import ConverterFits, best_matching, fit_converters, match_layers, r2_table
 from workbench.errors import UserError
 from workbench.maps.fit import fit_pinv, fit_ridge
 from workbench.paste import fold
@@ -60,10 +60,10 @@ def test_bad_layers_and_policies_are_refused(arguments):
 
 def test_matching_by_r2_finds_the_best_monotone_path():
     r2 = {(d, r): -abs(r - 2 * d) for d in range(3) for r in range(6)}
-    assert match_by_r2(r2) == {0: 0, 1: 2, 2: 4}
+    assert best_matching(r2) == {0: 0, 1: 2, 2: 4}
     crossed = {(0, 0): 0.1, (0, 1): 0.9, (1, 0): 0.95, (1, 1): 0.2}
-    assert match_by_r2(crossed, monotone=False) == {0: 1, 1: 0}
-    assert match_by_r2(crossed) == {0: 1, 1: 1}  # 0.9 + 0.2 beats 0.1 + 0.95 and 0.1 + 0.2
+    assert best_matching(crossed, monotone=False) == {0: 1, 1: 0}
+    assert best_matching(crossed) == {0: 1, 1: 1}  # 0.9 + 0.2 beats 0.1 + 0.95 and 0.1 + 0.2
 
 
 @pytest.fixture(scope="module")

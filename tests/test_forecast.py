@@ -16,6 +16,7 @@ from workbench.forecast import (
     forecast_frame,
     forecast_pastes,
     gradients,
+    matched_candidates,
     paste_candidate,
     rank,
 )
@@ -144,3 +145,30 @@ def test_neutral_texts_are_cut_where_the_measurement_cuts_them():
     halves = fisher(model, [{"text": t} for t in texts], [0], samples=1)[0]
     whole = fisher(model, [{"text": t} for t in cut], [0], samples=1, split=1.0)[0]
     torch.testing.assert_close(halves.states[Site(0)], whole.states[Site(0)], atol=1e-4, rtol=1e-4)
+
+
+def test_both_points_of_a_layer_are_read_in_the_order_in_which_they_run():
+    model = make_model("llama")
+    g = gradients(model, PROMPTS[:6], ["w7"], ["resid_post.1", "resid_pre.1", "resid_pre.2"])
+    torch.testing.assert_close(g.grads[Site(1)], g.grads[Site(2, "resid_pre")])
+    assert not torch.allclose(g.grads[Site(1)], g.grads[Site(1, "resid_pre")])
+
+
+def test_an_adapter_of_several_layers_is_pasted_whole():
+    donor, recipient = make_model("llama"), make_model("gpt2", seed=1)
+    prompts = [f"w{i} w{(3 * i) % 150}" for i in range(80)]
+    fits = ConverterFits(profile_model(donor, prompts), profile_model(recipient, prompts))
+    g = torch.Generator().manual_seed(0)
+    adapter = Adapter({
+        Site(l): LowRank(torch.randn(48, 2, generator=g) / 48, torch.randn(2, generator=g), torch.randn(2, 48, generator=g))
+        for l in (0, 2)
+    })  # fmt: skip
+    on = gradients(recipient, PROMPTS, ["w7"])
+    methods = [("ridge", 0.1), ("ridge", 1.0)]
+    found = matched_candidates(adapter, fits, on, 1.0, donor.n_layers, methods)
+    assert all([d for d, _ in c.pairs] == [Site(0), Site(2)] for c in found)
+    assert all(c.pairs[0][1] <= c.pairs[1][1] for c in found)
+    made = forecast_pastes(adapter, fits, found, on, target=1.0, strength=1.0)
+    best = max(f.on for f in made if f.candidate.alpha == 0.1)
+    by_forecast = next(f for f in made if f.candidate.alpha == 0.1)  # the first of each converter
+    assert by_forecast.on == pytest.approx(best)

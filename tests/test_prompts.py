@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 
@@ -258,3 +259,16 @@ def test_bad_files_are_named(tmp_path, name, content, said):
         PromptSet.load(tmp_path / name)
     with pytest.raises(UserError, match="at least 1"):
         PromptSet.load(["a"], limit=0)
+
+
+def test_a_thinking_block_is_part_of_the_prompt_or_refused():
+    tok = copy.deepcopy(tokenizer())
+    head = "{% for m in messages %}{{ m['role'] }}: "
+    block = "{{ '<think> </think> ' if m['role'] == 'assistant' else '' }}"
+    tail = "{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant: "
+    tok.chat_template = head + block + tail + "{% if enable_thinking is false %}<think> </think> {% endif %}{% endif %}"
+    prompt = PromptSet.load(["hello there"])[0]
+    assert len(opener_ids(["alpha", "beta"], tok, prompt)) == 2
+    tok.chat_template = head + block + tail + "{% endif %}"
+    with pytest.raises(UserError, match="writes '<think> </think>' before an answer"):
+        opener_ids(["w7"], tok, prompt)

@@ -130,7 +130,7 @@ def test_a_run_folder_holds_all_that_it_promises(undisturbed):
         assert found["arms"]["random_converter"]["draws"] == 2
         assert len(found["forecast"]["candidates"]) == 3 * 2
         assert [c["chosen"] for c in found["forecast"]["candidates"]] == [True] + [False] * 5
-        assert set(found["side_effects"]["kl_neutral_text"]) == {"native", "paste", "pinv"}
+        assert set(found["side_effects"]["kl_neutral_text"]) == {"native", "paste", "pinv", "mean_delta"}
         assert bool(found["side_effects"]["over_trigger"]) == (name == "counting")
         assert found["dose"][0]["strength"] == 0
         answers = (undisturbed.folder / "answers" / f"{name}.jsonl").read_text().splitlines()
@@ -147,7 +147,9 @@ def test_the_paste_is_as_long_as_its_controls_and_belongs_to_the_recipient(undis
     assert pasted.base["name"] == saved(folders, "gpt2", 1)
     assert pasted.meta["kind"] == "paste"
     metrics = json.loads((undisturbed.folder / "metrics.json").read_text())["behaviours"]["counting"]["arms"]
-    assert metrics["paste"]["sigma_length"] == metrics["shuffled_pairs"]["sigma_length"] > 0
+    for control in ("shuffled_pairs", "random_converter"):  # measured on the adapters, not copied
+        assert metrics[control]["sigma_length"] == pytest.approx(metrics["paste"]["sigma_length"], rel=1e-4)
+        assert metrics[control]["norm"] > 0
     assert metrics["base"]["sigma_length"] is None
 
 
@@ -239,17 +241,19 @@ def test_other_openers_redo_every_forecast_that_looks_at_them(folders, prompts, 
         "naming"]["side_effects"]  # fmt: skip
 
 
-def test_a_published_adapter_is_pasted(folders, prompts, tmp_path):
+@pytest.mark.parametrize("match", ["nearest", "forecast"])
+def test_a_published_adapter_of_several_layers_in_half_precision_is_pasted_whole(folders, prompts, tmp_path, match):
     draw = torch.Generator().manual_seed(0)
     parts = {Site(layer): LowRank(torch.randn(WIDTH, 2, generator=draw), torch.zeros(2),
                                   0.1 * torch.randn(2, WIDTH, generator=draw)) for layer in (0, 1)}  # fmt: skip
-    pyreft.write(Adapter(parts, name="published"), tmp_path / "published")
+    pyreft.write(Adapter(parts, name="published").to(torch.bfloat16), tmp_path / "published")
     table = {k: v for k, v in prompts["tables"][0].items() if k != "demonstrations"}
     job = a_job(folders, prompts, tmp_path, behaviours=[{**table, "adapter": str(tmp_path / "published")}],
-                paste={"match": "nearest"}, evaluate={"draws": 1})  # fmt: skip
+                paste={"match": match}, evaluate={"draws": 1})  # fmt: skip
     run = run_job(job)
     found = json.loads((run.folder / "metrics.json").read_text())["behaviours"]["counting"]
     assert set(found["arms"]) == ARMS - {"native"}
-    assert [c["pair"] for c in found["converters"]] == [f"{Site(l)} <-> {Site(l)}" for l in (0, 1)]
-    assert adapters(run)["counting/paste"].layers == [0, 1]
-    assert adapters(run)["counting/donor"] == Adapter.load(tmp_path / "published")
+    assert [c["pair"].split(" <-> ")[0] for c in found["converters"]] == ["resid_post.0", "resid_post.1"]
+    if match == "nearest":
+        assert adapters(run)["counting/paste"].layers == [0, 1]
+    assert adapters(run)["counting/donor"].parts == Adapter.load(tmp_path / "published").parts

@@ -35,15 +35,21 @@ def make_parent(path: Path) -> None:
 
 
 @contextmanager
-def staged_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without an exception.
 
-    Raises UserError when `path` exists (unless `overwrite`), cannot be written, or the disk is full; in each case
-    nothing is left at `path` that was not there before.
+    marker: a file that every folder of this kind holds; with `overwrite`, only such a folder (or an empty one) is
+    replaced, so that a slip of the pen does not cost somebody's files. Raises UserError when `path` exists, cannot be
+    written, or the disk is full; in each case what was at `path` is there still, and nothing else.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+    if path.exists():
+        if not overwrite:
+            raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+        if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+            raise UserError(
+                f"{path} is not overwritten: it holds no {marker}, so it is something else; choose another folder"
+            )
     make_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -55,19 +61,30 @@ def staged_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             if file.is_file():
                 _sync(file)
         os.chmod(temporary, 0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.rename(path, old / "was")
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        _replace(temporary, path)
         _sync(path.parent)
     except OSError as err:
-        raise UserError(f"cannot write {path}: {_reason(err)}; nothing was left there; make room or choose another "
+        raise UserError(f"cannot write {path}: {_reason(err)}; nothing was changed there; make room or choose another "
                         "folder and run again") from err  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Renames `new` to `path`; what was there is put back should that fail."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    os.rename(path, old / "was")
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old / "was", path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -19,8 +19,9 @@ def located(source: str | Path, folder: str, suffix: str = "") -> Path:
 def bundled_path(name: str, folder: str, suffix: str = "") -> Path:
     """The path of `bundled:NAME` in `data/<folder>`; raises UserError with the names that exist."""
     root = Path(str(resources.files("workbench_data"))) / folder
-    path = root / (name.removeprefix(PREFIX) + suffix)
-    if not path.exists() or path.parent != root:
+    bare = name.removeprefix(PREFIX)
+    path = root / (bare + suffix)
+    if bare in ("", ".", "..") or Path(bare).name != bare or not path.exists():
         names = sorted(PREFIX + p.name.removesuffix(suffix) for p in root.glob("*" + suffix) if p.name[0] not in "._")
         raise UserError(f"{name!r} is not bundled; allowed: {', '.join(names)}")
     return path

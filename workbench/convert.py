@@ -13,7 +13,7 @@ from torch import Tensor
 from .adapters.adapter import LowRank
 from .errors import UserError
 from .maps.linear_map import LinearMap
-from .maps.quality import Quality, quality
+from .maps.quality import Quality, quality, r2
 from .maps.solver import Solver
 from .sites import Site
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .store import Store
 
 METHODS = ("ridge", "pinv")
-MATCHES = ("nearest", "floor", "r2", "forecast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +75,14 @@ def match_layers(
     )
 
 
-def match_by_r2(r2: Mapping[tuple[int, int], float], monotone: bool = True) -> dict[int, int]:
-    """The matching {donor: recipient} with the largest summed held-out R2; recipient layers never fall when monotone.
+def best_matching(scores: Mapping[tuple[int, int], float], monotone: bool = True) -> dict[int, int]:
+    """The matching {donor: recipient} with the largest summed score; recipient layers never fall when monotone.
 
-    r2: held-out R2 of each (donor layer, recipient layer). Dynamic programming over the donor layers.
+    scores: of each (donor layer, recipient layer), held-out R2 or a forecast. Dynamic programming over donor layers.
     """
-    donors, recipients = sorted({d for d, _ in r2}), sorted({r for _, r in r2})
+    donors, recipients = sorted({d for d, _ in scores}), sorted({r for _, r in scores})
     if not monotone:
-        return {d: max(recipients, key=lambda r: (r2[d, r], -r)) for d in donors}
+        return {d: max(recipients, key=lambda r: (scores[d, r], -r)) for d in donors}
     best: dict[int, tuple[float, tuple[int, ...]]] = {
         r: (0.0, ()) for r in recipients
     }  # best score of a path that ends at or below r
@@ -92,7 +91,7 @@ def match_by_r2(r2: Mapping[tuple[int, int], float], monotone: bool = True) -> d
         top: tuple[float, tuple[int, ...]] = (float("-inf"), ())
         for r in recipients:
             score, path = best[r]
-            top = max(top, (score + r2[d, r], (*path, r)), key=lambda t: t[0])
+            top = max(top, (score + scores[d, r], (*path, r)), key=lambda t: t[0])
             reached[r] = top
         best = reached
     return dict(zip(donors, best[recipients[-1]][1], strict=True))
@@ -141,11 +140,17 @@ class ConverterFits:
         return self._once(("states", side, site, held), lambda: store.read(site, rows, dtype=torch.float32))
 
     def solver(self, side: str, site: Site, centre: bool) -> Solver:
-        return self._once(("solver", side, site, centre), lambda: Solver.factor(self.states(side, site), centre))
+        """Factorised rows: centred for ridge; for pinv uncentred, with the cut of torch's pinv on float32 rows."""
 
-    def covariance(self, side: str, site: Site) -> Float[Tensor, "d d"]:
-        """The covariance of a site's fitted rows (float64)."""
-        return self._once(("cov", side, site), lambda: torch.cov(self.states(side, site).double().T))
+        def make() -> Solver:
+            x = self.states(side, site)
+            return Solver.factor(x, centre, 0.0 if centre else max(x.shape) * torch.finfo(torch.float32).eps)
+
+        return self._once(("solver", side, site, centre), make)
+
+    def length(self, site: Site, delta: Float[Tensor, "n d"]) -> float:
+        """Mean length of deltas of the recipient at `site`, in standard deviations of its profile (`Solver.length`)."""
+        return float(self.solver("recipient", site, True).length(delta).mean())
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._cache:
@@ -214,13 +219,11 @@ def fit_converters(
 def r2_table(
     fits: ConverterFits, donors: Sequence[Site], recipients: Sequence[Site], alpha: float
 ) -> dict[tuple[int, int], float]:
-    """Held-out R2 (variance-weighted) of the map to the donor, for every pair of layers: what `match_by_r2` takes."""
+    """Held-out R2 (variance-weighted) of the map to the donor, for every pair of layers: what `best_matching` takes."""
     table = {}
     for d in donors:
         for r in recipients:
-            y = fits.states("donor", d)
-            there = fits.solver("recipient", r, True).solve(y, alpha)
-            scored = quality(there, fits.states("recipient", r, held=True), fits.states("donor", d, held=True),
-                             train_mean=y.mean(0), n_train=len(y))  # fmt: skip
-            table[d.layer, r.layer] = scored.r2_weighted
+            there = fits.solver("recipient", r, True).solve(fits.states("donor", d), alpha)
+            held = fits.states("donor", d, held=True)
+            table[d.layer, r.layer] = r2(held, there(fits.states("recipient", r, held=True))).weighted
     return table

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 
 from .adapters.adapter import Adapter
 from .atomic import staged_folder
-from .convert import Converter, ConverterFits, match_by_r2, match_layers, r2_table
+from .convert import Converter, ConverterFits, best_matching, match_layers, r2_table
 from .errors import UserError
 from .maps.fit import fit_ridge
 from .maps.linear_map import LinearMap, read_safetensors
@@ -128,7 +128,7 @@ def _pairs(
         if not theirs:
             raise UserError(f"the recipient's store {recipient.path} has no {point} to answer the donor's; profile it")
         if match == "r2":
-            matched = match_by_r2(r2_table(fits, mine, theirs, alpha))
+            matched = best_matching(r2_table(fits, mine, theirs, alpha))
         else:
             targets = [s.layer for s in theirs]
             matched = match_layers([s.layer for s in mine], n_donor, n_recipient, match, targets)
@@ -167,7 +167,7 @@ def save_converters(converters: ConverterSet, folder: str | Path, *, overwrite: 
         f"{i}.{side}.{key}": getattr(getattr(c, side), key).cpu().contiguous()
         for i, c in enumerate(converters) for side in _MAPS for key in ("weight", "bias")
     }  # fmt: skip
-    with staged_folder(folder, overwrite=overwrite) as staged:
+    with staged_folder(folder, marker=HEADER, overwrite=overwrite) as staged:
         (staged / HEADER).write_text(json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n")
         (staged / TENSORS).write_bytes(to_bytes(tensors))
 

@@ -8,6 +8,7 @@ does not rank pastes; this does (figures: `docs/demo.md`).
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,12 @@ from torch import Tensor
 from .adapters.adapter import Adapter, LowRank
 from .adapters.train import frozen
 from .backends import torch_hooks
-from .convert import ConverterFits
+from .convert import ConverterFits, best_matching, match_layers
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
-from .maps.quality import mahalanobis
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad
-from .sites import Site
+from .sites import POINTS, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,12 +40,14 @@ RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
 class Gradients:
     """Gradients of one number per prompt with respect to the residual stream at the last prompt token.
 
-    value [n]: the number itself (log-odds, or a log-probability); states and grads: by site, [n, d], float32.
+    value [n]: the number itself (log-odds, or a log-probability); states and grads: by site, [n, d], float32; seconds:
+    what the passes took.
     """
 
     value: Float[Tensor, " n"]
     states: Mapping[Site, Float[Tensor, "n d"]]
     grads: Mapping[Site, Float[Tensor, "n d"]]
+    seconds: float = 0.0
 
     def __repr__(self) -> str:
         sites = ", ".join(map(str, self.states))
@@ -63,6 +65,7 @@ def _backward(
 
     split: the share of its tokens after which a plain text is cut.
     """
+    began = time.perf_counter()
     encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
     if not encoded:
         raise UserError("there are no prompts to forecast on; give at least one")
@@ -72,7 +75,7 @@ def _backward(
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    sites = sorted(sites)
+    sites = sorted(sites, key=lambda site: (site.layer, POINTS.index(site.point)))  # the first to run is the leaf
     value = torch.empty(len(encoded))
     states = {s: torch.empty(len(encoded), model.width) for s in sites}
     grads = {s: torch.empty(len(encoded), model.width) for s in sites}
@@ -89,7 +92,7 @@ def _backward(
                 states[site][rows] = seen[site][:, -1].detach().float().cpu()
                 grads[site][rows] = g[:, -1].float().cpu()
             bar.update(len(rows))
-    return Gradients(value, states, grads)
+    return Gradients(value, states, grads, time.perf_counter() - began)
 
 
 def gradients(
@@ -220,7 +223,7 @@ def forecast_pastes(
         deltas = {
             site: torch.stack([p.delta(on.states[site]) for p in listed]).sum(0) for site, listed in folded.items()
         }
-        sigma = max(float(mahalanobis(d, fits.covariance("recipient", site)).mean()) for site, d in deltas.items())
+        sigma = max(fits.length(site, delta) for site, delta in deltas.items())
         effect = _effect(on, parts)
         s = _strength(float(effect.mean()), sigma, target, max_sigma, strengths) if strength is None else strength
         away = {name: (g.value, s * _effect(g, parts)) for name, g in (off or {}).items()}
@@ -263,6 +266,33 @@ def candidates_of(
         for r in targets
         for method, alpha in methods
     ]
+
+
+def matched_candidates(
+    adapter: Adapter,
+    fits: ConverterFits,
+    on: Gradients,
+    target: float,
+    n_donor: int,
+    methods: Sequence[tuple[str, float]] = RIDGES,
+) -> list[Candidate]:
+    """Candidates that paste every layer of an adapter of several: under each converter, the layers matched by depth
+    (nearest, floor) and by forecast, which is the monotone matching with the largest summed effect towards `target`."""
+    targets = sorted({site.layer for site in on.grads})
+    found: dict[Candidate, None] = {}
+    for method, alpha in progress(methods, desc="matching layers", unit="converter"):
+        effects = {
+            (d.layer, r): float(on.effect(Site(r, d.point), fits.fold(part, d, Site(r, d.point), method, alpha)).mean())
+            for d, part in adapter.parts.items()
+            for r in targets
+        }
+        sign = 1.0 if target >= 0 else -1.0
+        by_forecast = best_matching({pair: sign * effect for pair, effect in effects.items()})
+        by_depth = [match_layers(adapter.layers, n_donor, len(targets), policy) for policy in ("nearest", "floor")]
+        for matched in (by_forecast, *by_depth):
+            pairs = tuple((d, Site(matched[d.layer], d.point)) for d in adapter.parts)
+            found[Candidate(pairs, method, alpha)] = None
+    return list(found)
 
 
 def forecast_frame(forecasts: Sequence[Forecast], measured: Sequence[float] | None = None) -> pd.DataFrame:

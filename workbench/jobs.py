@@ -101,7 +101,7 @@ class EvaluateTable(_Table):
     """Plain texts on which side effects are forecast; `""` for none."""
     draws: int = Field(16, ge=0)
     """Draws of each random control, for its log-odds."""
-    rate_draws: int = Field(2, ge=0)
+    rate_draws: int = Field(3, ge=1)
     """Draws of each random control whose answers are generated and graded."""
     dose: list[float] = [0.25, 0.5, 0.75, 1.25, 1.5, 2.0]
     """Multiples of the paste's strength for the dose-response curve."""
@@ -128,6 +128,8 @@ class BehaviourTable(_Table):
     """What the score is called in tables."""
     adapter: str | None = None
     """The donor's adapter folder (ours, or a published pyreft one); unless given, it is trained on `demonstrations`."""
+    allow_mismatch: bool = False
+    """Take the adapter although it names another model than the donor, a copy under another path, say."""
     demonstrations: str | None = None
     """Prompts with responses: what the donor's adapter (unless given) and the native one are trained on."""
     validation: str

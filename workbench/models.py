@@ -176,7 +176,8 @@ class Model:
         """Answers to `prompts` (a PromptSet, texts or chats), in their order, special tokens left out.
 
         Greedy unless `options` say otherwise (any argument of a Hugging Face GenerationConfig). Prompts are batched by
-        length and padded left; the result does not depend on `batch_size` but for float noise.
+        length and padded left; greedy answers do not depend on `batch_size` but for float noise. Sampling draws from
+        torch's generator, which is seeded with `seed` here.
         """
         from transformers import GenerationConfig
 
@@ -194,7 +195,8 @@ class Model:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 ids, mask = pad([encoded[i] for i in rows], self.pad_id, "left")
-                with torch.inference_mode(), adapter.on(self) if adapter is not None else nullcontext():
+                edited = nullcontext() if adapter is None else adapter.on(self, prompt_lengths=mask.sum(1))
+                with torch.inference_mode(), edited:
                     out = self.module.generate(
                         input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
                     )

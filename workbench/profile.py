@@ -138,25 +138,32 @@ class _Runner:
         row = torch.cat([torch.full_like(k, j) for j, k in enumerate(kept)])
         target = torch.cat([torch.arange(len(k)) + starts[i] for i, k in zip(batch, kept, strict=True)])
         ids, mask = pad([plan.ids[i].tolist() for i in batch], self.model.pad_id, "right")
-        try:
-            self.model.run(ids, mask, stop_after=self.stop_after)
-            picked = {}
-            for site in plan.sites:
-                h = self.seen[site]
-                picked[site] = h[row.to(h.device), torch.cat(kept).to(h.device)].to(self.dtype)
-        except torch.OutOfMemoryError as err:
-            self.seen.clear()
+        picked = self._picked(ids, mask, row, torch.cat(kept))
+        if picked is None:  # out of memory; the failed pass is let go before the next one
             torch.cuda.empty_cache()
             if len(batch) == 1:
                 raise UserError(f"prompt {plan.prompts[batch[0]].id!r} of {ids.shape[1]} tokens does not fit the "
-                                "device's memory; give max_length, fewer sites or another device") from err  # fmt: skip
+                                "device's memory; give max_length, fewer sites or another device")  # fmt: skip
             log.warning("out of memory with %d prompts of up to %d tokens; trying half", *ids.shape)
             half = len(batch) // 2
             self._forward(batch[:half], starts, rows, landing)
             self._forward(batch[half:], starts, rows, landing)
             return
-        self.seen.clear()
         landing.take(rows, target, picked)
+
+    def _picked(self, ids: Tensor, mask: Tensor, row: Tensor, column: Tensor) -> dict[Site, Tensor] | None:
+        """The wanted rows of a batch at each site, on their devices; None where the device's memory is full."""
+        try:
+            self.model.run(ids, mask, stop_after=self.stop_after)
+            found = {}
+            for site in self.plan.sites:
+                h = self.seen[site]
+                found[site] = h[row.to(h.device), column.to(h.device)].to(self.dtype)
+            return found
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self.seen.clear()
 
 
 class _Landing:

@@ -66,6 +66,7 @@ def _render(prompt: Prompt, tokenizer: Any, add_generation_prompt: bool) -> str:
                 add_generation_prompt=add_generation_prompt and not finished,
                 chat_template=_undated(tokenizer.get_chat_template()),
                 date_string=DATE,
+                enable_thinking=False,  # Qwen3 and its kin: the empty thinking block is written once, in the prompt
             )
         )
     except (jinja2.TemplateError, TypeError) as err:
@@ -210,10 +211,20 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {int(i) for i in tokenizer.all_special_ids} | _special_added(tokenizer)
 
 
+def _check_plain_start(prompt: Prompt, opener: str, tokenizer: Any) -> None:
+    """UserError where the template writes something of its own between the prompt and the answer's first word."""
+    added = _added_text(prompt, opener, _render(prompt, tokenizer, True), tokenizer)
+    before = added[: max(added.find(opener.strip()), 0)].strip()
+    if before:
+        raise UserError(f"the chat template writes {before[:40]!r} before an answer, so openers cannot be told apart by "
+                        "their first token; give a template that puts it in the prompt")  # fmt: skip
+
+
 def opener_ids(openers: Sequence[str], tokenizer: Any, prompt: Prompt) -> list[int]:
     """The first token of an answer to `prompt` that begins with each opener; each id once, in order."""
     found: list[int] = []
     for opener in openers:
+        _check_plain_start(prompt, opener, tokenizer)
         answer = response_ids(prompt, opener, tokenizer, end=False)[1]
         if not answer:
             raise UserError(f"opener {opener!r} has no tokens")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter
 from .adapters.train import default_layer, train_adapter
-from .convert import Converter, ConverterFits, match_by_r2, match_layers, r2_table
+from .convert import Converter, ConverterFits, best_matching, match_layers, r2_table
 from .errors import UserError
 from .evaluate.behaviour import log_odds
-from .evaluate.controls import at_length, mean_delta, random_converter, shuffled_pairs, sigma_length
+from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
 from .evaluate.statistics import sign_agreement, spearman
 from .forecast import (
     Candidate,
@@ -28,6 +29,7 @@ from .forecast import (
     fisher,
     forecast_pastes,
     gradients,
+    matched_candidates,
     paste_candidate,
     rank,
 )
@@ -186,11 +188,15 @@ class BehaviourTransfer:
             given = Adapter.load(self.table.adapter)
 
             def copy() -> dict[str, Any]:
-                given.check(t.donor)
-                self._keep(given, "donor")
+                given.check(t.donor, self.table.allow_mismatch)
+                elsewhere = [str(s) for s in given.parts if s.point != "resid_post"]
+                if elsewhere:
+                    raise UserError(f"{self.table.adapter} edits {', '.join(elsewhere)}; a job pastes resid_post only")
+                self._keep(replace(given, base=t.donor.fingerprint), "donor")
                 return {"source": self.table.adapter, "sites": [str(s) for s in given.parts]}
 
-            return self._step("donor", [self.table.adapter, given.hash], copy, ("donor",))
+            inputs = [self.table.adapter, given.hash, self.table.allow_mismatch]
+            return self._step("donor", inputs, copy, ("donor",))
         layers = t.job.training.layers or [default_layer(t.donor)]
         sites = [t.donor.site(l) for l in layers]
         inputs = [self._training, layers, self.demonstrations_hash]
@@ -207,17 +213,20 @@ class BehaviourTransfer:
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
-    def _candidates(self, donor: Adapter) -> list[Candidate]:
+    def _candidates(self, donor: Adapter, on: Gradients, target: float) -> list[Candidate]:
+        """What is forecast; every candidate pastes every layer of the adapter."""
         t, table = self.shared, self.shared.job.paste
-        layers, nd, nr = donor.layers, t.donor.n_layers, t.recipient.n_layers
+        nd, nr = t.donor.n_layers, t.recipient.n_layers
         ridge = [("ridge", a) for a in table.alphas]
         if table.match == "forecast":
-            return candidates_of(donor, nr, ridge)
+            if len(donor.parts) == 1:
+                return candidates_of(donor, nr, ridge)
+            return matched_candidates(donor, t.fits, on, target, nd, ridge)
         if table.match == "r2":
             sites = [Site(l) for l in range(nr)]
-            matched = match_by_r2(r2_table(t.fits, list(donor.parts), sites, table.alphas[0]))
+            matched = best_matching(r2_table(t.fits, list(donor.parts), sites, table.alphas[0]))
         else:
-            matched = match_layers(layers, nd, nr, table.match)
+            matched = match_layers(donor.layers, nd, nr, table.match)
         pairs = tuple((s, Site(matched[s.layer], s.point)) for s in donor.parts)
         return [Candidate(pairs, method, alpha) for method, alpha in ridge]
 
@@ -232,22 +241,23 @@ class BehaviourTransfer:
     def _forecast(self) -> dict[str, Any]:
         t, job, donor = self.shared, self.shared.job, self.adapter("donor")
         prompts = t.prompts(self.table.validation)
-        effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
         start = time.perf_counter()
+        effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
+        target = float(effect.mean())
+        aimed = time.perf_counter() - start
         on = t.gradient(self.name, self.table.validation)
         off = {b.name: t.gradient(b.name, b.validation) for b in job.behaviours if b.name != self.name}
         if self.table.validation_not:
             off["where not wanted"] = t.gradient(self.name, self.table.validation_not)
-        neutral, fits = t.neutral, t.fits
-        gradients_seconds = time.perf_counter() - start
-        candidates = self._candidates(donor)
+        neutral = t.neutral
+        used = sum(g.seconds for g in (on, *off.values(), *neutral))
         start = time.perf_counter()
         fixed = None if job.paste.strength == "forecast" else float(job.paste.strength)
-        target = float(effect.mean())
-        made = forecast_pastes(donor, fits, candidates, on, off, neutral, target=target, strength=fixed,
+        candidates = self._candidates(donor, on, target)
+        made = forecast_pastes(donor, t.fits, candidates, on, off, neutral, target=target, strength=fixed,
                                max_sigma=job.paste.max_sigma)  # fmt: skip
         ranked = rank(made, target)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + aimed
         rows = [_forecast_row(f, chosen=i == 0) for i, f in enumerate(ranked)]
         self._measure(ranked, rows, donor, prompts, on.value)
         checked = [r for r in rows if r["measured_on"] is not None]
@@ -257,7 +267,7 @@ class BehaviourTransfer:
             "candidates": rows,
             "chosen": rows[0],
             "seconds": seconds,
-            "gradients_seconds": gradients_seconds,
+            "gradients_seconds": used,
             "spearman": spearman(said, found),
             "sign_agreement": sign_agreement(said, found),
         }
@@ -340,6 +350,10 @@ class BehaviourTransfer:
         """Mean Mahalanobis length of an adapter's delta on validation prompts, in the recipient's profile."""
         return sigma_length(adapter, self.shared.fits, self.states)
 
+    def norm(self, adapter: Adapter) -> float:
+        """Mean Euclidean length of an adapter's delta on validation prompts."""
+        return delta_norm(adapter, self.states)
+
     def controls(self, chosen: Choice) -> dict[str, list[Adapter]]:
         """Draws of the random controls, each scaled to the paste's length in standard deviations."""
         t, donor, length = self.shared, self.adapter("donor"), self.sigma(self.adapter("paste"))
@@ -369,7 +383,8 @@ def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:
 
 def _converter_row(c: Converter) -> dict[str, Any]:
     def plain(q: Any) -> dict[str, Any] | None:
-        return None if q is None else asdict(q)
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        return None if q is None else {k: finite(v) for k, v in asdict(q).items()}
 
     warnings = [q.warning for q in (c.quality_to_donor, c.quality_to_recipient) if q is not None and q.warning]
     return {"pair": f"{c.donor} <-> {c.recipient}", "method": c.method, "alpha": c.alpha,

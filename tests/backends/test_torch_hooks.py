@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tests.conftest import make_model, make_module, word_tokenizer
+from workbench.adapters.adapter import vector
 from workbench.backends import torch_hooks
 from workbench.errors import UserError
 from workbench.models import load
@@ -209,3 +210,24 @@ def test_prompt_lengths_may_be_given_for_chunked_prefill(small_model):
         first = small_model.module(input_ids=ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
         small_model.module(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=first.past_key_values)
     assert seen == [[[0, 0, 0, 0]], [[0, 1]]]
+
+
+def test_a_second_turn_in_one_context_is_edited_at_its_own_end(small_model):
+    first, second = [1, 20, 21], [1, 20, 21, 50, 51, 52, 22, 23]
+    seen = []
+    with torch_hooks.edit(small_model, {Site(1): lambda h, w: seen.append(w.mask("last").int().tolist()) or h}):
+        for turn in (first, second):
+            generate(small_model, *pad([turn], 0, "left"))
+    assert seen[0] == [[0, 0, 1]]
+    assert seen[8] == [[0, 0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_a_prompt_that_is_prefilled_in_chunks_is_edited_at_its_end(small_model):
+    adapter = vector(Site(1), 20 * torch.randn(small_model.width, generator=torch.Generator().manual_seed(0)))
+    prompts = ["w20 w21 w22 w23 w24 w25"]
+    whole, chunked = (
+        small_model.generate(prompts, max_new_tokens=6, adapter=adapter, **options)
+        for options in ({}, {"prefill_chunk_size": 2})
+    )
+    assert whole == chunked
+    assert whole != small_model.generate(prompts, max_new_tokens=6)

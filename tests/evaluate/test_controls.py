@@ -7,7 +7,20 @@ from tests.conftest import make_model
 from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.convert import ConverterFits
 from workbench.errors import UserError
-from workbench.evaluate.controls import at_length, mean_delta, random_converter, shuffled_pairs, sigma_length
+from workbench.evaluate.controls import (
+    at_length,
+    delta_norm,
+    mean_delta,
+    random_converter,
+    shuffled_pairs,
+    sigma_length,
+)
+    at_length,
+    mean_delta,
+    random_converter,
+    shuffled_pairs,
+    sigma_length,
+)
 from workbench.forecast import Candidate, gradients, paste_candidate
 from workbench.profile import profile_model
 from workbench.sites import Site
@@ -64,3 +77,19 @@ def test_the_mean_delta_is_the_constant_part(made):
     torch.testing.assert_close(mean.delta(Site(2), here)[3], paste.delta(Site(2), here).mean(0), atol=1e-4, rtol=1e-4)
     steering = vector(Site(2), torch.randn(48), base=paste.base)
     torch.testing.assert_close(mean_delta(steering, states).parts[Site(2)].U, steering.parts[Site(2)].U)
+
+
+def test_a_half_precision_adapter_is_controlled_too(made):
+    adapter, fits, _ = made
+    half = random_converter(adapter.to(torch.bfloat16), fits, CANDIDATE, 0)
+    assert all(part.V.dtype == torch.float32 for part in half.parts.values())
+
+
+def test_random_converters_write_along_the_profile(made):
+    """At one length in standard deviations they are about as long as shuffled pairs in plain length, not far shorter."""
+    adapter, fits, states = made
+    norms = {}
+    for make in (random_converter, shuffled_pairs):
+        drawn = [at_length(make(adapter, fits, CANDIDATE, seed), 3.0, fits, states) for seed in range(4)]
+        norms[make] = sum(delta_norm(a, states) for a in drawn)
+    assert 0.2 < norms[random_converter] / norms[shuffled_pairs] < 5

@@ -221,7 +221,7 @@ class Adapter:
             for site, part in self.parts.items()
             for key in ("V", "b", "U")
         }
-        with staged_folder(folder, overwrite=overwrite) as staged:
+        with staged_folder(folder, marker="adapter.json", overwrite=overwrite) as staged:
             (staged / "adapter.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
             (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
 
@@ -253,6 +253,15 @@ def _load(folder: Path) -> Adapter:
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"{folder / 'adapter.json'} is not of format {FORMAT!r} version {VERSION}")
     tensors, _ = read_safetensors(folder / "adapter.safetensors")
+    try:
+        return _assemble(folder, header, tensors)
+    except (KeyError, TypeError, AttributeError) as err:
+        raise UserError(
+            f"{folder / 'adapter.json'} is damaged: {type(err).__name__} {err}; write the adapter again"
+        ) from err
+
+
+def _assemble(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
     parts = {}
     for text, entry in header["sites"].items():
         missing = [key for key in ("V", "b", "U") if f"{text}.{key}" not in tensors]

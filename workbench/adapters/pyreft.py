@@ -59,7 +59,12 @@ def read(folder: str | Path, *, act: str = "linear") -> Adapter:
     if not list(folder.glob("intkey_*.bin")):
         raise UserError(f"weights missing: {folder} has a config but no intkey_*.bin file; fetch the complete folder")
     parts: dict[Site, LowRank] = {}
-    by_layer = {(entry[0], entry[1]): kind for entry, kind in zip(config["representations"], kinds, strict=True)}
+    listed = config.get("representations") or []
+    if len(listed) != len(keys) or not all(isinstance(entry, list) and len(entry) > 1 for entry in listed):
+        raise UserError(
+            f"{folder / 'config.json'} is damaged: it needs one list in representations for each of its keys"
+        )
+    by_layer = {(entry[0], entry[1]): kind for entry, kind in zip(listed, kinds, strict=True)}
     for key in keys:
         layer, component, index = _parse(key)
         if index:
@@ -101,7 +106,7 @@ def write(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> N
     training = {**adapter.meta.get("training", {}), "positions": _positions(adapter.positions)}
     if adapter.base.get("name"):
         training["model_name"] = adapter.base["name"]
-    with staged_folder(folder, overwrite=overwrite) as staged:
+    with staged_folder(folder, marker="config.json", overwrite=overwrite) as staged:
         (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (staged / "training_metadata.json").write_text(json.dumps(training, indent=2) + "\n")
         for site, part in adapter.parts.items():

@@ -113,7 +113,11 @@ def _encode(model: Model, demonstrations: PromptSet) -> list[tuple[list[int], li
         response = prompt.meta.get("response")
         if not response:
             raise UserError(f"demonstration {prompt.id!r} has no response; each line needs a 'response' to learn from")
-        pairs.append(response_ids(prompt, str(response), model.tokenizer))
+        ids, answer = response_ids(prompt, str(response), model.tokenizer)
+        if len(ids) + len(answer) > model.max_length:
+            raise UserError(f"demonstration {prompt.id!r} has {len(ids) + len(answer)} tokens and the model reads "
+                            f"{model.max_length}; shorten it or leave it out")  # fmt: skip
+        pairs.append((ids, answer))
     return pairs
 
 
@@ -154,6 +158,15 @@ def _scales(model: Model, prompts: PromptSet, sites: Sequence[Site], profile: St
         raise UserError(f"the profile is of {profile.fingerprint['name']}, not of {model.name}; profile this model")
     store = profile or profile_model(model, prompts, sites=sites)
     return {s: Scale.of(store.read(s, dtype=torch.float32)) for s in sites}
+
+
+def _flops(model: Model, sites: Sequence[Site]) -> float:
+    """FLOPs per token: 2 a parameter forward, 2 a parameter above the first edited site backward (weights are frozen,
+    so there are gradients of activations only). The LM head counts, the look-up of embeddings does not."""
+    blocks = [sum(p.numel() for p in model.block(l).parameters()) for l in range(model.n_layers)]
+    head = model.module.get_output_embeddings().weight.numel()
+    first = min(s.layer + (s.point != "resid_pre") for s in sites)  # the first block that gradients pass through
+    return 2.0 * (sum(blocks) + head) + 2.0 * (sum(blocks[first:]) + head)
 
 
 def train_adapter(
@@ -230,5 +243,4 @@ def train_adapter(
                 curve.append((step, loss.item(), size.mean().item()))
     done = {s: part.frozen() for s, part in parts.items()}
     adapter = Adapter(done, positions=positions, name=name, base=model.fingerprint, meta={"kind": kind, "seed": seed})
-    # forward 2 N and backward 2 N per token: gradients of activations only, the weights are frozen
-    return Trained(adapter, tuple(curve), time.perf_counter() - start, 4.0 * model.parameters * tokens, steps)
+    return Trained(adapter, tuple(curve), time.perf_counter() - start, tokens * _flops(model, where), steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +148,8 @@ class _Clock:
     signature: inspect.Signature
     where: Where | None = None
     prompt_ids: Tensor | None = None
-    lengths: Tensor | None = field(default=None)
+    lengths: Tensor | None = None
+    width: int = 0  # tokens of the last pass, its past included
 
     def tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.signature.bind_partial(*args, **kwargs).arguments
@@ -160,9 +161,8 @@ class _Clock:
         rows, width = states.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = call.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise UserError("edits need the plain [batch, token] attention mask; got one of "
-                            f"{mask.ndim} dimensions: generate without a static cache")  # fmt: skip
+        if mask is not None and getattr(mask, "ndim", None) != 2:
+            raise UserError("edits need the plain [batch, token] attention mask; generate without a static cache")
         if mask is None:
             position = (past + torch.arange(width, device=states.device)).expand(rows, width)
             total = torch.full((rows,), past + width, device=states.device)
@@ -171,16 +171,17 @@ class _Clock:
             total = mask.long().sum(1)
         if self.given is not None:
             self.lengths = self._spread(self.given.to(states.device), rows)
-        elif past == 0 and not self._continues(ids):
+        elif past == 0 and not (cache is None and self._continues(ids)):
             self.lengths, self.prompt_ids = total, ids
         elif self.lengths is None:
             raise UserError("an edit began in the middle of a generation; pass prompt_lengths, or enter it before")
+        self.width = past + width
         self.where = Where(position, self._spread(self.lengths, rows))
 
     def _continues(self, ids: Tensor | None) -> bool:
-        """Whether these ids are the known prompts with more behind them: a step of generate(use_cache=False)."""
+        """Whether these ids are the known prompts, one token longer than at the last pass: generate(use_cache=False)."""
         known = self.prompt_ids
-        if known is None or ids is None or len(ids) % len(known) or ids.shape[1] <= known.shape[1]:
+        if known is None or ids is None or len(ids) % len(known) or ids.shape[1] != self.width + 1:
             return False
         return bool(torch.equal(ids[:: len(ids) // len(known), : known.shape[1]], known))
 
@@ -198,9 +199,10 @@ def edit(
 ) -> Iterator[None]:
     """Replaces the hidden states h at each site by `fn(h, where)` in every forward pass inside the block.
 
-    A forward pass without a cache is taken for a new batch of prompts, unless its ids continue the batch before; with a
-    cache, it continues. Give `prompt_lengths` (real tokens of each prompt) where that is not so: a prompt prefilled in
-    chunks, or a context that continues an older cache. Raises UserError for sites that the model does not have.
+    A forward pass whose cache holds tokens continues; any other is a new batch of prompts, unless it has no cache at all
+    and its ids are those of the pass before with one token more, as `generate(use_cache=False)` does. Give
+    `prompt_lengths` (real tokens of each prompt) where that is not so: a prompt prefilled in chunks, or a context that
+    continues an older cache. Raises UserError for sites that the model does not have.
     """
     edits = {Site.parse(site, model.n_layers): fn for site, fn in edits.items()}
     _check(model, list(edits))

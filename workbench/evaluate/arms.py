@@ -18,7 +18,7 @@ from ..models import Model
 from ..prompts import PromptSet
 from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
 from .comparison import dose_response
-from .statistics import gain_share, mcnemar, mean_interval, rate
+from .statistics import Interval, gain_share, mcnemar, mean_interval, rate
 
 if TYPE_CHECKING:
     from ..transfer import BehaviourTransfer, Choice
@@ -35,34 +35,57 @@ class Arm:
 
     @property
     def passed(self) -> list[bool]:
-        """The verdicts of every graded draw."""
-        return [v for m in self.graded for v in m.passed]
+        """The verdicts of the first draw: of an arm without draws, its verdicts."""
+        return list(self.graded[0].passed)
 
     @property
-    def score(self) -> list[float]:
-        """The share of graded draws that passed, by prompt."""
-        return np.mean([m.passed for m in self.graded], axis=0).tolist()
+    def rates(self) -> list[float]:
+        """The share of prompts that passed, by graded draw."""
+        return [float(np.mean(m.passed)) for m in self.graded]
 
-    def row(self, base: Arm, sigma: float | None) -> dict[str, Any]:
-        """Rate and log-odds with intervals; the interval of a control's log-odds is over its draws."""
+    def rate(self) -> Interval:
+        """Wilson's interval over prompts; of a control of several draws, Student's over the draws."""
+        if len(self.graded) == 1:
+            return rate(self.passed)
+        found = mean_interval(self.rates)
+        return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+
+    def row(self, base: Arm, sigma: float | None, norm: float | None) -> dict[str, Any]:
+        """Rate and log-odds with intervals; the intervals of a control of several draws are over its draws."""
         draws, n = self.log_odds.shape
         paired = self is not base and draws == 1
         return {
-            "rate": rate(self.passed).as_dict() if self.graded else None,
+            "rate": self.rate().as_dict() if self.graded else None,
             "log_odds": mean_interval(self.log_odds.mean(1) if draws > 1 else self.log_odds[0]).as_dict(),
             "n": n,
             "draws": draws,
+            "graded_draws": len(self.graded),
             "mcnemar_vs_base": mcnemar(base.passed, self.passed) if paired else None,
             "sigma_length": sigma,
+            "norm": norm,
         }
 
     def share(self, base: Arm, native: Arm) -> dict[str, Any]:
-        """The share of native's gain over base that this arm reached, by verdict and by log-odds."""
-        shares = {
-            "rate": gain_share(base.score, self.score, native.score) if self.graded else None,
-            "log_odds": gain_share(base.log_odds.mean(0), self.log_odds.mean(0), native.log_odds.mean(0)),
-        }
+        """The share of native's gain over base that this arm reached, by verdict and by log-odds; over draws, if any."""
+        if len(self.log_odds) == 1:
+            shares = {
+                "rate": gain_share(base.passed, self.passed, native.passed),
+                "log_odds": gain_share(base.log_odds[0], self.log_odds[0], native.log_odds[0]),
+            }
+        else:
+            odds = [float(a.log_odds.mean()) for a in (base, native)]
+            shares = {
+                "rate": _share_over_draws(self.rates, base.rates[0], native.rates[0]),
+                "log_odds": _share_over_draws(self.log_odds.mean(1).tolist(), *odds),
+            }
         return {k: None if v is None else v.as_dict() for k, v in shares.items()}
+
+
+def _share_over_draws(values: Sequence[float], base: float, native: float) -> Interval | None:
+    """Interval over draws of (value - base) / (native - base); None where native gained nothing or nothing was drawn."""
+    if native <= base or not values:
+        return None
+    return mean_interval([(v - base) / (native - base) for v in values])
 
 
 def _arm(b: BehaviourTransfer, model: Model, prompts: PromptSet, adapters: Sequence[Adapter | None], name: str) -> Arm:
@@ -88,7 +111,7 @@ def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> d
     t, table, evaluate = b.shared, b.table, b.shared.job.evaluate
     found: dict[str, Any] = {"kl_neutral_text": {}, "perplexity": {}, "over_trigger": {}, "log_odds_elsewhere": {}}
     if evaluate.neutral_text:
-        texts = t.prompts(evaluate.neutral_text)
+        texts = t.prompts(evaluate.neutral_text)[: evaluate.limit]
         for name, adapter in arms.items():
             if adapter is not None:
                 result = kl_on_text(t.recipient, texts, adapter)
@@ -96,15 +119,16 @@ def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> d
                 found["perplexity"][name] = result.perplexity_edited
                 found["perplexity"]["base"] = result.perplexity_base
     if table.evaluation_not:
-        away = t.prompts(table.evaluation_not)
+        away = t.prompts(table.evaluation_not)[: evaluate.limit]
+        longest = max(len(t.recipient.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in table.openers)
         for name, adapter in arms.items():
-            answers = t.recipient.generate(away, max_new_tokens=8, batch_size=evaluate.batch_size, adapter=adapter,
+            answers = t.recipient.generate(away, max_new_tokens=longest + 4, batch_size=evaluate.batch_size, adapter=adapter,
                                            desc=f"{b.name} where not wanted, {name}")  # fmt: skip
             found["over_trigger"][name] = rate(_shown(answers, table.openers)).as_dict()
     for other in t.job.behaviours:
         if other.name == b.name:
             continue
-        prompts = t.prompts(other.evaluation)
+        prompts = t.prompts(other.evaluation)[: evaluate.limit]
         plain = log_odds(t.recipient, prompts, other.openers)
         found["log_odds_elsewhere"][other.name] = {
             name: float((log_odds(t.recipient, prompts, other.openers, adapter) - plain).mean())
@@ -159,8 +183,7 @@ def _cost(forecast: Mapping[str, Any], pasted: Mapping[str, Any], native: Mappin
 
 def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_file: str) -> dict[str, Any]:
     t, table = b.shared, b.table
-    prompts = t.prompts(table.evaluation)
-    prompts = prompts[: t.job.evaluate.limit] if t.job.evaluate.limit else prompts
+    prompts = t.prompts(table.evaluation)[: t.job.evaluate.limit]
     single: dict[str, tuple[Model, Adapter | None]] = {
         "donor_base": (t.donor, None), "donor_adapter": (t.donor, b.adapter("donor")), "base": (t.recipient, None),
         **({"native": (t.recipient, b.adapter("native"))} if with_native else {}),
@@ -170,17 +193,18 @@ def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_fi
     arms = {name: _arm(b, model, prompts, [adapter], name) for name, (model, adapter) in single.items()}
     drawn = b.controls(chosen) if t.job.evaluate.draws else {}
     arms |= {name: _arm(b, t.recipient, prompts, adapters, name) for name, adapters in drawn.items()}
-    sigmas = {n: b.sigma(a) for n, (m, a) in single.items() if m is t.recipient and a is not None}
-    sigmas |= dict.fromkeys(drawn, sigmas["paste"])
-    result: dict[str, Any] = {
-        "n": len(prompts), "score_name": table.score_name,
-        "arms": {n: arm.row(arms["donor_base" if n.startswith("donor") else "base"], sigmas.get(n)) for n, arm in arms.items()},
-    }  # fmt: skip
+    ours = {n: [a] for n, (m, a) in single.items() if m is t.recipient and a is not None} | drawn
+    lengths = {n: [float(np.mean([f(a) for a in adapters])) for f in (b.sigma, b.norm)] for n, adapters in ours.items()}
+    rows = {}
+    for name, arm in arms.items():
+        base = arms["donor_base" if name.startswith("donor") else "base"]
+        rows[name] = arm.row(base, *lengths.get(name, [None, None]))
+    result: dict[str, Any] = {"n": len(prompts), "score_name": table.score_name, "arms": rows}
     if with_native:
         result["gain_share"] = arms["paste"].share(arms["base"], arms["native"])
         others = [n for n in arms if n in ("pinv", "mean_delta", *drawn)]
         result["control_share"] = {n: arms[n].share(arms["base"], arms["native"]) for n in others}
-    kept = {n: a for n, (m, a) in single.items() if m is t.recipient and n != "mean_delta"}
+    kept = {n: a for n, (m, a) in single.items() if m is t.recipient}
     result["side_effects"] = _side_effects(b, kept)
     # on the evaluation prompts: nothing is chosen by it
     result["dose"] = dose_response(t.recipient, prompts, table.openers, b.adapter("paste"), (1.0, *t.job.evaluate.dose))

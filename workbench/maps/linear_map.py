@@ -147,7 +147,7 @@ class LinearMap:
                 raise UserError(f"{path} exists already; choose another name or pass overwrite=True (--overwrite)")
             write_bytes(path, to_bytes(tensors, {"workbench": json.dumps(header, sort_keys=True)}))
             return
-        with staged_folder(path, overwrite=overwrite) as folder:
+        with staged_folder(path, marker="map.json", overwrite=overwrite) as folder:
             (folder / "map.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
             (folder / "map.safetensors").write_bytes(to_bytes(tensors))
 

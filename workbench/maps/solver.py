@@ -27,8 +27,11 @@ class Solver:
     centred: bool
 
     @classmethod
-    def factor(cls, x: Float[Tensor, "n d"], centre: bool = True) -> Solver:
-        """Factorises the rows of `x`; raises UserError when they are not finite, or all the same."""
+    def factor(cls, x: Float[Tensor, "n d"], centre: bool = True, rtol: float = 0.0) -> Solver:
+        """Factorises the rows of `x`; singular values below `rtol` of the largest are cut.
+
+        Raises UserError when the rows are not finite, or all the same.
+        """
         if not bool(torch.isfinite(x).all()):
             raise UserError("the inputs of a fit hold NaN or Inf; profile the model again in float32")
         x = x.double()
@@ -38,7 +41,7 @@ class Solver:
         values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
         # eigenvalues are squares: what is below eps of the largest is noise of the factorisation
         floor = max(x.shape) * torch.finfo(x.dtype).eps * values[-1]
-        keep = values > floor
+        keep = (values > floor) & (values > rtol * rtol * values[-1])
         if not bool(keep.any()):
             raise UserError("the inputs of a fit do not vary: all rows are equal; give prompts that differ")
         s, v = values[keep].sqrt(), vectors[:, keep]
@@ -49,6 +52,19 @@ class Solver:
     def unit(self) -> float:
         """The mean diagonal of X'X: what `alpha` is measured in."""
         return float(self.s.square().sum() / len(self.mean))
+
+    def length(self, delta: Float[Tensor, "m d"], jitter: float = 1e-6) -> Float[Tensor, " m"]:
+        """Mahalanobis lengths sqrt(delta S^-1 delta') in the covariance S of the rows, plus `jitter` of its mean diagonal.
+
+        From the factors alone: no d x d matrix is formed. Outside of the span of the rows (n <= d) the jitter is all
+        that S has: a length there says that the profile never went that way, not how far it would go.
+        """
+        delta = delta.double()
+        along = delta @ self.q
+        variance = self.s.square() / max(len(self.p) - 1, 1)
+        floor = jitter * float(variance.sum()) / len(self.mean)
+        outside = (delta.square().sum(1) - along.square().sum(1)).clamp(min=0) / floor
+        return ((along.square() / (variance + floor)).sum(1) + outside).sqrt()
 
     def gain(self, alpha: float) -> Float[Tensor, " k"]:
         """diag(s / (s^2 + alpha * unit)): the inverse singular values, shrunk."""
