@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from workbench import cli_errors
 from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.cli import app
+from workbench.cli_values import layer_list
 from workbench.converter_files import load_converters
 from workbench.errors import UserError
 from workbench.paste import paste_adapter
@@ -216,8 +217,10 @@ def job_file(home: Path, folder: Path, **changes: Any) -> Path:
     rows = [{"prompt": f"w{i} w{i + 1}", "id": str(i), "response": f"w{i % 5} w9"} for i in range(12)]
     prompts = folder / "job-prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = folder / "job-evaluation.jsonl"
+    evaluation.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 2}", "id": str(i)}) + "\n" for i in range(12)))
     behaviour = {"name": "b", "openers": ["w1"], "grader": "starts_with", "grader_args": {"openers": ["w1"]},
-                 "demonstrations": str(prompts), "validation": str(prompts), "evaluation": str(prompts)}  # fmt: skip
+                 "demonstrations": str(prompts), "validation": str(prompts), "evaluation": str(evaluation)}  # fmt: skip
     job: dict[str, Any] = {
         "name": "job", "out": str(folder / "runs"),
         "donor": {"model": str(home / "donor")}, "recipient": {"model": str(home / "recipient")},
@@ -544,3 +547,19 @@ def test_the_log_goes_to_stderr_and_leaves_nothing_behind(home):
     assert logging.getLogger("workbench").handlers == before
     assert cli_errors.FLAGS == ("--debug", "--quiet")
     assert logging.raiseExceptions
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("0-99999999999", "more than 10000"), ("9" * 5000, "too large"), ("0-5000,0-5000", "more than 10000")],
+)
+def test_huge_layer_ranges_are_refused(text, said):
+    with pytest.raises(UserError, match=said):
+        layer_list(text)
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf"])
+def test_a_strength_that_is_no_number_is_refused(strength):
+    told(
+        workbench("generate", "bundled:donor", "w1", "--adapter", "bundled:refusal", "--strength", strength), "strength"
+    )

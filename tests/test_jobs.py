@@ -12,6 +12,7 @@ import tomli_w
 
 from workbench import jobs_docs
 from workbench.errors import UserError
+from workbench.job_checks import check_job
 from workbench.job_options import open_job
 from workbench.jobs import Job, Run
 
@@ -211,3 +212,57 @@ def test_the_reference_names_every_key():
 def test_the_example_in_the_reference_is_a_job():
     example = jobs_docs.INTRO.split("```toml\n")[1].split("```")[0]
     assert Job.parse(tomllib.loads(example)).behaviours[0].name == "refusal"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grader": "regex", "grader_args": {"pattern": "("}}, "pattern"),
+        ({"openers": [""]}, "needs openers"),
+        ({"grader": "final_integer", "grader_args": {}}, "no 'gold' answer"),
+        ({"validation": "bundled:evaluation_refusal"}, "320 prompts are both in validation"),
+        ({"demonstrations": "bundled:validation_refusal", "adapter": None}, "has no response"),
+    ],
+)
+def test_what_can_be_known_of_a_job_is_told_before_anything_is_loaded(change, said):
+    job = open_job("bundled:demo")
+    table = next(b for b in job.behaviours if b.name == "refusal").model_copy(update=change)
+    with pytest.raises(UserError, match=said):
+        check_job(job.model_copy(update={"behaviours": [table]}))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", ".hidden", ""])
+def test_a_job_is_not_named_like_a_way_out_of_its_folder(name):
+    with pytest.raises(UserError, match="name"):
+        Job.parse({**open_job("bundled:demo").model_dump(exclude_none=True), "name": name})
+
+
+@pytest.mark.parametrize(
+    "tables", [{"seed": -1}, {"seed": 2**70}, {"paste": {"alphas": [-1.0]}}, {"paste": {"max_sigma": float("nan")}}]
+)
+def test_numbers_out_of_range_are_refused(tables):
+    with pytest.raises(UserError, match=r"seed|alphas|max_sigma"):
+        Job.parse({**open_job("bundled:demo").model_dump(exclude_none=True), **tables})
+
+
+def test_a_step_whose_artefact_is_damaged_is_done_again(run):
+    calls = []
+
+    def make():
+        calls.append(1)
+        run.folder.mkdir(exist_ok=True)
+        (run.folder / "thing").write_text("whole")
+        return {}
+
+    def whole(path):
+        if path.read_text() != "whole":
+            raise UserError("thing is damaged")
+
+    for content in (None, "bro", None):
+        if content:
+            (run.folder / "thing").write_text(content)
+        run.step("one", 1, make, ("thing",), whole)
+    assert len(calls) == 2
+    (run.folder / "steps" / "one.json").write_text("[1, 2]")
+    run.step("one", 1, make, ("thing",), whole)
+    assert len(calls) == 3

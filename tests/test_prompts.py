@@ -230,6 +230,12 @@ def test_limit_seed_labels_and_system():
         ([{"role": "user", "content": "x"}], "none of the columns"),
         ([[{"role": "user"}]], "a message must be"),
         ([[{"role": "user", "content": ""}]], "message is empty"),
+        ([[{"role": "robot", "content": "x"}]], "prompt 0: unknown role 'robot'; allowed: human, user"),
+        ([[{"role": ["user"], "content": "x"}]], r"unknown role \['user'\]"),
+        (
+            [[{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]],
+            "no user's turn, only system, assist",
+        ),
         ([3], "is a int"),
         (["half \ud83d"], "surrogate"),
         ("missing.jsonl", "no such file"),
@@ -245,7 +251,11 @@ def test_bad_prompts_are_named(source, said):
     ("name", "content", "said"),
     [
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2: not JSON .nested too deep"),
+        ("p.json", b"[" * 100_000, "not JSON .nested too deep"),
+        ("p.json", b"[" + b"9" * 5000 + b"]", "not JSON .a number with too many digits"),
         ("p.json", b'{"prompt": "a"}', "must hold a list"),
+        ("p.csv", b"prompt,gold\na,1\nwhat, who,2\n", r"row 2 \(line 3\): has 3 cells and the header 2"),
         ("p.xml", b"<a/>", "unknown kind of file"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("p.parquet", b"nothing", "not a parquet file"),
@@ -259,6 +269,36 @@ def test_bad_files_are_named(tmp_path, name, content, said):
         PromptSet.load(tmp_path / name)
     with pytest.raises(UserError, match="at least 1"):
         PromptSet.load(["a"], limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.csv", "prompt,gold\nwhat is 2?,2\n"),
+        ("p.txt", "what is 2?\n"),
+        ("p.jsonl", '{"prompt": "what is 2?"}\n'),
+        ("p.json", '[{"prompt": "what is 2?"}]'),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert PromptSet.load(tmp_path / name).hash == PromptSet.load(["what is 2?"]).hash
+
+
+def test_long_cells_are_read_and_longer_ones_named(tmp_path, monkeypatch):
+    (tmp_path / "p.csv").write_text("prompt\n" + "a" * 200_000 + "\n")
+    before = csv.field_size_limit()
+    assert len(PromptSet.load(tmp_path / "p.csv")[0].user) == 200_000
+    monkeypatch.setattr("workbench.prompt_files.LONGEST_CELL", 1000)
+    with pytest.raises(UserError, match=r"row 1: cannot be read as CSV \(field larger"):
+        PromptSet.load(tmp_path / "p.csv")
+    assert csv.field_size_limit() == before
+
+
+def test_every_role_that_chats_have_is_read():
+    roles = ["system", "developer", "user", "assistant", "tool"]
+    chat = PromptSet.load([[{"role": role, "content": "x"} for role in roles]])[0]
+    assert [message["role"] for message in chat.messages] == roles
 
 
 def test_a_thinking_block_is_part_of_the_prompt_or_refused():

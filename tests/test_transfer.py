@@ -257,3 +257,13 @@ def test_a_published_adapter_of_several_layers_in_half_precision_is_pasted_whole
     if match == "nearest":
         assert adapters(run)["counting/paste"].layers == [0, 1]
     assert adapters(run)["counting/donor"].parts == Adapter.load(tmp_path / "published").parts
+
+
+@pytest.mark.parametrize("gone", ["adapters/counting/paste/adapter.safetensors", "profiles/donor/rows.parquet"])
+def test_a_run_with_a_damaged_artefact_recovers(undisturbed, folders, prompts, tmp_path, gone):
+    job = a_job(folders, prompts, tmp_path)
+    shutil.copytree(undisturbed.folder, job.folder)
+    (job.folder / gone).unlink()
+    run = run_job(job)
+    assert (run.folder / gone).exists()
+    assert adapters(run) == adapters(undisturbed)

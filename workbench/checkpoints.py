@@ -16,6 +16,10 @@ TWINS = ["original/*", "consolidated*"]  # the same weights once more, in the pu
 
 def folder_of(source: str, revision: str | None) -> Path:
     """The local folder of a source, fetched from the hub where need be."""
+    if not source.strip():
+        raise UserError(
+            f"model {source!r}: the name is empty; give a model folder, a hub id (owner/name), or {PREFIX}donor"
+        )
     if source.startswith(PREFIX):
         return bundled_path(source, "models")
     path = Path(source).expanduser()
@@ -33,7 +37,7 @@ def folder_of(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=TWINS))
     except Exception as err:  # the hub client has dozens of errors; each means the same to the user
-        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
+        reason = _reason(err)
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UserError(
             f"model {source!r} is neither a local folder nor a model that the hub gave{offline}: {reason}; "
@@ -56,8 +60,11 @@ def open_config(source: str | Path, folder: Path) -> Any:
     quiet()
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as err:
-        raise UserError(f"cannot read the config of {source}: {str(err).strip().splitlines()[0][:200]}") from err
+    except Exception as err:  # each family's config checks itself in its own way; each error means the same to the user
+        raise UserError(
+            f"cannot read the config of {source}: {_reason(err)}; config.json must be as transformers writes it for a "
+            "family that it knows"
+        ) from err
 
 
 def open_tokenizer(source: str | Path, folder: Path) -> Any:
@@ -66,20 +73,61 @@ def open_tokenizer(source: str | Path, folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as err:
-        raise UserError(f"{source} has no tokenizer that can be loaded ({str(err).strip().splitlines()[0][:160]}); "
+    except Exception as err:  # the tokenizers library raises a plain Exception for a damaged tokenizer.json
+        raise UserError(f"{source} has no tokenizer that can be loaded ({_reason(err)}); "
                         "pass tokenizer=...") from err  # fmt: skip
 
 
 def open_weights(source: str | Path, folder: Path, dtype: Any, device_map: Any) -> Any:
-    """The causal language model in a folder, from safetensors; UserError where it cannot be loaded."""
+    """The causal language model in a folder, from safetensors.
+
+    Raises UserError where it cannot be loaded, and where the files lack a tensor or hold it in another shape:
+    transformers would fill it with random numbers.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = dict(dtype=dtype, device_map=device_map, use_safetensors=True)
+    loader: Any = AutoModelForCausalLM  # its annotations leave out what output_loading_info adds
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
-        raise UserError(f"cannot load the weights of {source}: {str(err).strip().splitlines()[0][:200]}; only "
-                        "safetensors of a causal language model are read") from err  # fmt: skip
+        # other shapes are let through here, since the error for them would name none
+        module, loading = loader.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except SafetensorError as err:
+        raise UserError(f"cannot load the weights of {source}: a .safetensors file is damaged or cut short "
+                        f"({_reason(err)}); fetch it again") from err  # fmt: skip
+    except Exception as err:  # an impossible config fails anywhere in a family's own code
+        raise UserError(f"cannot load the weights of {source}: {_reason(err)}; only safetensors of a causal language "
+                        "model are read, and config.json must fit them") from err  # fmt: skip
+    _check_complete(source, loading)
+    return module
+
+
+def _check_complete(source: str | Path, loading: dict[str, Any]) -> None:
+    """UserError naming the first few tensors that the weights lack or hold in another shape; tied ones are not listed."""
+    missing = sorted(loading["missing_keys"])
+    other = [f"{name} is {list(held)}, not {list(wanted)}" for name, held, wanted in sorted(loading["mismatched_keys"])]
+    faults = [
+        *([f"{len(missing)} missing ({_few(missing)})"] if missing else []),
+        *([f"{len(other)} of another shape ({_few(other)})"] if other else []),
+        *(" ".join(str(message).split())[:200] for message in loading.get("error_msgs", [])),
+    ]
+    if faults:
+        raise UserError(f"the weights of {source} are not complete: tensors {' and '.join(faults)}; fetch the model "
+                        "again, or give the config.json that belongs to them")  # fmt: skip
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _reason(err: Exception) -> str:
+    """An error in one line; with its type where the message alone says too little."""
+    text = " ".join(str(err).split())[:200]
+    if not text:
+        return type(err).__name__
+    return f"{type(err).__name__} {text}" if isinstance(err, (LookupError, TypeError, AttributeError)) else text
 
 
 def place(device: str) -> tuple[str, str | None]:

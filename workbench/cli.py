@@ -170,7 +170,7 @@ def profile(
     device: Device = "auto",
     batch_tokens: Annotated[int, typer.Option(help="tokens in a forward pass, padding included")] = 8192,
     max_length: Annotated[int | None, typer.Option(help="cut longer prompts [the model's context]")] = None,
-    limit: Annotated[int | None, typer.Option(help="the first so many prompts only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many prompts only")] = None,
     column: Annotated[str | None, typer.Option(help="the column of the prompts file to read")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -202,7 +202,7 @@ def convert(
     method: Annotated[str, typer.Option(help="ridge, or pinv as published")] = "ridge",
     alpha: Annotated[str, typer.Option(help="ridge strength in units of the mean diagonal of X'X, or cv")] = "0.1",
     holdout: Annotated[float, typer.Option(help="share of prompts kept for the quality figures")] = 0.2,
-    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +215,10 @@ def convert(
     from .converter_files import fit_set, quality_rows, save_converters
     from .store import Store
 
-    made = fit_set(Store.open(donor), Store.open(recipient), layers=layers, match=match, method=method, alpha=strength,
+    stores = Store.open(donor), Store.open(recipient)
+    for store in stores:
+        store.verify()  # every row is read for the fit anyway
+    made = fit_set(*stores, layers=layers, match=match, method=method, alpha=strength,
                    holdout=holdout, seed=seed)  # fmt: skip
     save_converters(made, out, overwrite=overwrite)
     rows = quality_rows(made)
@@ -261,12 +264,12 @@ def generate(
     prompts: Annotated[str | None, typer.Option(help="a prompt set in place of PROMPT")] = None,
     adapter: Annotated[Path | None, typer.Option(help=ADAPTER_HELP)] = None,
     strength: Annotated[float, typer.Option(help="factor on the adapter's own; 0 is the plain model")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="length at which an answer is cut")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length at which an answer is cut")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="sample in place of the likeliest token")] = False,
     temperature: Annotated[float, typer.Option(help="of --sample")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of --sample")] = 0,
-    limit: Annotated[int | None, typer.Option(help="the first so many of --prompts only")] = None,
-    batch_size: Annotated[int, typer.Option(help="prompts at once")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of --sample")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many of --prompts only")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts at once")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
     allow_mismatch: Mismatch = False,

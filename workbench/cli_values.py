@@ -7,21 +7,32 @@ from typing import Literal
 
 from .errors import UserError
 
+MOST_LAYERS = 10_000  # far more than any model has
+
 
 def layer_list(text: str) -> list[int]:
     """Numbers and ranges, both ends included; raises UserError for anything else.
 
     >>> layer_list("0,4,8-10,-1")
     [0, 4, 8, 9, 10, -1]
+    >>> layer_list("0-99999999999")
+    Traceback (most recent call last):
+    workbench.errors.UserError: the layers '0-99999999999' are more than 10000; write the ranges of layers that the model has
     """
     found: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", item)
         if match is None:
             raise UserError(f"cannot read {item!r} in the layers {text!r}; write numbers and ranges, such as 0,4,8-12")
+        if max(map(len, match.groups(""))) > 12:  # beyond any layer, and int() refuses thousands of digits
+            raise UserError(f"cannot read {item[:40]!r} as layers: the number is too large; write such as 0,4,8-12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UserError(f"the range {item!r} in the layers {text!r} runs backwards; write it as {last}-{first}")
+        if len(found) + last - first + 1 > MOST_LAYERS:  # before a list of them is built
+            raise UserError(
+                f"the layers {text[:80]!r} are more than {MOST_LAYERS}; write the ranges of layers that the model has"
+            )
         found += range(first, last + 1)
     return found
 
@@ -48,6 +59,9 @@ def alpha_value(text: str) -> float | Literal["cv"]:
     if text == "cv":
         return "cv"
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise UserError(f"alpha {text!r} is neither a number nor cv; 0.01 to 0.1 are usual") from None
+    if not 0 <= value < float("inf"):
+        raise UserError(f"alpha {value:g} is out of range: a number of 0 or more is needed; 0.01 to 0.1 are usual")
+    return value

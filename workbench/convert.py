@@ -107,6 +107,8 @@ def paired_rows(donor: Store, recipient: Store, holdout: float = 0.2, seed: int 
     check_pair(donor, recipient)
     prompts = torch.as_tensor(donor.prompt_index)
     n = int(prompts.max()) + 1
+    if not 0 <= holdout < 1 or n - int(n * holdout) < 2:
+        raise UserError(f"holdout {holdout} leaves {n - int(n * holdout)} of {n} prompts to fit; leave at least two")
     held = torch.zeros(n, dtype=torch.bool)
     held[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: int(n * holdout)]] = True
     mask = held[prompts]
@@ -190,8 +192,8 @@ class ConverterFits:
 def _method(method: str, alpha: float) -> tuple[bool, float]:
     if method not in METHODS:
         raise UserError(f"unknown converter {method!r}; allowed: {', '.join(METHODS)}")
-    if alpha < 0:
-        raise UserError(f"alpha {alpha} is negative; give 0 or more, in units of the mean diagonal of X'X")
+    if not 0 <= alpha < float("inf"):
+        raise UserError(f"alpha {alpha} is not a number of 0 or more, in units of the mean diagonal of X'X")
     return (True, alpha) if method == "ridge" else (False, 0.0)
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from .adapters.adapter import Adapter
 from .errors import UserError
-from .evaluate.graders import find
+from .evaluate.behaviour import Behaviour
+from .evaluate.graders import grade
+from .hashes import json_hash
 from .prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def check_job(job: Job) -> None:
 
 def _check_behaviour(table: BehaviourTable) -> None:
     try:
-        find(table.grader, table.grader_args)
+        Behaviour(table.name, tuple(table.openers), table.grader, table.grader_args)
     except UserError as err:
         raise UserError(f"behaviour {table.name!r}: {err}") from err
     if table.adapter is None and table.demonstrations is None:
@@ -37,6 +39,35 @@ def _check_behaviour(table: BehaviourTable) -> None:
         Adapter.load(table.adapter)
     for key in ("demonstrations", "validation", "validation_not", "evaluation", "evaluation_not"):
         _readable(f"behaviour {table.name!r}, {key}", getattr(table, key))
+    _check_sets(table)
+
+
+def _check_sets(table: BehaviourTable) -> None:
+    """What the sets of a behaviour must be to each other, and to its grader."""
+    where = f"behaviour {table.name!r}"
+    evaluation = PromptSet.load(table.evaluation)
+    try:
+        grade(table.grader, ["0"] * len(evaluation), evaluation, **table.grader_args)
+    except UserError as err:
+        raise UserError(f"{where}: {err}") from err
+    except TypeError as err:
+        raise UserError(
+            f"{where}: grader {table.grader!r} cannot use its arguments {table.grader_args}: {err}"
+        ) from err
+    shared = _contents(evaluation) & _contents(PromptSet.load(table.validation))
+    if shared:
+        raise UserError(f"{where}: {len(shared)} prompts are both in validation, which choices are made on, and in "
+                        "evaluation; keep the two apart")  # fmt: skip
+    if table.demonstrations is not None:
+        dumb = [p.id for p in PromptSet.load(table.demonstrations) if not p.meta.get("response")]
+        if dumb:
+            raise UserError(
+                f"{where}: demonstration {dumb[0]!r} has no response; each line needs a 'response' to learn from"
+            )
+
+
+def _contents(prompts: PromptSet) -> set[str]:
+    return {json_hash(p.content) for p in prompts}
 
 
 def _readable(key: str, source: str | None) -> None:

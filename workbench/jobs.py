@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .atomic import make_parent, write_json, write_text
 from .errors import UserError
@@ -27,7 +27,7 @@ log = logging.getLogger("workbench")
 class _Table(BaseModel):
     """A table of a job file: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelTable(_Table):
@@ -89,6 +89,13 @@ class PasteTable(_Table):
     max_sigma: float = Field(4.0, gt=0)
     """The longest delta that `forecast` may choose, in standard deviations of the recipient's profile."""
 
+    @field_validator("alphas")
+    @classmethod
+    def _not_negative(cls, alphas: list[float]) -> list[float]:
+        if min(alphas) < 0:
+            raise ValueError(f"alpha {min(alphas)} is negative; give 0 or more")
+        return alphas
+
 
 class EvaluateTable(_Table):
     """What is measured."""
@@ -116,7 +123,7 @@ class EvaluateTable(_Table):
 class BehaviourTable(_Table):
     """A behaviour that the donor's adapter brings out."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)
     """Its name, used for folders."""
     openers: list[str] = Field(min_length=1)
     """How an answer that shows the behaviour begins; their first tokens give the log-odds."""
@@ -145,11 +152,11 @@ class BehaviourTable(_Table):
 class Job(_Table):
     """A transfer job: the whole of a job file."""
 
-    name: str = Field("job", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("job", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)
     """The name of the run."""
     out: str = "runs"
     """The folder in which the run folder is made."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """The seed of everything that is random."""
     donor: ModelTable
     """The model an adapter was trained on."""
@@ -189,11 +196,13 @@ class Job(_Table):
                     f"{source}: unknown key {where!r}; allowed here: {', '.join(table.model_fields)}"
                 ) from err
             given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
-            raise UserError(f"{source}: {where}: {first['msg'].lower()}{given[:120]}; see docs/jobs.md") from err
+            said = first["msg"].removeprefix("Value error, ")
+            said = said[:1].lower() + said[1:]
+            raise UserError(f"{source}: {where}: {said}{given[:120]}; see docs/jobs.md") from err
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / self.name
+        return Path(self.out).expanduser() / self.name
 
 
 def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
@@ -211,11 +220,19 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def step(self, name: str, inputs: Any, make: Callable[[], Any], artefacts: tuple[str, ...] = ()) -> Any:
+    def step(
+        self,
+        name: str,
+        inputs: Any,
+        make: Callable[[], Any],
+        artefacts: tuple[str, ...] = (),
+        whole: Callable[[Path], Any] | None = None,
+    ) -> Any:
         """The JSON result of a step: kept from an earlier run with the same inputs, or made now and kept.
 
         inputs: a JSON value that says everything the result depends on. artefacts: paths in the run folder that the
-        step makes; where one is gone the step is done again. What failed leaves the steps before it usable.
+        step makes; where one is gone, or `whole` raises UserError when it opens it, the step is done again. What failed
+        leaves the steps before it usable.
         """
         from . import __version__
 
@@ -226,7 +243,7 @@ class Run:
                 kept = json.loads(record.read_text())
             except ValueError:
                 kept = {}
-            if kept.get("key") == key and all((self.folder / a).exists() for a in artefacts):
+            if isinstance(kept, dict) and kept.get("key") == key and self._stand(artefacts, whole):
                 log.info("step %s: kept", name)
                 return kept["result"]
         log.info("step %s", name)
@@ -237,6 +254,18 @@ class Run:
             raise UserError(f"step {name}: {err}") from err
         write_json(record, {"key": key, "seconds": time.perf_counter() - start, "result": result})
         return result
+
+    def _stand(self, artefacts: tuple[str, ...], whole: Callable[[Path], Any] | None) -> bool:
+        for path in (self.folder / a for a in artefacts):
+            if not path.exists():
+                return False
+            try:
+                if whole is not None:
+                    whole(path)
+            except UserError as err:
+                log.warning("%s; the step is done again", err)
+                return False
+        return True
 
     @contextmanager
     def alone(self) -> Iterator[None]:

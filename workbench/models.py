@@ -183,6 +183,13 @@ class Model:
 
         from .prompts import PromptSet, encode, pad
 
+        if not 0 < max_new_tokens < self.max_length - 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} is out of range: {self.name} reads {self.max_length} tokens "
+                            "in all, and the prompt needs some")  # fmt: skip
+        if batch_size < 1 or not 0 < options.get("temperature", 1.0) < float("inf"):
+            raise UserError(
+                f"batch_size {batch_size} and temperature {options.get('temperature', 1.0)} must be positive"
+            )
         encoded = encode(PromptSet.load(prompts), self.tokenizer, max_length=self.max_length - max_new_tokens)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, pad_token_id=self.pad_id, eos_token_id=self.end_ids or None,

@@ -11,6 +11,8 @@ from .bundled import PREFIX, bundled_path
 from .errors import UserError
 
 HUB = "hub:"
+ENCODING = "utf-8-sig"  # Excel puts a byte order mark in front, which must not become part of the first column's name
+LONGEST_CELL = 2**26  # characters; the csv module's own limit of 2**17 is less than a long transcript
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -43,34 +45,62 @@ def read_rows(source: str | Path) -> tuple[str, list[Any]]:
 
 
 def _lines(path: Path) -> list[Any]:
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for line in path.read_text(encoding=ENCODING).split("\n") if line.strip()]
 
 
 def _jsonl(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding=ENCODING).split("\n"), 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as err:
-            raise UserError(f"prompts {path}, line {number}: not JSON ({err.msg}); a line is one object") from err
+        except (ValueError, RecursionError) as err:
+            raise UserError(f"prompts {path}, line {number}: not JSON ({_fault(err)}); a line is one object") from err
     return rows
 
 
 def _json(path: Path) -> list[Any]:
+    text = path.read_text(encoding=ENCODING)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as err:
-        raise UserError(f"prompts {path}: not JSON ({err.msg}, line {err.lineno})") from err
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        line = f", line {err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
+        raise UserError(f"prompts {path}: not JSON ({_fault(err)}{line}); a file of prompts is one list") from err
     if not isinstance(rows, list):
         raise UserError(f"prompts {path}: holds a {type(rows).__name__}; a .json file of prompts must hold a list")
     return rows
 
 
+def _fault(err: Exception) -> str:
+    """Why json refused a text, in a few words."""
+    if isinstance(err, json.JSONDecodeError):
+        return err.msg
+    return "nested too deep" if isinstance(err, RecursionError) else "a number with too many digits"
+
+
 def _csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    rows: list[Any] = []
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding=ENCODING, newline="") as stream:
+            reader = csv.DictReader(stream)
+            for row in reader:
+                if None in row:
+                    columns = len(reader.fieldnames or ())
+                    raise UserError(
+                        f"prompts {path}, row {len(rows) + 1} (line {reader.line_num}): has {columns + len(row[None])} "
+                        f"cells and the header {columns}; put a cell that holds a comma in double quotes"
+                    )
+                rows.append(row)
+    except csv.Error as err:
+        raise UserError(
+            f"prompts {path}, row {len(rows) + 1}: cannot be read as CSV ({err}); a cell has at most {LONGEST_CELL} "
+            "characters, and every double quote is closed"
+        ) from err
+    finally:
+        csv.field_size_limit(limit)
+    return rows
 
 
 def _parquet(path: Path) -> list[Any]:

@@ -20,7 +20,10 @@ __all__ = [
 
 MESSAGES = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "text", "question", "instruction")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+    "developer": "developer",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class PromptSet(Sequence[Prompt]):
         limit: only so many; the first, or with `seed` a random sample in the order of the source.
         chat: True makes every string a user's turn, False a plain text that no template touches. Unless given, strings
             are user's turns, but for a column that is named `text`.
-        Raises UserError for a source that cannot be read, an empty set, or an empty prompt (naming its row).
+        Raises UserError for a source that cannot be read, an empty set, and (naming its row) an empty prompt, a chat
+            with an unknown role or without a user's turn.
         """
         if isinstance(source, PromptSet):
             found, name = list(source.prompts), source.name
@@ -165,7 +169,7 @@ def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: s
     record = row if isinstance(row, Mapping) else {}
     identity, label = record.get("id"), record.get("label")
     identity = str(index if identity is None else identity)
-    return Prompt(messages, text, identity, None if label is None else str(label), _plain(rest))
+    return Prompt(messages, text, identity, None if label is None else str(label), _plain(rest, where))
 
 
 def _content(value: Any, plain: bool, where: str) -> tuple[tuple[dict[str, Any], ...] | None, str | None]:
@@ -178,7 +182,11 @@ def _content(value: Any, plain: bool, where: str) -> tuple[tuple[dict[str, Any],
         raise UserError(f"{where}: is a {type(value).__name__}; a prompt is a string or a list of messages")
     if all(isinstance(turn, str) for turn in value):  # LIMA and its kin: turns without roles; the first is the user's
         return _content(value[0], False, where)
-    return tuple(_message(turn, where) for turn in value), None
+    messages = tuple(_message(turn, where) for turn in value)
+    if not any(message["role"] == "user" for message in messages):
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise UserError(f"{where}: the chat has no user's turn, only {roles}; give it one or leave the prompt out")
+    return messages, None
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -186,11 +194,13 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
     if role is None or content is None:
         raise UserError(f'{where}: a message must be {{"role": "user", "content": "..."}}; got {turn!r:.80}')
+    if str(role) not in ROLES:
+        raise UserError(f"{where}: unknown role {role!r:.80}; allowed: {', '.join(ROLES)}")
     if role in ("user", "human") and isinstance(content, str) and not content.strip():
         raise UserError(f"{where}: the user's message is empty; give it a text or leave the prompt out")
     _check_unicode(str(content), where)
     extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-    return {"role": ROLES.get(str(role), str(role)), "content": content, **_plain(extra)}
+    return {"role": ROLES[str(role)], "content": content, **_plain(extra, where)}
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -200,7 +210,10 @@ def _check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: character {err.start} is half a surrogate pair, which no tokenizer reads") from err
 
 
-def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """The same as JSON values: what JSON does not know becomes its string, what is missing is left out."""
     kept = {str(k): v for k, v in values.items() if v is not None and not (isinstance(v, float) and v != v)}
-    return json.loads(json.dumps(kept, default=str, ensure_ascii=False))
+    try:
+        return json.loads(json.dumps(kept, default=str, ensure_ascii=False))
+    except RecursionError as err:
+        raise UserError(f"{where}: its columns {', '.join(kept)} are nested too deep; leave them out") from err

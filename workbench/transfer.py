@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -123,12 +124,15 @@ def _profiles(t: Transfer) -> dict[str, Any]:
 
         def make(model: Model = model, path: Path = path, size: int = table.batch_tokens) -> dict[str, Any]:
             start = time.perf_counter()
-            store = profile_model(model, t.profiled, path, batch_tokens=size, overwrite=True)
+            shutil.rmtree(path, ignore_errors=True)  # of other inputs, or damaged: the run's own, made again
+            store = profile_model(model, t.profiled, path, batch_tokens=size)
             return {"seconds": time.perf_counter() - start, "rows": store.n_rows, "sites": [str(s) for s in store.sites],
                     "model": model.name, "width": model.width}  # fmt: skip
 
         inputs = [model.fingerprint_id, t.profiled.full_hash]
-        made[side] = t.run.step(f"profile-{side}", inputs, make, (f"profiles/{side}/manifest.json",))
+        made[side] = t.run.step(
+            f"profile-{side}", inputs, make, (f"profiles/{side}",), lambda p: Store.open(p).verify()
+        )
     return made
 
 
@@ -158,11 +162,14 @@ class BehaviourTransfer:
         return Adapter.load(self.shared.run.folder / self.path(arm))
 
     def _keep(self, adapter: Adapter, arm: str) -> None:
-        adapter.save(self.shared.run.folder / self.path(arm), overwrite=True)
+        folder = self.shared.run.folder / self.path(arm)
+        if not (folder / "adapter.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of a damaged one
+        adapter.save(folder, overwrite=True)
 
     def _step(self, name: str, inputs: Any, make: Callable[[], Any], arms: tuple[str, ...] = ()) -> Any:
         artefacts = tuple(self.path(a) for a in arms)
-        return self.shared.run.step(f"{name}-{self.name}", self.shared.key(inputs), make, artefacts)
+        return self.shared.run.step(f"{name}-{self.name}", self.shared.key(inputs), make, artefacts, Adapter.load)
 
     @cached_property
     def _training(self) -> dict[str, Any]:

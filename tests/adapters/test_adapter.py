@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -119,6 +120,72 @@ def test_other_files_are_refused(tmp_path):
         Adapter.load(tmp_path / "a")
 
 
+DAMAGE = [
+    ({"strength": "2"}, "strength must be a finite number, got '2'"),
+    ({"strength": True}, "strength must be a finite number, got True"),
+    ({"strength": float("nan")}, "strength must be a finite number, got nan"),
+    ({"strength": float("-inf")}, "strength must be a finite number, got -inf"),
+    ({"strength": 10**400}, "strength must be a finite number"),
+    ({"base": None}, "base must be an object of strings, got None"),
+    ({"base": {"name": None}}, "base must be an object of strings"),
+    ({"base": ["org/tiny"]}, "base must be an object of strings"),
+    ({"positions": 5}, "positions must be a string, got 5"),
+    ({"positions": "middle"}, "unknown positions 'middle'"),
+    ({"sites": []}, "sites must be an object"),
+    ({"sites": {"resid_post.1": None}}, "sites must be an object"),
+    ({"sites": {"resid_post.1": {"act": 5}}}, "sites must be an object"),
+    ({"sites": {"resid_post.1": {"act": "softmax"}}}, "unknown act 'softmax'"),
+    ({"sites": {"resid_post.2": {"act": "linear"}}}, "V, b, U of resid_post.2 is missing"),
+    ({"sites": {}}, "at least one part"),
+    ({"meta": [1]}, "meta must be an object"),
+    ({"name": 5}, "name must be a string, got 5"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGE)
+def test_a_damaged_header_is_named_in_one_line(tmp_path, change, said):
+    adapter().save(tmp_path / "a")
+    file = tmp_path / "a" / "adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        Adapter.load(tmp_path / "a")
+    assert "is damaged: " in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["name", "positions", "strength", "base", "meta", "sites"])
+def test_a_header_without_an_entry_is_damaged(tmp_path, key):
+    adapter().save(tmp_path / "a")
+    file = tmp_path / "a" / "adapter.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    with pytest.raises(UserError, match=rf"adapter\.json is damaged: {key} is missing"):
+        Adapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b'{"strength": ' + b"9" * 5000 + b"}"])
+def test_a_header_that_is_not_json_is_damaged(tmp_path, content):
+    adapter().save(tmp_path / "a")
+    (tmp_path / "a" / "adapter.json").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: it cannot be read as JSON"):
+        Adapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_with_nan_or_infinity_are_refused(tmp_path, value, dtype):
+    bad = part()
+    bad.U[0, 2] = value
+    Adapter({Site(1): bad.to(dtype)}).save(tmp_path / "a")
+    with pytest.raises(UserError, match=r"is damaged: U of resid_post\.1 holds NaN or infinity"):
+        Adapter.load(tmp_path / "a")
+
+
+def test_a_folder_that_is_not_there_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="does not exist; give an adapter folder"):
+        Adapter.load(tmp_path / "none")
+
+
 class Tiny(SimpleNamespace):
     """What `Adapter.on` needs of a Model, around a random Llama."""
 
@@ -182,6 +249,12 @@ def test_on_refuses_models_that_it_does_not_fit(tiny):
     with pytest.raises(UserError, match="belongs to org/other, not to org/tiny: weights xyz and abc differ"):
         with other.on(tiny):
             pass
+    donors = {"base": {"name": "org/donor", "weights": "xyz"}}
+    for foreign in (Adapter({Site(9): part()}, **donors), Adapter({Site(9): part(d=8)}, **donors)):
+        with pytest.raises(UserError, match="belongs to org/donor"), foreign.on(tiny):
+            pass
+    with pytest.raises(UserError, match="has width 8"), Adapter({Site(9): part(d=8)}).on(tiny):
+        pass
     with other.on(tiny, allow_mismatch=True):
         pass
     moved = Adapter({Site(1): part()}, base={"name": "elsewhere/copy", "weights": "abc"})

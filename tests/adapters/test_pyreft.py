@@ -255,3 +255,58 @@ def test_unknown_kinds_positions_and_second_edits_are_refused(tmp_path):
     (tmp_path / "a" / "training_metadata.json").write_text('{"positions": "f1+l1"}')
     with pytest.raises(UserError, match=r"'f1\+l1' are not read"):
         Adapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"sorted_keys": 5}, "sorted_keys must be a list of strings, got 5"),
+        ("config.json", {"sorted_keys": [5]}, "sorted_keys must be a list of strings"),
+        ("config.json", {"intervention_types": [5]}, "intervention_types must be a list of strings"),
+        ("config.json", {"intervention_types": "x"}, "intervention_types must be a list of strings"),
+        ("config.json", {"intervention_types": {}}, "is not a pyreft config"),
+        ("config.json", {"representations": 5}, "one list in representations for each"),
+        ("config.json", {"representations": [[[2], "block_output"]]}, "one list in representations for each"),
+        ("config.json", {"representations": [[2, {}]]}, "one list in representations for each"),
+        ("training_metadata.json", {"positions": 5}, "positions must be a string, got 5"),
+        ("training_metadata.json", {"positions": None}, "positions must be a string, got None"),
+        ("training_metadata.json", {"model_name": ["x"]}, "model_name must be a string"),
+        ("training_metadata.json", {"dataset_name": 5}, "dataset_name must be a string"),
+    ],
+)
+def test_entries_of_another_type_are_named_in_one_line(tmp_path, file, change, said):
+    folder_of("Nodireft", tmp_path / "a")
+    path = tmp_path / "a" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    with pytest.raises(UserError) as caught:
+        Adapter.load(tmp_path / "a")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "training_metadata.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xff\xfe{}", "damaged: it cannot be read as JSON"), (b"[1]", "not a JSON object"),
+     (b"[" * 100_000, "damaged: it cannot be read as JSON")],
+)  # fmt: skip
+def test_files_that_are_not_json_objects_are_refused(tmp_path, name, content, said):
+    folder_of("Nodireft", tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        Adapter.load(tmp_path / "a")
+
+
+def test_damaged_tensors_are_refused(tmp_path):
+    folder_of("Nodireft", tmp_path / "a")
+    file = next((tmp_path / "a").glob("intkey_*"))
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "learned_source.bias": state["learned_source.bias"] * float("nan")}, file)
+    with pytest.raises(UserError, match=r"is damaged: b of layer_2_.* holds NaN"):
+        Adapter.load(tmp_path / "a")
+    torch.save({**state, "proj_layer.weight": torch.zeros(RANK + 1, WIDTH)}, file)
+    with pytest.raises(UserError, match="its tensors do not fit together"):
+        Adapter.load(tmp_path / "a")
+    torch.save(state, file)
+    with pytest.raises(UserError, match="unknown act 'softmax'"):
+        read(tmp_path / "a", act="softmax")

@@ -15,12 +15,6 @@ from workbench.evaluate.controls import (
     shuffled_pairs,
     sigma_length,
 )
-    at_length,
-    mean_delta,
-    random_converter,
-    shuffled_pairs,
-    sigma_length,
-)
 from workbench.forecast import Candidate, gradients, paste_candidate
 from workbench.profile import profile_model
 from workbench.sites import Site

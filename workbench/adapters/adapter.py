@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,6 +61,10 @@ class Adapter:
     def __post_init__(self) -> None:
         from ..backends.torch_hooks import check_policy
 
+        if not math.isfinite(self.strength):
+            raise UserError(
+                f"strength {self.strength} is not a finite number; 1 is the adapter as it is, 0 the plain model"
+            )
         if not self.parts:
             raise UserError("an adapter needs at least one part")
         check_policy(self.positions)
@@ -141,22 +147,21 @@ class Adapter:
         return fn
 
     def check(self, model: Model, allow_mismatch: bool = False) -> None:
-        """Raises UserError where the adapter cannot act on `model`: another width, a missing layer, another model."""
+        """Raises UserError where the adapter cannot act on `model`: another model, another width, a missing layer."""
+        # whose it is comes first: the other two are then only symptoms
+        if self.base and not allow_mismatch and (difference := _difference(self.base, model.fingerprint)):
+            raise UserError(
+                f"this adapter belongs to {self.base.get('name', 'another model')}, not to "
+                f"{model.fingerprint.get('name', model.name)}: {difference}; paste it, or pass allow_mismatch=True"
+            )
         for site, part in self.parts.items():
-            Site.parse(site, model.n_layers)
             if site.point != "mlp_act" and part.width != model.width:
                 raise UserError(
                     f"this adapter has width {part.width} at {site} and {model.name} has width {model.width}; an "
                     "adapter of another model reaches it through a paste"
                 )
-        if allow_mismatch or not self.base:
-            return
-        difference = _difference(self.base, model.fingerprint)
-        if difference:
-            raise UserError(
-                f"this adapter belongs to {self.base.get('name', 'another model')}, not to "
-                f"{model.fingerprint.get('name', model.name)}: {difference}; paste it, or pass allow_mismatch=True"
-            )
+        for site in self.parts:
+            Site.parse(site, model.n_layers)
 
     def __mul__(self, scale: int | float) -> Adapter:
         """The adapter at `scale` times its strength."""
@@ -229,6 +234,8 @@ class Adapter:
     def load(cls, folder: str | Path) -> Adapter:
         """Reads what `save` wrote, a folder that pyreft wrote, or `bundled:NAME`; UserError for anything else."""
         folder = located(folder, "adapters")
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist; give an adapter folder, or bundled:NAME")
         if not folder.is_dir():
             raise UserError(f"{folder} is not an adapter folder; give the folder, not a file in it")
         if (folder / "adapter.json").is_file():
@@ -246,30 +253,78 @@ def vector(site: Site, v: Float[Tensor, " d"], **options: Any) -> Adapter:
 
 
 def _load(folder: Path) -> Adapter:
+    file = folder / "adapter.json"
     try:
-        header = json.loads((folder / "adapter.json").read_text())
-    except json.JSONDecodeError as err:
-        raise UserError(f"{folder / 'adapter.json'} is damaged: it cannot be read as JSON") from err
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
+    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
+        raise UserError(f"{file} is damaged: it cannot be read as JSON; write the adapter again") from err
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise UserError(f"{folder / 'adapter.json'} is not of format {FORMAT!r} version {VERSION}")
+        raise UserError(f"{file} is not of format {FORMAT!r} version {VERSION}")
+    _check_header(file, header)
     tensors, _ = read_safetensors(folder / "adapter.safetensors")
-    try:
-        return _assemble(folder, header, tensors)
-    except (KeyError, TypeError, AttributeError) as err:
-        raise UserError(
-            f"{folder / 'adapter.json'} is damaged: {type(err).__name__} {err}; write the adapter again"
-        ) from err
+    return _assemble(folder, header, tensors)
+
+
+def _check_header(file: Path, header: Mapping[str, Any]) -> None:
+    """UserError for the first entry of adapter.json that is missing or of another type than `save` writes."""
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "name": ("a string", lambda x: isinstance(x, str)),
+        "positions": ("a string", lambda x: isinstance(x, str)),
+        "strength": ("a finite number", _is_finite_number),
+        "base": (
+            "an object of strings",
+            lambda x: isinstance(x, dict) and all(isinstance(entry, str) for entry in x.values()),
+        ),
+        "meta": ("an object", lambda x: isinstance(x, dict)),
+        "sites": (
+            'an object such as {"resid_post.5": {"act": "linear"}}',
+            lambda x: (
+                isinstance(x, dict)
+                and all(isinstance(entry, dict) and isinstance(entry.get("act"), str) for entry in x.values())
+            ),
+        ),
+    }
+    for key, (wanted, fits) in rules.items():
+        if key not in header:
+            raise UserError(f"{file} is damaged: {key} is missing; write the adapter again")
+        if not fits(header[key]):
+            raise UserError(
+                f"{file} is damaged: {key} must be {wanted}, got {header[key]!r:.80}; write the adapter again"
+            )
+
+
+def _is_finite_number(value: Any) -> bool:
+    # comparing works for integers that no float holds, and is false for NaN
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _assemble(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
-    parts = {}
+    parts: dict[Site, LowRank] = {}
     for text, entry in header["sites"].items():
         missing = [key for key in ("V", "b", "U") if f"{text}.{key}" not in tensors]
         if missing:
-            raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing")
-        v, b, u = (tensors[f"{text}.{key}"] for key in ("V", "b", "U"))
-        parts[Site.parse(text)] = LowRank(v, b, u, entry["act"])
-    return Adapter(parts, header["positions"], header["strength"], header["name"], header["base"], header["meta"])
+            raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing; write the adapter again")
+        for key in ("V", "b", "U"):
+            check_finite(tensors[f"{text}.{key}"], folder / "adapter.safetensors", f"{key} of {text}")
+        try:
+            site, (v, b, u) = Site.parse(text), (tensors[f"{text}.{key}"] for key in ("V", "b", "U"))
+            parts[site] = LowRank(v, b, u, entry["act"])
+        except ValueError as err:
+            raise UserError(f"{folder} is damaged: {err}; write the adapter again") from err
+    try:
+        return Adapter(parts, header["positions"], header["strength"], header["name"], header["base"], header["meta"])
+    except ValueError as err:
+        raise UserError(f"{folder / 'adapter.json'} is damaged: {err}; write the adapter again") from err
+
+
+def check_finite(tensor: Tensor, file: Path, what: str) -> None:
+    """UserError naming `what` and `file` for a tensor of integers, or one that holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        raise UserError(f"{file} is damaged: {what} is {tensor.dtype}, not floating point; write the adapter again")
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise UserError(f"{file} is damaged: {what} holds NaN or infinity; train or write the adapter again")
 
 
 def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..atomic import staged_folder
 from ..errors import UserError
 from ..sites import Site
-from .adapter import Adapter, LowRank
+from .adapter import Adapter, LowRank, check_finite
 
 POINTS = {
     "block_input": "resid_pre",
@@ -48,21 +48,22 @@ def read(folder: str | Path, *, act: str = "linear") -> Adapter:
             DiReFT only, where it can be said in one part.
 
     Raises:
-        UserError: weights missing, an unknown kind of intervention, or positions with more than one edit per layer.
+        UserError: weights missing, an unknown kind of intervention, positions with more than one edit per layer, or
+            entries and tensors that are damaged.
     """
     folder = Path(folder)
     config = _json(folder / "config.json")
-    keys = config.get("sorted_keys") or []
-    kinds = config.get("intervention_types") or []
+    keys, kinds = _strings(folder, config, "sorted_keys"), _strings(folder, config, "intervention_types")
     if not keys or len(kinds) != len(keys):
         raise UserError(f"{folder / 'config.json'} is not a pyreft config: it needs sorted_keys and intervention_types")
     if not list(folder.glob("intkey_*.bin")):
         raise UserError(f"weights missing: {folder} has a config but no intkey_*.bin file; fetch the complete folder")
     parts: dict[Site, LowRank] = {}
     listed = config.get("representations") or []
-    if len(listed) != len(keys) or not all(isinstance(entry, list) and len(entry) > 1 for entry in listed):
+    if not isinstance(listed, list) or len(listed) != len(keys) or not all(map(_is_representation, listed)):
         raise UserError(
-            f"{folder / 'config.json'} is damaged: it needs one list in representations for each of its keys"
+            f"{folder / 'config.json'} is damaged: it needs one list in representations for each of its keys, such as "
+            '[5, "block_output", ...]; fetch the folder again'
         )
     by_layer = {(entry[0], entry[1]): kind for entry, kind in zip(listed, kinds, strict=True)}
     for key in keys:
@@ -70,12 +71,15 @@ def read(folder: str | Path, *, act: str = "linear") -> Adapter:
         if index:
             raise UserError(f"{folder} edits layer {layer} at several positions; adapters with one position are read")
         kind = by_layer.get((layer, component), kinds[0])
-        parts[Site(layer, POINTS[component])] = _part(_tensors(folder, key), kind, act, key)
-    training = _json(folder / "training_metadata.json") if (folder / "training_metadata.json").is_file() else {}
-    base = {"name": str(training["model_name"])} if training.get("model_name") else {}
+        part = _part(_tensors(folder, key), kind, act, key)
+        for name in ("V", "b", "U"):
+            check_finite(getattr(part, name), folder, f"{name} of {key}")
+        parts[Site(layer, POINTS[component])] = part
+    training = _training(folder / "training_metadata.json")
+    base = {"name": training["model_name"]} if training.get("model_name") else {}
     meta = {"format": "pyreft", "training": training, "transformers_version": config.get("transformers_version")}
-    positions = _policy(str(training.get("positions", "l1")))
-    return Adapter(parts, positions=positions, name=str(training.get("dataset_name", "")), base=base, meta=meta)
+    positions = _policy(training.get("positions", "l1"))
+    return Adapter(parts, positions=positions, name=training.get("dataset_name") or "", base=base, meta=meta)
 
 
 def write(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -148,9 +152,15 @@ def _part(state: dict[str, Tensor], kind: str, act: str, key: str) -> LowRank:
             f"{name} with act {act} is not one low-rank part; only nodireft and direft are read with an act"
         )
     try:
-        return replace(forms[name](state), act=act)
+        part = forms[name](state)
     except KeyError as err:
-        raise UserError(f"{key} says {name} but holds {sorted(state)}: {err} is missing") from err
+        raise UserError(f"{key} says {name} but holds {sorted(map(str, state))}: {err} is missing") from err
+    except (RuntimeError, IndexError, ValueError) as err:  # shapes that do not fit together
+        reason = " ".join(str(err).split())[:200]
+        raise UserError(
+            f"{key} is damaged: its tensors do not fit together ({reason}); fetch the folder again"
+        ) from err
+    return replace(part, act=act)
 
 
 def _nodireft(s: dict[str, Tensor]) -> LowRank:
@@ -248,13 +258,38 @@ def _positions(policy: str) -> str:
     return f"{match[1][0]}{match[2] or 1}"
 
 
+def _strings(folder: Path, config: dict[str, Any], key: str) -> list[str]:
+    """A list of strings in config.json; empty where it is missing."""
+    found = config.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise UserError(
+            f"{folder / 'config.json'} is damaged: {key} must be a list of strings, got {found!r:.80}; fetch the "
+            "folder again"
+        )
+    return found
+
+
+def _is_representation(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) > 1 and type(entry[0]) is int and isinstance(entry[1], str)
+
+
+def _training(file: Path) -> dict[str, Any]:
+    """training_metadata.json, {} where there is none; the entries that are used are checked."""
+    found = _json(file) if file.is_file() else {}
+    for key in ("positions", "model_name", "dataset_name"):
+        value = found.get(key)
+        if not isinstance(value, str) and (value is not None or (key in found and key == "positions")):
+            raise UserError(f"{file} is damaged: {key} must be a string, got {value!r:.80}; fetch the folder again")
+    return found
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as err:
-        raise UserError(f"{file} cannot be read: {err.strerror}") from err
-    except json.JSONDecodeError as err:
-        raise UserError(f"{file} is damaged: it cannot be read as JSON") from err
+        raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
+    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
+        raise UserError(f"{file} is damaged: it cannot be read as JSON; fetch the folder again") from err
     if not isinstance(value, dict):
         raise UserError(f"{file} is not a JSON object")
     return value

@@ -18,7 +18,7 @@ from ..models import Model
 from ..prompts import PromptSet
 from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
 from .comparison import dose_response
-from .statistics import Interval, gain_share, mcnemar, mean_interval, rate
+from .statistics import Interval, gain_share, mcnemar, mean_interval, rate, wilson
 
 if TYPE_CHECKING:
     from ..transfer import BehaviourTransfer, Choice
@@ -44,11 +44,12 @@ class Arm:
         return [float(np.mean(m.passed)) for m in self.graded]
 
     def rate(self) -> Interval:
-        """Wilson's interval over prompts; of a control of several draws, Student's over the draws."""
+        """Wilson's interval over prompts; of a control of several draws, Student's over the draws where that is wider."""
         if len(self.graded) == 1:
             return rate(self.passed)
-        found = mean_interval(self.rates)
-        return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+        draws, n = mean_interval(self.rates), len(self.passed)
+        prompts = wilson(round(draws.value * n), n)
+        return Interval(draws.value, max(min(draws.low, prompts.low), 0.0), min(max(draws.high, prompts.high), 1.0))
 
     def row(self, base: Arm, sigma: float | None, norm: float | None) -> dict[str, Any]:
         """Rate and log-odds with intervals; the intervals of a control of several draws are over its draws."""

@@ -118,8 +118,9 @@ def last_json(answer: str, field: str) -> tuple[bool, Any]:
 @register("final_integer")
 def final_integer(answer: str, prompt: Prompt) -> bool:
     """The last integer in the answer equals the gold one."""
+    right = gold(prompt)
     found = _INTEGER.findall(answer)
-    return bool(found) and same_value(found[-1].rstrip(","), gold(prompt))
+    return bool(found) and same_value(found[-1].rstrip(","), right)
 
 
 @register("json_field")
@@ -143,8 +144,9 @@ def json_field(answer: str, prompt: Prompt, *, field: str = "ANSWER", lenient: b
 @register("choice_letter")
 def choice_letter(answer: str, prompt: Prompt) -> bool:
     """The last letter in brackets, or else the last capital that stands alone, equals the gold letter."""
+    right = gold(prompt)
     found = _LETTER.findall(answer) or re.findall(r"\b([A-Z])\b(?!')", answer)
-    return bool(found) and same_value(found[-1], gold(prompt))
+    return bool(found) and same_value(found[-1], right)
 
 
 @register("regex")

@@ -129,8 +129,9 @@ def gain_share(
     """How much of native's gain an arm reached: (mean(arm) - mean(base)) / (mean(native) - mean(base)).
 
     All three lists [n] are scores of the same prompts in the same order (verdicts or log-odds). The interval is the
-    percentile bootstrap over prompts, resampled together. None where native gained nothing over base, or where its
-    gain is so uncertain that a resample in forty loses it: such a ratio says nothing.
+    percentile bootstrap over prompts, resampled together; for verdicts it is widened to the share at Wilson's bounds of
+    the arm's rate, since a bootstrap of verdicts that all agree has no spread. None where native gained nothing over
+    base, or where its gain is so uncertain that a resample in forty loses it: such a ratio says nothing.
 
     >>> gain_share([0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]).value
     0.75
@@ -146,4 +147,8 @@ def gain_share(
         return None
     kept = bottom > 0
     low, high = np.quantile(top[kept] / bottom[kept], [(1 - confidence) / 2, (1 + confidence) / 2])
+    if np.isin(b, (0, 1)).all():
+        found = wilson(int(b.sum()), len(b), confidence)
+        at_low, at_high = ((bound - a.mean()) / gains[1].mean() for bound in (found.low, found.high))
+        low, high = min(low, at_low), max(high, at_high)
     return Interval(float(gains[0].mean() / gains[1].mean()), float(low), float(high))
