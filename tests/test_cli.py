@@ -461,7 +461,7 @@ BAD_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_bad_input_of_a_job_is_told_before_anything_is_trained(home, tmp_path, case, monkeypatch):
     changes, words = BAD_JOBS[case]
     monkeypatch.setattr(
-        "workbench.transfer.train_adapter", lambda *_, **__: pytest.fail("a bad job trained an adapter")
+        "workbench.behaviour_transfer.train_adapter", lambda *_, **__: pytest.fail("a bad job trained an adapter")
     )
     result = workbench("run", job_file(home, tmp_path, **changes), "--quiet")
     told(result, *words)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from workbench import transfer as module
+from workbench import behaviour_transfer as module
 from workbench.adapters import pyreft
 from workbench.adapters.adapter import Adapter, LowRank
 from workbench.evaluate import arms

@@ -40,6 +40,18 @@ class Converter:
     quality_to_donor: Quality | None = None
     quality_to_recipient: Quality | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """The pair, the method and its quality figures, as JSON values."""
+        sides = {"quality_to_donor": self.quality_to_donor, "quality_to_recipient": self.quality_to_recipient}
+        warnings = [q.warning for q in sides.values() if q is not None and q.warning]
+        return {
+            "pair": f"{self.donor} <-> {self.recipient}",
+            "method": self.method,
+            "alpha": self.alpha,
+            **{name: None if q is None else q.as_dict() for name, q in sides.items()},
+            "warning": "; ".join(warnings) or None,
+        }
+
 
 def match_layers(
     donor_layers: Sequence[int],
@@ -174,6 +186,21 @@ class ConverterFits:
             quality_to_donor=quality(there, hx, hy, back=back, train_mean=y.mean(0), n_train=len(y)),
             quality_to_recipient=quality(back, hy, hx, back=there, train_mean=x.mean(0), n_train=len(x)),
         )
+
+    def flops(self, parts: Sequence[tuple[Site, Site, int]]) -> float:
+        """FLOPs of a paste of (donor site, recipient site, rank) each: factorising both profiles and folding.
+
+        Two a multiply-add, and 9 k^3 for an eigendecomposition (Golub and Van Loan, Matrix Computations, section 8.3).
+        """
+        total = 0.0
+        for side, site in {("donor", d) for d, _, _ in parts} | {("recipient", r) for _, r, _ in parts}:
+            n, width = self.states(side, site).shape
+            k = min(n, width)
+            total += 4.0 * n * width * k + 9.0 * k**3
+        for d, r, rank in parts:
+            (n, a), b = self.states("donor", d).shape, self.states("recipient", r).shape[1]
+            total += 4.0 * n * rank * (a + b) + 2.0 * rank * (min(n, a) * a + min(n, b) * b)
+        return total
 
     def fold(self, part: LowRank, donor: Site, recipient: Site, method: str = "ridge", alpha: float = 0.1) -> LowRank:
         """An adapter part of the donor at `donor` as one of the recipient at `recipient`; equals folding `converter`."""

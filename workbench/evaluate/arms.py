@@ -21,7 +21,7 @@ from .comparison import dose_response
 from .statistics import Interval, gain_share, mcnemar, mean_interval, rate, wilson
 
 if TYPE_CHECKING:
-    from ..transfer import BehaviourTransfer, Choice
+    from ..behaviour_transfer import BehaviourTransfer, Choice
 
 EXAMPLES = 8
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -53,6 +54,10 @@ class Quality:
     """width that it maps from"""
     warning: str | None
     """set where there are too few rows for the width"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON values: what is not finite becomes None."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def r2(y: Float[Tensor, "n d"], y_hat: Float[Tensor, "n d"], baseline_mean: Float[Tensor, " d"] | None = None) -> R2:
