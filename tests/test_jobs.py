@@ -14,7 +14,8 @@ from workbench import jobs_docs
 from workbench.errors import UserError
 from workbench.job_checks import check_job
 from workbench.job_options import open_job
-from workbench.jobs import Job, Run
+from workbench.jobs import Job
+from workbench.runs import Run
 
 from .conftest import ROOT
 

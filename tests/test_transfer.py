@@ -14,7 +14,8 @@ from workbench import behaviour_transfer as module
 from workbench.adapters import pyreft
 from workbench.adapters.adapter import Adapter, LowRank
 from workbench.evaluate import arms
-from workbench.jobs import Job, Run, run_job
+from workbench.jobs import Job, run_job
+from workbench.runs import Run
 from workbench.sites import Site
 
 from .conftest import WIDTH, make_module, save_folder

@@ -1,25 +1,19 @@
-"""A job file, checked, and the run folder that it becomes; every step is kept and known by the hash of its inputs."""
+"""A job file: its tables, checked, with every key described; and `run_job`, which runs one."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import platform
-import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .atomic import make_parent, write_json, write_text
+from .atomic import write_json, write_text
 from .errors import UserError
-from .hashes import short_hash
+from .runs import Run
 
 log = logging.getLogger("workbench")
 
@@ -212,107 +206,6 @@ def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
         "paste": PasteTable, "evaluate": EvaluateTable, "behaviours": BehaviourTable,
     }  # fmt: skip
     return tables[str(loc[0])] if loc else Job
-
-
-class Run:
-    """A run folder: job.toml, steps/*.json, artefacts, log.txt, environment.json, metrics.json, report.html."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def step(
-        self,
-        name: str,
-        inputs: Any,
-        make: Callable[[], Any],
-        artefacts: tuple[str, ...] = (),
-        whole: Callable[[Path], Any] | None = None,
-    ) -> Any:
-        """The JSON result of a step: kept from an earlier run with the same inputs, or made now and kept.
-
-        inputs: a JSON value that says everything the result depends on. artefacts: paths in the run folder that the
-        step makes; where one is gone, or `whole` raises UserError when it opens it, the step is done again. What failed
-        leaves the steps before it usable.
-        """
-        from . import __version__
-
-        key = short_hash({"inputs": inputs, "version": __version__})
-        record = self.folder / "steps" / f"{name}.json"
-        if record.exists():
-            try:
-                kept = json.loads(record.read_text())
-            except ValueError:
-                kept = {}
-            if isinstance(kept, dict) and kept.get("key") == key and self._stand(artefacts, whole):
-                log.info("step %s: kept", name)
-                return kept["result"]
-        log.info("step %s", name)
-        start = time.perf_counter()
-        try:
-            result = make()
-        except UserError as err:
-            raise UserError(f"step {name}: {err}") from err
-        write_json(record, {"key": key, "seconds": time.perf_counter() - start, "result": result})
-        return result
-
-    def _stand(self, artefacts: tuple[str, ...], whole: Callable[[Path], Any] | None) -> bool:
-        for path in (self.folder / a for a in artefacts):
-            if not path.exists():
-                return False
-            try:
-                if whole is not None:
-                    whole(path)
-            except UserError as err:
-                log.warning("%s; the step is done again", err)
-                return False
-        return True
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Holds the run folder for this process; raises UserError where another one is writing into it."""
-        make_parent(self.folder / "lock")
-        with (self.folder / "lock").open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as err:
-                raise UserError(
-                    f"another run is writing into {self.folder}; wait for it, or give this job another name"
-                ) from err
-            yield
-
-    @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Writes the log of the block to log.txt."""
-        handler = logging.FileHandler(self.folder / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        level = log.level
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        try:
-            yield
-        except BaseException:
-            log.exception("the run stopped")
-            raise
-        finally:
-            log.removeHandler(handler)
-            log.setLevel(level)
-            handler.close()
-
-
-def environment() -> dict[str, Any]:
-    """Versions, threads and devices: what a figure depends on beside the code."""
-    from importlib.metadata import version
-
-    import torch
-
-    names = ("workbench", "torch", "transformers", "safetensors", "scikit-learn", "numpy")
-    return {
-        "python": sys.version.split()[0],
-        "versions": {n: version(n) for n in names},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def run_job(job: Job | str | Path | Mapping[str, Any]) -> Run:

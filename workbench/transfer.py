@@ -16,10 +16,11 @@ from .forecast import (
     fisher,
     gradients,
 )
-from .jobs import Job, ModelTable, Run, environment
+from .jobs import Job, ModelTable
 from .models import Model, load
 from .profile import profile_model
 from .prompts import PromptSet
+from .runs import Run, environment
 from .store import Store
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from torch import Tensor
 from ..atomic import staged_folder
 from ..bundled import located
 from ..errors import UserError
-from ..maps.linear_map import read_safetensors
 from ..sites import Site
 from .low_rank import LowRank
 
@@ -239,7 +237,9 @@ class Adapter:
         if not folder.is_dir():
             raise UserError(f"{folder} is not an adapter folder; give the folder, not a file in it")
         if (folder / "adapter.json").is_file():
-            return _load(folder)
+            from .adapter_files import read_adapter
+
+            return read_adapter(folder)
         if (folder / "config.json").is_file():
             from .pyreft import read
 
@@ -250,81 +250,6 @@ class Adapter:
 def vector(site: Site, v: Float[Tensor, " d"], **options: Any) -> Adapter:
     """A steering vector as an adapter: delta(h) = v at `site` (V = 0, b = 1, U = v); options go to `Adapter`."""
     return Adapter({site: LowRank(v.new_zeros(len(v), 1), v.new_ones(1), v[None].clone())}, **options)
-
-
-def _load(folder: Path) -> Adapter:
-    file = folder / "adapter.json"
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
-    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
-        raise UserError(f"{file} is damaged: it cannot be read as JSON; write the adapter again") from err
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise UserError(f"{file} is not of format {FORMAT!r} version {VERSION}")
-    _check_header(file, header)
-    tensors, _ = read_safetensors(folder / "adapter.safetensors")
-    return _assemble(folder, header, tensors)
-
-
-def _check_header(file: Path, header: Mapping[str, Any]) -> None:
-    """UserError for the first entry of adapter.json that is missing or of another type than `save` writes."""
-    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "name": ("a string", lambda x: isinstance(x, str)),
-        "positions": ("a string", lambda x: isinstance(x, str)),
-        "strength": ("a finite number", _is_finite_number),
-        "base": (
-            "an object of strings",
-            lambda x: isinstance(x, dict) and all(isinstance(entry, str) for entry in x.values()),
-        ),
-        "meta": ("an object", lambda x: isinstance(x, dict)),
-        "sites": (
-            'an object such as {"resid_post.5": {"act": "linear"}}',
-            lambda x: (
-                isinstance(x, dict)
-                and all(isinstance(entry, dict) and isinstance(entry.get("act"), str) for entry in x.values())
-            ),
-        ),
-    }
-    for key, (wanted, fits) in rules.items():
-        if key not in header:
-            raise UserError(f"{file} is damaged: {key} is missing; write the adapter again")
-        if not fits(header[key]):
-            raise UserError(
-                f"{file} is damaged: {key} must be {wanted}, got {header[key]!r:.80}; write the adapter again"
-            )
-
-
-def _is_finite_number(value: Any) -> bool:
-    # comparing works for integers that no float holds, and is false for NaN
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _assemble(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
-    parts: dict[Site, LowRank] = {}
-    for text, entry in header["sites"].items():
-        missing = [key for key in ("V", "b", "U") if f"{text}.{key}" not in tensors]
-        if missing:
-            raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing; write the adapter again")
-        for key in ("V", "b", "U"):
-            check_finite(tensors[f"{text}.{key}"], folder / "adapter.safetensors", f"{key} of {text}")
-        try:
-            site, (v, b, u) = Site.parse(text), (tensors[f"{text}.{key}"] for key in ("V", "b", "U"))
-            parts[site] = LowRank(v, b, u, entry["act"])
-        except ValueError as err:
-            raise UserError(f"{folder} is damaged: {err}; write the adapter again") from err
-    try:
-        return Adapter(parts, header["positions"], header["strength"], header["name"], header["base"], header["meta"])
-    except ValueError as err:
-        raise UserError(f"{folder / 'adapter.json'} is damaged: {err}; write the adapter again") from err
-
-
-def check_finite(tensor: Tensor, file: Path, what: str) -> None:
-    """UserError naming `what` and `file` for a tensor of integers, or one that holds NaN or infinity."""
-    if not tensor.is_floating_point():
-        raise UserError(f"{file} is damaged: {what} is {tensor.dtype}, not floating point; write the adapter again")
-    if not bool(torch.isfinite(tensor.float()).all()):
-        raise UserError(f"{file} is damaged: {what} holds NaN or infinity; train or write the adapter again")
 
 
 def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:

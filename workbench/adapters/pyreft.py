@@ -22,7 +22,9 @@ from torch import Tensor
 from ..atomic import staged_folder
 from ..errors import UserError
 from ..sites import Site
-from .adapter import Adapter, LowRank, check_finite
+from .adapter import Adapter
+from .adapter_files import check_finite
+from .low_rank import LowRank
 
 POINTS = {
     "block_input": "resid_pre",
