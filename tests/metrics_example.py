@@ -38,7 +38,7 @@ def behaviour(base: float, paste: float, native: float) -> dict[str, Any]:
             "kl_neutral_text": {"paste": cell(0.006, 0.001)},
             "perplexity": {"base": 6.12, "paste": 6.15},
             "over_trigger": {"base": cell(0.03, 0.01), "paste": cell(0.05, 0.01)},
-            "log_odds_elsewhere": {"other": {"paste": -0.12}},
+            "log_odds_elsewhere": {"other": {"paste": {"value": -0.12, "low": -0.2, "high": -0.04}}},
         },
         "cost": {"native_seconds": 40.0, "paste_seconds": 0.4, "native_flops": 3e12, "paste_flops": 2e10,
                  "ratio_seconds_with_forecast": 50.0, "paste_parts": {"fit": 0.3, "fold": 0.1}},

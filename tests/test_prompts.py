@@ -12,7 +12,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from workbench.errors import UserError
-from workbench.prompts import Prompt, PromptSet, encode, encode_spans, opener_ids, pad, render, response_ids
+from workbench.models import load
+from workbench.prompts import (
+    Prompt,
+    PromptSet,
+    encode,
+    encode_spans,
+    opener_ids,
+    pad,
+    partial_openers,
+    render,
+    response_ids,
+)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -312,3 +323,9 @@ def test_a_thinking_block_is_part_of_the_prompt_or_refused():
     tok.chat_template = head + block + tail + "{% endif %}"
     with pytest.raises(UserError, match="writes '<think> </think>' before an answer"):
         opener_ids(["w7"], tok, prompt)
+
+
+def test_openers_that_the_tokenizer_cuts_are_named():
+    prompt = PromptSet.load(["bundled prompts do"])[0]
+    tok = load("bundled:recipient", prove=False).tokenizer
+    assert partial_openers(["sorry", "let me think"], tok, prompt) == {"sorry": "s"}

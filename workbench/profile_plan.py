@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UserError
-from .prompts import PromptSet, json_hash
+from .hashes import json_hash
+from .prompts import PromptSet
 from .rendering import CHUNK, encode_spans, render, special_ids
 from .sites import Site
 from .store_checks import DTYPES, FORMAT, SCHEMA

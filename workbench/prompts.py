@@ -12,10 +12,10 @@ from typing import Any, overload
 from .errors import UserError
 from .hashes import json_hash
 from .prompt_files import read_rows
-from .rendering import encode, encode_spans, opener_ids, pad, render, response_ids
+from .rendering import encode, encode_spans, opener_ids, pad, partial_openers, render, response_ids
 
 __all__ = [
-    "Prompt", "PromptSet", "encode", "encode_spans", "json_hash", "opener_ids", "pad", "render", "response_ids",
+    "Prompt", "PromptSet", "encode", "encode_spans", "opener_ids", "pad", "partial_openers", "render", "response_ids",
 ]  # fmt: skip
 
 MESSAGES = ("messages", "conversations", "conversation")

@@ -232,6 +232,17 @@ def opener_ids(openers: Sequence[str], tokenizer: Any, prompt: Prompt) -> list[i
     return list(dict.fromkeys(found))
 
 
+def partial_openers(openers: Sequence[str], tokenizer: Any, prompt: Prompt) -> dict[str, str]:
+    """The openers of which the first token is only the beginning of a word, with that token's text: answers that begin
+    with another word of the same beginning count as theirs in log-odds."""
+    found = {}
+    for opener in openers:
+        first = tokenizer.decode(response_ids(prompt, opener, tokenizer, end=False)[1][:1]).strip()
+        if first != opener.split()[0] and opener.split()[0].startswith(first):
+            found[opener] = first
+    return found
+
+
 def pad(batch: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """(ids, mask) of a batch, padded on the `left` or the `right`.
 

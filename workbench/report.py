@@ -214,7 +214,7 @@ def side_effects(behaviours: Mapping[str, Any]) -> list[dict[str, Any]]:
             kl, perplexity = parts["kl_neutral_text"].get(arm), parts["perplexity"].get(arm)
             cells = [_cell(interval(kl, "plain")), _cell(plain(perplexity))]
             cells.append(_cell(_over_trigger(parts["over_trigger"].get(arm), None if arm == "base" else plain_rate)))
-            cells += [_cell(signed(change.get(arm))) for change in elsewhere.values()]
+            cells += [_cell(interval(change.get(arm), "signed")) for change in elsewhere.values()]
             rows.append(_row(arm, cells))
         columns = ["arm", "KL on neutral text (nats per token)", "perplexity of neutral text", "over-trigger rate",
                    *(f"log-odds of {other}, change (nats)" for other in elsewhere)]  # fmt: skip

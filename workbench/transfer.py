@@ -19,7 +19,7 @@ from .forecast import (
 from .jobs import Job, ModelTable
 from .models import Model, load
 from .profile import profile_model
-from .prompts import PromptSet
+from .prompts import PromptSet, partial_openers
 from .runs import Run, environment
 from .store import Store
 
@@ -135,5 +135,11 @@ def transfer(job: Job, run: Run) -> dict[str, Any]:
         )
         metrics["behaviours"][table.name] = measure_arms(b, chosen, forecast, pasted, native)
         metrics["warnings"] += [f"{table.name}: {c['warning']}" for c in pasted["converters"] if c["warning"]]
+        for model in (t.donor, t.recipient):
+            for opener, token in partial_openers(
+                table.openers, model.tokenizer, t.prompts(table.evaluation)[0]
+            ).items():
+                metrics["warnings"].append(f"{table.name}: {model.name} cuts the opener {opener!r} after {token!r}; log-odds "
+                                           f"count every answer that begins with {token!r}")  # fmt: skip
     metrics["seconds"] = time.perf_counter() - start
     return metrics

@@ -132,9 +132,10 @@ def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> d
         prompts = t.prompts(other.evaluation)[: evaluate.limit]
         plain = log_odds(t.recipient, prompts, other.openers)
         found["log_odds_elsewhere"][other.name] = {
-            name: float((log_odds(t.recipient, prompts, other.openers, adapter) - plain).mean())
-            for name, adapter in arms.items() if adapter is not None
-        }  # fmt: skip
+            name: mean_interval(log_odds(t.recipient, prompts, other.openers, adapter) - plain).as_dict()
+            for name, adapter in arms.items()
+            if adapter is not None
+        }
     return found
 
 
