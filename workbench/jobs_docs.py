@@ -97,7 +97,7 @@ that fails leaves those before it usable: mend what it says and run the same com
 | key | what |
 |---|---|
 | `n`, `score_name` | evaluation prompts; what the score is called |
-| `arms.ARM` | `rate` and `log_odds` ({value, low, high}), `n`, `draws`, `graded_draws`, `mcnemar_vs_base`, `sigma_length` and `norm` of the delta |
+| `arms.ARM` | `rate`, `log_odds`; `n`, `draws`, `graded_draws`, `mcnemar_vs_base`; the delta's `sigma_length` and `norm` |
 | `gain_share`, `control_share.ARM` | gain over `base` as a share of native's: `rate`, `log_odds` |
 | `side_effects` | `kl_neutral_text`, `perplexity`, `over_trigger`, `log_odds_elsewhere`, by arm |
 | `forecast` | `candidates` with forecast and measured effect, `chosen`, `spearman`, `sign_agreement` |
