@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +151,18 @@ def test_a_bundled_name_is_found_and_another_is_told():
     for wrong in ("bundled:nonsense", "bundled:../models"):
         with pytest.raises(UserError, match=r"not bundled; allowed: .*bundled:refusal"):
             Adapter.load(wrong)
+
+
+@pytest.mark.slow
+def test_the_build_trains_both_models_side_by_side(tmp_path):
+    """`make data` in small: two processes, each leaving an ordinary model folder that loads and proves its sites."""
+    shutil.copytree(ROOT / "data" / "build", tmp_path / "data" / "build")
+    (tmp_path / "data" / "__init__.py").touch()
+    recipes = tmp_path / "data" / "build" / "train.py"
+    text = re.sub(r"steps=\d+", "steps=2", recipes.read_text()).replace("batch: int = 96", "batch: int = 8")
+    recipes.write_text(text)
+    subprocess.run(
+        [sys.executable, "-m", "data.build", "models"], cwd=tmp_path, check=True, capture_output=True, timeout=300
+    )
+    assert load(tmp_path / "data" / "models" / "donor").family == "llama"
+    assert load(tmp_path / "data" / "models" / "recipient").family == "gpt2"

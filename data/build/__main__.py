@@ -14,13 +14,19 @@ DATA = Path(__file__).resolve().parents[1]
 PARTS = ("prompts", "models", "adapters")
 
 
-def _train(name: str) -> None:
-    import torch
+def _models() -> None:
+    """Both models side by side, a process and a thread each."""
+    from .train import RECIPES, train_one
 
-    from .train import RECIPES, train
-
-    torch.set_num_threads(1)
-    train(RECIPES[name], DATA / "models" / name, log=lambda line: print(line, flush=True))
+    spawn = get_context("spawn")
+    running = [spawn.Process(target=train_one, args=(name, DATA / "models" / name)) for name in RECIPES]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    failed = [name for name, process in zip(RECIPES, running, strict=True) if process.exitcode]
+    if failed:
+        sys.exit(f"training failed: {', '.join(failed)}")
 
 
 def _adapters() -> None:
@@ -52,14 +58,12 @@ def main(parts: list[str]) -> None:
     if unknown:
         sys.exit(f"unknown part {', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
     from .prompts import build
-    from .train import RECIPES
 
     chosen = parts or list(PARTS)
     if "prompts" in chosen:
         build(DATA / "prompts")
     if "models" in chosen:
-        with get_context("spawn").Pool(len(RECIPES)) as pool:
-            pool.map(_train, RECIPES)
+        _models()
     if "adapters" in chosen:
         _adapters()
 

@@ -203,6 +203,12 @@ def train(recipe: Recipe, out: Path, log=print) -> None:
     save(model, tok, out)
 
 
+def train_one(name: str, out: Path) -> None:
+    """Trains a bundled model by its recipe, on one thread: what a process of the build does."""
+    torch.set_num_threads(1)
+    train(RECIPES[name], out, log=lambda line: print(line, flush=True))
+
+
 def save(model: PreTrainedModel, tok: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.eval()
