@@ -18,7 +18,8 @@ def _reason(err: OSError) -> str:
     return err.strerror or type(err).__name__
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,10 +60,10 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         os.chmod(temporary, 0o755)
         _replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as err:
         raise UserError(f"cannot write {path}: {_reason(err)}; nothing was changed there; make room or choose another "
                         "folder and run again") from err  # fmt: skip

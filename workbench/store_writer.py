@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from .atomic import make_parent
+from .atomic import make_parent, sync
 from .errors import UserError
 from .hashes import file_hash
 from .sites import Site
@@ -155,13 +155,13 @@ class StoreWriter:
             text = manifest_text({**manifest, "sites": sites, "tables": tables})
             _write_synced(self.store / MANIFEST, text.encode())
             for folder in (self.store / "shards", self.store):
-                _sync_folder(folder)
+                sync(folder)
             self._check_target()
             if self.out.exists():
                 shutil.rmtree(self.partial / "old", ignore_errors=True)
                 os.rename(self.out, self.partial / "old")
             os.rename(self.store, self.out)
-            _sync_folder(self.out.parent)
+            sync(self.out.parent)
         except OSError as err:
             raise self._full(err, len(self.blocks)) from err
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -178,11 +178,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -47,7 +47,14 @@ class Transfer:
         return self.donor if side == "donor" else self.recipient
 
     def prompts(self, source: str) -> PromptSet:
-        return PromptSet.load(source, limit=None)
+        """A prompt set, read once."""
+        if source not in self._sets:
+            self._sets[source] = PromptSet.load(source)
+        return self._sets[source]
+
+    @cached_property
+    def _sets(self) -> dict[str, PromptSet]:
+        return {}
 
     def hash_of(self, source: str | None) -> str | None:
         """What a step that reads a prompt set depends on; None where there is no set."""

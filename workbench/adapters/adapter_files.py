@@ -18,15 +18,20 @@ from .adapter import FORMAT, VERSION, Adapter
 from .low_rank import LowRank
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Reads adapter.json and adapter.safetensors; UserError, in one line, for anything that is not whole."""
-    file = folder / "adapter.json"
+def read_json(file: Path, advice: str) -> Any:
+    """A JSON file from outside; UserError with `advice` for one that is damaged."""
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except OSError as err:
         raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
     except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
-        raise UserError(f"{file} is damaged: it cannot be read as JSON; write the adapter again") from err
+        raise UserError(f"{file} is damaged: it cannot be read as JSON; {advice}") from err
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads adapter.json and adapter.safetensors; UserError, in one line, for anything that is not whole."""
+    file = folder / "adapter.json"
+    header = read_json(file, "write the adapter again")
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"{file} is not of format {FORMAT!r} version {VERSION}")
     _check_header(file, header)

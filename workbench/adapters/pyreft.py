@@ -23,7 +23,7 @@ from ..atomic import staged_folder
 from ..errors import UserError
 from ..sites import Site
 from .adapter import Adapter
-from .adapter_files import check_finite
+from .adapter_files import check_finite, read_json
 from .low_rank import LowRank
 
 POINTS = {
@@ -286,12 +286,7 @@ def _training(file: Path) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
-    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
-        raise UserError(f"{file} is damaged: it cannot be read as JSON; fetch the folder again") from err
+    value = read_json(file, "fetch the folder again")
     if not isinstance(value, dict):
         raise UserError(f"{file} is not a JSON object")
     return value

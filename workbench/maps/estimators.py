@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .fit import ALPHAS, fit_pinv, fit_ridge
 from .linear_map import LinearMap
 
 
-class _MapEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
+class _MapEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator, ABC):
     """What both estimators share: validation, prediction and the shape of y."""
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> _MapEstimator:
@@ -40,8 +41,9 @@ class _MapEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         predicted = self.map_(torch.from_numpy(np.array(rows))).numpy()
         return predicted[:, 0] if self.coef_.ndim == 1 else predicted
 
+    @abstractmethod
     def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
-        raise NotImplementedError
+        """The map of float64 rows x [n, d_in] to y [n, d_out]."""
 
 
 class RidgeMap(_MapEstimator):
