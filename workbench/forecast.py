@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter, LowRank
 from .adapters.train import frozen
-from .backends import torch_hooks
 from .convert import ConverterFits, best_matching, match_layers
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
@@ -84,7 +83,7 @@ def _backward(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-            with torch_hooks.edit(model, leaf), torch_hooks.read(model, sites) as seen:
+            with model.edit(leaf), model.read(sites) as seen:
                 out = scalar(model.logits(ids, mask, last_only=True)[:, -1].float(), rows)
             found = torch.autograd.grad(out.sum(), [seen[s] for s in sites])
             value[rows] = out.detach().float().cpu()

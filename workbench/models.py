@@ -6,8 +6,8 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,22 @@ class Model:
 
     def block(self, layer: int) -> nn.Module:
         return self._blocks[layer]
+
+    def width_of(self, site: Site) -> int:
+        """The width of the states at a site: d, or h at `mlp_act`."""
+        return self.width
+
+    def read(
+        self, sites: Sequence[Site], take: torch_hooks.Take | None = None
+    ) -> AbstractContextManager[dict[Site, Tensor]]:
+        """What passes `sites` in each forward pass inside the block; see `backends.torch_hooks.read`."""
+        return torch_hooks.read(self, sites, take)
+
+    def edit(
+        self, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Replaces the states h at each site by `fn(h, where)` inside the block; see `backends.torch_hooks.edit`."""
+        return torch_hooks.edit(self, edits, prompt_lengths)
 
     def site(self, text: str | int | Site) -> Site:
         """Reads a site and checks that this model has it."""
@@ -225,7 +241,7 @@ class Model:
         mask = torch.ones_like(ids)
         every = [Site(l, point) for l in range(self.n_layers) for point in torch_hooks.READABLE]
         with torch.inference_mode():
-            with torch_hooks.read(self, every) as seen:
+            with self.read(every) as seen:
                 before = self.logits(ids, mask)
             for l in range(self.n_layers):
                 self._prove_read(seen, Site(l), ids.shape[1])
@@ -246,7 +262,7 @@ class Model:
 
     def _prove_write(self, site: Site, h: Tensor, before: Tensor, ids: Tensor, mask: Tensor) -> None:
         written = h + h.float().std().to(h.dtype) * torch.linspace(-1, 1, self.width, dtype=h.dtype, device=h.device)
-        with torch_hooks.edit(self, {site: lambda *_: written}), torch_hooks.read(self, [site]) as seen:
+        with self.edit({site: lambda *_: written}), self.read([site]) as seen:
             after = self.logits(ids, mask)
         if not torch.equal(seen[site], written):
             raise UserError(f"{self.name}: what was written to {site} was not read back; this family is not supported")

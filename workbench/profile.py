@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import torch_hooks
 from .errors import UserError
 from .profile_plan import Block, Plan, make_plan, write_tables
 from .progress import progress
@@ -79,7 +78,7 @@ def _run(model: Model, plan: Plan, path: Path, overwrite: bool, allow_nonfinite:
             log.info("%s: going on after %d of %d blocks", path, len(done), len(plan.blocks))
         with (
             progress(total=plan.n_tokens, desc=f"profiling {Path(model.name).name}", unit="tok") as bar,
-            torch_hooks.read(model, plan.sites) as seen,
+            model.read(plan.sites) as seen,
         ):
             bar.update(sum(len(plan.ids[i]) for block in done for i in range(block.first, block.last)))
             runner = _Runner(model, plan, seen, bar)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench.adapters import ACTS, Adapter, LowRank, vector
-from workbench.backends.torch_hooks import read
 from workbench.errors import UserError
+from workbench.models import Model
 from workbench.sites import Site
 
 
@@ -186,16 +184,12 @@ def test_a_folder_that_is_not_there_does_not_exist(tmp_path):
         Adapter.load(tmp_path / "none")
 
 
-class Tiny(SimpleNamespace):
-    """What `Adapter.on` needs of a Model, around a random Llama."""
-
-    def block(self, layer: int) -> nn.Module:
-        return self.module.model.layers[layer]
+class Tiny(Model):
+    """A random Llama that says the output of every block."""
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """The output of every block."""
         sites = [Site(layer) for layer in range(self.n_layers)]
-        with torch.no_grad(), read(self, sites) as states:
+        with torch.no_grad(), self.read(sites) as states:
             self.module(ids, attention_mask=mask, use_cache=False)
         return [states[site] for site in sites]
 
@@ -210,12 +204,9 @@ def tiny() -> Tiny:
         hidden_size=6, num_hidden_layers=5, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8,
         vocab_size=11,
     )  # fmt: skip
-    module = LlamaForCausalLM(config).eval()
-    fingerprint = {"name": "org/tiny", "weights": "abc"}
-    return Tiny(
-        module=module, decoder=module.model, n_layers=5, width=6, name="org/tiny", fingerprint=fingerprint,
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
+    model = Tiny(LlamaForCausalLM(config), None, "org/tiny")
+    model.fingerprint = {"name": "org/tiny", "weights": "abc"}
+    return model
 
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])

@@ -127,10 +127,8 @@ class Adapter:
         if self.strength == 0:
             yield
             return
-        from ..backends.torch_hooks import edit
-
         ready = self.to(model.device, model.dtype)
-        with edit(model, {site: ready._edit(site) for site in ready.parts}, prompt_lengths):
+        with model.edit({site: ready._edit(site) for site in ready.parts}, prompt_lengths):
             yield
 
     def _edit(self, site: Site) -> Callable[[Tensor, Where], Tensor]:

@@ -230,7 +230,7 @@ def train_adapter(
             batch = next(stream)
             sizes.clear()
             # the lengths are given: a batch of prompts with answers is not a prompt to its end
-            with torch_hooks.edit(model, {s: edit(s) for s in where}, prompt_lengths=[len(p) for p, _ in batch]):
+            with model.edit({s: edit(s) for s in where}, prompt_lengths=[len(p) for p, _ in batch]):
                 loss = _loss(model, batch)
             size = torch.cat([s.to(loss.device) for s in sizes])
             excess = (size - max_size).clamp(min=0).square().mean()

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,7 @@ class Where:
 
 
 Edit = Callable[[Float[Tensor, "b t d"], Where], Float[Tensor, "b t d"]]
+Take = Callable[[Site, Float[Tensor, "b t d"]], Tensor]
 
 
 class Stop(Exception):
@@ -107,11 +109,12 @@ def _hook(model: Model, site: Site, fn: Callable[[Tensor], Tensor | None]) -> An
 
 
 @contextmanager
-def read(model: Model, sites: Sequence[Site]) -> Iterator[dict[Site, Float[Tensor, "b t d"]]]:
-    """Captures the hidden states at `sites` of each forward pass inside the block (the last pass wins).
+def read(model: Model, sites: Sequence[Site], take: Take | None = None) -> Iterator[dict[Site, Tensor]]:
+    """Captures the hidden states [b, t, d] at `sites` of each forward pass inside the block (the last pass wins).
 
     Nested inside `edit`, it reads what was written. The tensors are the model's own: on its device, in its dtype, part
-    of the autograd graph where there is one.
+    of the autograd graph where there is one. `take(site, h)` is called while the pass runs, and what it returns is kept
+    in place of h: a few rows, say, so that the rest need not be held until the pass ends.
     """
     sites = [Site.parse(site, model.n_layers) for site in sites]
     _check(model, sites)
@@ -119,11 +122,15 @@ def read(model: Model, sites: Sequence[Site]) -> Iterator[dict[Site, Float[Tenso
     handles = []
     try:
         for site in sites:
-            handles.append(_hook(model, site, lambda h, s=site: captured.__setitem__(s, h)))  # type: ignore[misc]
+            handles.append(_hook(model, site, partial(_keep, captured, site, take)))
         yield captured
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep(captured: dict[Site, Tensor], site: Site, take: Take | None, h: Tensor) -> None:
+    captured[site] = h if take is None else take(site, h)
 
 
 @contextmanager
