@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workbench import profile_plan, store_writer
+from workbench import profile_plan, store_shards, store_writer
 from workbench.errors import UserError
 from workbench.models import load
 from workbench.profile import profile_model
@@ -168,23 +168,23 @@ def test_killed_by_the_system_and_started_again(tmp_path):
         import os, signal, sys
         from tests.test_profile import PROMPTS
         from tests.conftest import make_model
-        from workbench import profile_plan, store_writer
+        from workbench import profile_plan, store_shards, store_writer
         from workbench.profile import profile_model
         profile_plan.BLOCK_ROWS = 3
-        folder, left, write = sys.argv[1], [int(sys.argv[2])], store_writer._write_synced
-        def killing(path, data):
+        folder, left, write = sys.argv[1], [int(sys.argv[2])], store_shards.write_synced
+        def killing(path, *parts):
             left[0] -= 1
             if left[0] == 0:
-                path.write_bytes(data[: len(data) // 2])
+                path.write_bytes(parts[0][: len(parts[0]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(path, data)
-        store_writer._write_synced = killing
+            write(path, *parts)
+        store_shards.write_synced = store_writer.write_synced = killing
         profile_model(make_model("llama"), PROMPTS, folder + "/killed")
         profile_model(make_model("llama"), PROMPTS, folder + "/whole")
     """)
     root = Path(__file__).resolve().parents[1]
-    # 12 shards and a manifest: killed in the second block's shards, then in the manifest (the tenth of what was left)
-    for after, status in ((5, -signal.SIGKILL), (10, -signal.SIGKILL), (0, 0)):
+    # 4 shards and a manifest: killed in the second shard, then in the manifest (the fourth of what was left)
+    for after, status in ((2, -signal.SIGKILL), (4, -signal.SIGKILL), (0, 0)):
         command = [sys.executable, "-c", script, str(tmp_path), str(after)]
         found = subprocess.run(
             command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -197,18 +197,18 @@ def test_killed_by_the_system_and_started_again(tmp_path):
 
 def test_a_full_disk_is_one_line_and_is_gone_on_from(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 3)
-    write = store_writer._write_synced
+    write = store_shards.write_synced
 
-    def full(path, data):
-        if path.name == "resid_post.1-00002.safetensors":
+    def full(path, *parts):
+        if path.name == "00002.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
+        write(path, *parts)
 
-    monkeypatch.setattr(store_writer, "_write_synced", full)
+    monkeypatch.setattr(store_shards, "write_synced", full)
     with pytest.raises(UserError, match="No space left on device; 2 blocks are kept"):
         profile_model(llama, PROMPTS, tmp_path / "s")
     assert not (tmp_path / "s").exists()
-    monkeypatch.setattr(store_writer, "_write_synced", write)
+    monkeypatch.setattr(store_shards, "write_synced", write)
     profile_model(llama, PROMPTS, tmp_path / "s").verify()
 
 
@@ -224,7 +224,7 @@ def test_values_that_are_not_finite_are_refused_or_counted(llama, tmp_path):
     store = profile_model(llama, prompts, tmp_path / "s", dtype="float16", tokens="all", allow_nonfinite=True)
     bad = ~torch.isfinite(store.read(0))
     assert set(store.prompt_index[bad.any(1)].tolist()) == {1}
-    assert store.manifest["sites"]["resid_post.0"]["shards"][0]["nonfinite"] == int(bad.sum())
+    assert store.shards[0]["nonfinite"]["resid_post.0"] == int(bad.sum())
 
 
 def test_targets_that_cannot_be_written(llama, tmp_path):
@@ -301,6 +301,27 @@ def test_labels_and_meta_come_through(llama):
     assert table["id"].tolist() == ["q1", "1"]
     assert table["label"].tolist()[0] == "sum"
     assert table["meta"].tolist() == ['{"gold": "7"}', "{}"]
+
+
+def test_the_prompts_come_back_as_they_were_given(llama):
+    rows = [{"id": "q1", "prompt": "w1", "label": "sum", "gold": "7"}, {"text": "w2"},
+            {"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4", "name": "x"}]}]  # fmt: skip
+    prompts = PromptSet.load(rows)
+    found = profile_model(llama, prompts, sites=[0]).prompt_set()
+    assert found == prompts
+    assert (found.hash, found.full_hash) == (prompts.hash, prompts.full_hash)
+
+
+def test_the_rows_of_a_prompt_are_those_that_the_table_gives_it(llama, monkeypatch):
+    monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 20)
+    store = profile_model(llama, PROMPTS, sites=[0], tokens="all")
+    assert len(store.shards) > 1
+    owner = store.rows(["prompt"])["prompt"]
+    for i in range(len(PROMPTS)):
+        assert list(store.rows_of(i)) == owner.index[owner == i].tolist()
+    assert torch.equal(torch.cat([store.read(0, store.rows_of(i)) for i in range(len(PROMPTS))]), store.read(0))
+    with pytest.raises(UserError, match="prompts 0 to 11; got 12"):
+        store.rows_of(12)
 
 
 def test_a_real_model_with_a_real_tokenizer(shared):

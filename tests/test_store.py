@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from workbench.errors import UserError
+from workbench.prompts import PromptSet
 from workbench.sites import Site
 from workbench.store import Store, check_pair
 from workbench.store_checks import manifest_text
@@ -23,6 +24,9 @@ N = sum(BLOCKS)
 SITES = [Site(0), Site(2)]
 
 
+PROMPTS = PromptSet.load([f"prompt {i}" for i in range(N // 2)])
+
+
 def values(site: Site, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(site.layer)).to(dtype)
 
@@ -30,14 +34,16 @@ def values(site: Site, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def write_tables(folder):
     rows = {"row": list(range(N)), "prompt": [i // 2 for i in range(N)], "text": ["x"] * N}
     pq.write_table(pa.table(rows), folder / "rows.parquet")
-    pq.write_table(pa.table({"index": list(range(N // 2)), "text": ["x"] * (N // 2)}), folder / "prompts.parquet")
+    lines = [{"index": i, "id": p.id, "text": "x", "label": p.label, "meta": "{}", "content": json.dumps(p.content)}
+             for i, p in enumerate(PROMPTS)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(lines), folder / "prompts.parquet")
 
 
 def make(path, dtype="float32", **changes) -> Store:
     manifest = {
-        "format": "workbench.store", "schema": 1, "basis": "raw", "dtype": dtype, "tokens": "last", "n_rows": N,
+        "format": "workbench.store", "schema": 2, "basis": "raw", "dtype": dtype, "tokens": "last", "n_rows": N,
         "model": {"name": "m", "n_layers": 3, "width": WIDTH, "fingerprint": {"tokenizer": "t"}},
-        "prompts": {"name": "p", "count": N // 2, "hash": "h", "rendered_hash": "r"},
+        "prompts": {"name": "p", "count": N // 2, "hash": PROMPTS.hash, "rendered_hash": "r"},
         "sites": {str(site): {"width": WIDTH} for site in SITES}, **changes,
     }  # fmt: skip
     with StoreWriter(path, "plan") as writer:
@@ -84,7 +90,7 @@ def test_tables_and_description(store):
     assert store.prompt_index.tolist() == [i // 2 for i in range(N)]
     assert list(store.rows(["row"]).columns) == ["row"]
     assert len(store.prompts()) == N // 2
-    assert (store.tokens, store.prompt_hash, store.name, store.sites) == ("last", "h", "m", SITES)
+    assert (store.tokens, store.prompt_hash, store.name, store.sites) == ("last", PROMPTS.hash, "m", SITES)
     assert "12 rows" in repr(store)
 
 
@@ -110,7 +116,7 @@ def test_what_the_store_does_not_have_is_named(store):
 
 def _rename_shard(name):
     def change(manifest):
-        manifest["sites"]["resid_post.0"]["shards"][0]["file"] = name
+        manifest["shards"][0]["file"] = name
 
     return change
 
@@ -125,12 +131,12 @@ def _rename_shard(name):
         (lambda m: m.update(n_rows=5), "do not add up"),
         (lambda m: m.pop("prompts"), "damaged"),
         (lambda m: m["tables"].pop("rows.parquet"), "other tables"),
-        (lambda m: m.update(sites={"resid_post.7": m["sites"]["resid_post.0"]}), "out of range"),
+        (lambda m: m.update(sites={"resid_post.7": {"width": 6}}), "out of range"),
         (_rename_shard("../outside.safetensors"), "not allowed"),
         (_rename_shard("shards/../../outside.safetensors"), "not allowed"),
         (_rename_shard("/etc/passwd"), "not allowed"),
         (_rename_shard("shards/missing.safetensors"), "is missing"),
-        (_rename_shard("shards/resid_post.2-00000.safetensors"), "header of"),
+        (_rename_shard("shards/00001.safetensors"), "is not allowed"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(store, change, said):
@@ -150,7 +156,7 @@ def test_folders_that_are_no_stores_are_refused(tmp_path):
 
 
 def _shard(store):
-    return store.path / "shards" / "resid_post.0-00001.safetensors"
+    return store.path / "shards" / "00001.safetensors"
 
 
 def test_a_shard_of_another_size_is_refused(store):
@@ -183,7 +189,7 @@ def test_a_shard_with_a_lying_header_is_refused(store, lie):
     new = {"length": struct.pack("<Q", 1 << 60) + new[8:], "pickle": b"\x80\x04" + bytes(len(data) - 2)}.get(lie, new)
     assert len(new) == len(data)
     _shard(store).write_bytes(new)
-    with pytest.raises(UserError, match=r"the header of|not a safetensors file"):
+    with pytest.raises(UserError, match=r"its header says|not a safetensors file|is a pickle"):
         Store.open(store.path)
 
 
@@ -220,7 +226,8 @@ def test_pairs(tmp_path):
     prompts = {"name": "q", "count": 6, "hash": "another", "rendered_hash": "r"}
     other = make(tmp_path / "c", prompts=prompts, tokens="all")
     with pytest.raises(
-        UserError, match=r"/a and .*/c do not pair: .*prompts \(p, h and q, another\); tokens \(last and all\)"
+        UserError,
+        match=r"/a and .*/c do not pair: .*prompts \(p, [0-9a-f]{12} and q, another\); tokens \(last and all\)",
     ):
         check_pair(a, other)
     model = {"name": "m", "n_layers": 3, "width": WIDTH, "fingerprint": {"tokenizer": "u"}}

@@ -208,7 +208,8 @@ def write_tables(plan: Plan, tokenizer: Any, folder: Path) -> None:
             arrays = [pa.array(c, type=kind) for c, kind in zip(columns, rows.types, strict=True)]
             writer.write_table(pa.table(arrays, schema=rows))
     prompts = pa.schema([("index", pa.int64()), ("id", pa.string()), ("text", pa.string()), ("label", pa.string()),
-                         ("meta", pa.string()), ("n_tokens", pa.int32()), ("cut", pa.int32())])  # fmt: skip
+                         ("meta", pa.string()), ("content", pa.string()), ("n_tokens", pa.int32()),
+                         ("cut", pa.int32())])  # fmt: skip
     with pq.ParquetWriter(folder / "prompts.parquet", prompts) as writer:
         for block in plan.blocks:
             lines = [_prompt_row(plan, i) for i in range(block.first, block.last)]
@@ -218,8 +219,9 @@ def write_tables(plan: Plan, tokenizer: Any, folder: Path) -> None:
 def _prompt_row(plan: Plan, i: int) -> dict[str, Any]:
     prompt = plan.prompts[i]
     meta = json.dumps(prompt.meta, sort_keys=True, ensure_ascii=False)
+    content = json.dumps(prompt.content, ensure_ascii=False)
     return {"index": i, "id": prompt.id, "text": plan.rendered[i], "label": prompt.label, "meta": meta,
-            "n_tokens": len(plan.ids[i]), "cut": plan.cut[i]}  # fmt: skip
+            "content": content, "n_tokens": len(plan.ids[i]), "cut": plan.cut[i]}  # fmt: skip
 
 
 class _TokenText:

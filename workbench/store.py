@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,14 @@ from .errors import UserError
 from .hashes import file_hash
 from .sites import Site
 from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, files_of, manifest_text, read_manifest
+from .store_folder import Folder
+from .store_rows import RowFiles
+from .store_tables import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from .prompts import PromptSet
 
 Rows = slice | range | Sequence[int] | Tensor | None
 
@@ -32,38 +36,42 @@ class Store:
     `rendered_hash`, `fingerprint` (of the model), `tokens` (the policy that chose the rows).
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = folder.path, manifest
         self._remove: weakref.finalize[Any, Any] | None = None
-        self._inode = path.stat().st_ino
         self.n_rows: int = manifest["n_rows"]
         self.dtype: str = manifest["dtype"]
         self.tokens: str = manifest["tokens"]
+        self.shards: list[dict[str, Any]] = manifest["shards"]
         self.prompt_hash: str = manifest["prompts"]["hash"]
         self.rendered_hash: str = manifest["prompts"]["rendered_hash"]
         self.fingerprint: dict[str, str] = manifest["model"]["fingerprint"]
-        self._entries: dict[Site, dict[str, Any]] = {Site.parse(k): v for k, v in manifest["sites"].items()}
-        self.sites: list[Site] = sorted(self._entries, key=lambda s: (s.point, s.layer))
-        self._starts = {site: _starts(entry["shards"]) for site, entry in self._entries.items()}
+        layout = check_folder(folder, manifest)
+        self.sites: list[Site] = sorted(map(Site.parse, layout.widths), key=lambda s: (s.point, s.layer))
+        self._folder, self._files = folder, RowFiles(folder, layout, self.shards)
+        self._tables = Tables(folder, manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
         """Opens the store in folder `path`; checks every shard's name, size and header, and reads no activation.
 
         Raises UserError, each with its own message, for: a missing folder; a folder that is no store; a manifest that
-        is damaged or of a later version; a shard that is missing, is named outside the folder, has not the size that
-        the manifest says, or whose header says other than the manifest.
+        is damaged or of another version; a shard that is missing, is named outside the folder, has not the size that
+        the manifest says, or whose header says other than the manifest; a pickle. A store that is replaced while it is
+        open keeps its own rows, or says that it was replaced.
         """
-        path = Path(path).expanduser()
-        manifest = read_manifest(path)
+        folder = Folder(Path(path).expanduser())
+        manifest = read_manifest(folder)
         try:
-            check_folder(path, manifest)
-            return cls(path, manifest)
+            return cls(folder, manifest)
         except UserError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as err:
             what = f"{type(err).__name__}: {err}"
             raise UserError(f"store {path}: its {MANIFEST} is damaged ({what}); profile again") from err
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self.path,)  # another process opens it for itself
 
     def __repr__(self) -> str:
         layers = f"{self.sites[0]}..{self.sites[-1]}" if len(self.sites) > 1 else str(self.sites[0])
@@ -85,11 +93,11 @@ class Store:
 
     @property
     def n_bytes(self) -> int:
-        return sum(shard["bytes"] for entry in self._entries.values() for shard in entry["shards"])
+        return sum(shard["bytes"] for shard in self.shards)
 
     def width(self, site: Site | str | int) -> int:
         """The width d of a site's rows."""
-        return int(self._entries[self._site(site)]["width"])
+        return self._files.layout.widths[str(self._site(site))]
 
     def read(
         self,
@@ -104,12 +112,16 @@ class Store:
         Rows that lie in one shard, taken by a slice, are memory-mapped (writing to them changes no file); others are
         copied. dtype, device: converted where given. Raises UserError for a site or a row that the store does not have.
         """
-        site = self._site(site)
+        name, kind = str(self._site(site)), dtype or DTYPES[self.dtype]
+        target = torch.device(device or "cpu")
+        if rows is None:
+            rows = slice(None)
         if isinstance(rows, range) and rows.step == 1 and rows.start >= 0:
             rows = slice(rows.start, min(rows.stop, self.n_rows))
-        rows = slice(None) if rows is None else rows
-        found = self._slice(site, rows) if isinstance(rows, slice) else self._gather(site, rows)
-        return found.to(device=device, dtype=dtype)
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(self.n_rows)
+            return self._files.slice(name, start, stop, kind, target)
+        return self._files.gather(name, self._index(rows), kind, target)
 
     def iter_batches(
         self,
@@ -127,16 +139,27 @@ class Store:
 
     def rows(self, columns: list[str] | None = None) -> pd.DataFrame:
         """One line per row: row, prompt (index), position, token_id, text, char_start, char_end (of the prompt)."""
-        return self._table(TABLES[0], columns).to_pandas()
+        return self._tables.read(TABLES[0], columns).to_pandas()
 
     def prompts(self, columns: list[str] | None = None) -> pd.DataFrame:
-        """One line per prompt: index, id, text (rendered), label, meta (a JSON string), n_tokens, cut (tokens lost)."""
-        return self._table(TABLES[1], columns).to_pandas()
+        """One line per prompt: index, id, text (rendered), label, content and meta (JSON), n_tokens, cut (tokens lost)."""
+        return self._tables.read(TABLES[1], columns).to_pandas()
+
+    def prompt_set(self) -> PromptSet:
+        """The prompts (content, id, label, meta) that were profiled, as they were given."""
+        return self._tables.prompt_set()
 
     @cached_property
     def prompt_index(self) -> Int[Tensor, " n"]:
-        """The index of the prompt that each row comes from."""
-        return torch.tensor(self._table(TABLES[0], ["prompt"])["prompt"].to_numpy(), dtype=torch.int64)
+        """The index of the prompt that each row comes from; it never falls."""
+        return torch.from_numpy(self._tables.prompt_index.copy())
+
+    def rows_of(self, prompt: int) -> range:
+        """The rows of a prompt (its index in the set): none, one or many. Reads no more of the table than it needs.
+
+        `store.read(site, store.rows_of(3))` are its activations. Raises UserError for a prompt that is not there.
+        """
+        return self._tables.rows_of(prompt)
 
     def verify(self) -> None:
         """Recomputes every checksum; raises UserError naming what is damaged, missing or not the store's own."""
@@ -167,48 +190,17 @@ class Store:
 
     def _site(self, site: Site | str | int) -> Site:
         parsed = Site.parse(site, self.manifest["model"]["n_layers"])
-        if parsed not in self._entries:
+        if str(parsed) not in self._files.layout.widths:
             raise UserError(f"store {self.path} has no {parsed}; it has {', '.join(map(str, self.sites))}")
         return parsed
 
-    def _table(self, name: str, columns: list[str] | None) -> Any:
-        import pyarrow.parquet as pq
-
-        self._check_same()
-        return pq.read_table(self.path / name, columns=columns)
-
-    def _check_same(self) -> None:
-        if not self.path.exists() or self.path.stat().st_ino != self._inode:
-            raise UserError(f"store {self.path} was replaced or removed since it was opened; open it again")
-
-    def _map(self, site: Site, number: int) -> Tensor:
-        self._check_same()
-        entry, shard = self._entries[site], self._entries[site]["shards"][number]
-        dtype, shape = DTYPES[self.dtype], (shard["rows"], entry["width"])
-        file = self.path / shard["file"]
-        if not file.is_file() or file.stat().st_size != shard["bytes"]:
-            raise UserError(f"store {self.path}: {shard['file']} changed since the store was opened; run verify")
-        storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=shard["bytes"])
-        offset = (shard["bytes"] - shape[0] * shape[1] * dtype.itemsize) // dtype.itemsize
-        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, (shape[1], 1))  # type: ignore[arg-type]
-
-    def _slice(self, site: Site, rows: slice) -> Tensor:
-        start, stop, step = rows.indices(self.n_rows)
-        if step != 1:
-            return self._gather(site, torch.arange(start, stop, step))
-        starts, shards = self._starts[site], self._entries[site]["shards"]
-        parts = []
-        for number in range(bisect_right(starts, start) - 1, len(shards)):
-            low = starts[number]
-            if low >= stop:
-                break
-            parts.append(self._map(site, number)[max(start - low, 0) : stop - low])
-        if not parts:
-            return torch.empty((0, self.width(site)), dtype=DTYPES[self.dtype])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _gather(self, site: Site, rows: Any) -> Tensor:
-        index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+    def _index(self, rows: Any) -> Tensor:
+        """Rows as indices from 0, on the CPU."""
+        rows = range(*rows.indices(self.n_rows)) if isinstance(rows, slice) else rows
+        if isinstance(rows, range):
+            index = torch.arange(rows.start, rows.stop, rows.step) if len(rows) else torch.empty(0)
+        else:
+            index = torch.as_tensor(rows).contiguous()
         if index.dtype == torch.bool:
             if len(index) != self.n_rows:
                 raise UserError(f"a mask of {len(index)} rows does not fit store {self.path} of {self.n_rows}")
@@ -217,14 +209,7 @@ class Store:
         if len(index) and not (-self.n_rows <= int(index.min()) and int(index.max()) < self.n_rows):
             got = f"{int(index.min())} to {int(index.max())}"
             raise UserError(f"store {self.path} has rows 0 to {self.n_rows - 1}; got {got}")
-        index = torch.where(index < 0, index + self.n_rows, index)
-        out = torch.empty((len(index), self.width(site)), dtype=DTYPES[self.dtype])
-        starts = torch.tensor(self._starts[site])
-        owner = torch.searchsorted(starts, index, right=True) - 1
-        for number in owner.unique().tolist():
-            mine = (owner == number).nonzero().flatten()
-            out[mine] = self._map(site, number)[index[mine] - starts[number]]
-        return out
+        return torch.where(index < 0, index + self.n_rows, index)
 
 
 def check_pair(a: Store, b: Store) -> None:
@@ -251,10 +236,3 @@ def check_pair(a: Store, b: Store) -> None:
     if differ:
         raise UserError(f"stores {a.path} and {b.path} do not pair: they differ in {'; '.join(differ)}; profile both "
                         "models over the same prompts with the same options")  # fmt: skip
-
-
-def _starts(shards: list[dict[str, Any]]) -> list[int]:
-    starts = [0]
-    for shard in shards[:-1]:
-        starts.append(starts[-1] + shard["rows"])
-    return starts

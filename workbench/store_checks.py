@@ -9,21 +9,22 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from .errors import UserError
 from .sites import Site
+from .store_folder import Folder
+from .store_shards import DTYPES, Layout
 
 FORMAT = "workbench.store"
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 TABLES = ("rows.parquet", "prompts.parquet")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HEADER_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SHARD_NAME = re.compile(r"shards/[A-Za-z0-9_.\-]+\.safetensors")
+MANIFEST_BYTES = 256 << 20  # of a manifest at most: a hundred thousand shards
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".dill")
+_SHARD_NAME = re.compile(r"shards/[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST = 1 << 62  # no count of rows or bytes reaches it
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -36,84 +37,172 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest of a folder; raises UserError where there is none, or none that this version reads."""
-    if not path.exists():
-        raise UserError(f"store {path}: no such folder; make one with `workbench profile`")
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"store {path}: has no {MANIFEST}, so it is no store; give one that `workbench profile` made")
+    path, found = folder.path, folder.scan()
+    pickles = sorted(name for name in found if name.endswith(PICKLES))
+    if MANIFEST not in found:
+        more = f" ({pickles[0]} in it is a pickle, which is never loaded)" if pickles else ""
+        raise UserError(f"store {path}: has no {MANIFEST}, so it is no store{more}; give one that `workbench profile` "
+                        "made")  # fmt: skip
+    if pickles:
+        raise _pickled(folder, pickles[0])
+    if not stat.S_ISREG(found[MANIFEST].st_mode):
+        raise UserError(f"store {path}: {MANIFEST} is not a regular file; refused")
+    if found[MANIFEST].st_size > MANIFEST_BYTES:
+        raise UserError(f"store {path}: its {MANIFEST} has {found[MANIFEST].st_size} bytes, more than any store's "
+                        f"({MANIFEST_BYTES}); refused")  # fmt: skip
+    with os.fdopen(folder.open(MANIFEST), "rb") as stream:
+        text = stream.read(MANIFEST_BYTES)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant)
+    except _Refused as err:
+        raise UserError(f"store {path}: its {MANIFEST} {err}; refused") from None
+    except RecursionError:
+        raise UserError(f"store {path}: its {MANIFEST} is nested too deep; refused") from None
     except ValueError as err:
         raise UserError(f"store {path}: its {MANIFEST} is damaged (not JSON); profile again") from err
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"store {path}: its {MANIFEST} is not that of a store (format {FORMAT!r})")
     schema = manifest.get("schema")
-    if not isinstance(schema, int) or schema < 1:
-        raise UserError(f"store {path}: schema version {schema!r} is not a version; profile again")
+    if type(schema) is not int or schema < 1:
+        raise UserError(f"store {path}: schema version {_short(schema)} is not a version; profile again")
     if schema > SCHEMA:
-        raise UserError(f"store {path}: was made by a later version (schema {schema}, this one reads up to {SCHEMA}); "
-                        "update the workbench")  # fmt: skip
+        raise UserError(f"store {path}: was made by a later version (schema {_short(schema)}, this one reads {SCHEMA});"
+                        " update the workbench")  # fmt: skip
+    if schema < SCHEMA:
+        raise UserError(f"store {path}: was made by an earlier version (schema {schema}, this one reads {SCHEMA}); "
+                        "profile again")  # fmt: skip
     return manifest
+
+
+class _Refused(Exception):
+    """Something that JSON allows and no manifest has."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Refused(f"has {next(key for key in keys if keys.count(key) > 1)!r:.80} twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise _Refused(f"holds {name}, which is no number of a manifest")
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.40}"
+
+
+def _pickled(folder: Folder, name: str) -> UserError:
+    return UserError(f"store {folder.path}: {name} is a pickle, which can run code and is never loaded; a store has "
+                     "safetensors and parquet alone: remove it")  # fmt: skip
 
 
 def files_of(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name and the entry (bytes, sha256) of every file but the manifest."""
     yield from manifest["tables"].items()
-    for entry in manifest["sites"].values():
-        for shard in entry["shards"]:
-            yield shard["file"], shard
+    for shard in manifest["shards"]:
+        yield shard["file"], shard
 
 
-def check_folder(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the files in the folder are not those that the manifest describes."""
+def check_manifest(where: str, manifest: dict[str, Any]) -> Layout:
+    """How the shards of this manifest are laid out; raises UserError, beginning with `where`, for one that is damaged,
+    names files outside the folder, or does not agree with itself."""
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"{where}: {why}")
+
+    def count(what: str, value: Any, low: int = 0, high: int = _MOST) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise refuse(f"its {MANIFEST} is damaged ({what} is {_short(value)}); profile again")
+        return value
+
     if manifest["dtype"] not in DTYPES:
-        raise UserError(f"store {path}: unknown dtype {manifest['dtype']!r}; allowed: {', '.join(DTYPES)}")
+        raise refuse(f"unknown dtype {_short(manifest['dtype'])}; allowed: {', '.join(DTYPES)}")
     if set(manifest["tables"]) != set(TABLES):
-        raise UserError(f"store {path}: its {MANIFEST} names other tables than {', '.join(TABLES)}")
-    if (path / "shards").is_symlink():
-        raise UserError(f"store {path}: its shards folder is a link; refused")
-    for name, entry in manifest["tables"].items():
-        _check_file(path, name, entry["bytes"])
-    seen: set[str] = set()
-    for site, entry in manifest["sites"].items():
-        Site.parse(site, manifest["model"]["n_layers"])
-        if sum(shard["rows"] for shard in entry["shards"]) != manifest["n_rows"]:
-            raise UserError(f"store {path}: the shards of {site} do not add up to {manifest['n_rows']} rows")
-        for shard in entry["shards"]:
-            if not _SHARD_NAME.fullmatch(shard["file"]) or shard["file"] in seen:
-                raise UserError(f"store {path}: shard name {shard['file']!r} is not allowed; it must lie in shards/")
-            seen.add(shard["file"])
-            _check_file(path, shard["file"], shard["bytes"])
-            _check_header(path, site, shard, entry["width"], manifest["dtype"])
+        raise refuse(f"its {MANIFEST} names other tables than {', '.join(TABLES)}")
+    n_rows, n_layers = count("n_rows", manifest["n_rows"], 1), count("n_layers", manifest["model"]["n_layers"], 1)
+    count("the count of prompts", manifest["prompts"]["count"], 1)
+    widths = {}
+    for name, entry in manifest["sites"].items():
+        if str(Site.parse(name, n_layers)) != name:
+            raise refuse(f"its {MANIFEST} names the site {_short(name)} otherwise than {Site.parse(name, n_layers)}")
+        widths[name] = count(f"the width of {name}", entry["width"], 1, 1 << 32)
+    if not widths:
+        raise refuse(f"its {MANIFEST} names no sites; profile again")
+    layout, total, seen = Layout(widths, manifest["dtype"]), 0, set()
+    for name, entry in files_of(manifest):
+        if not isinstance(name, str) or (name not in TABLES and not _SHARD_NAME.fullmatch(name)) or name in seen:
+            raise refuse(f"shard name {_short(name)} is not allowed: it must lie in shards/, be a .safetensors file, "
+                         "and be there once")  # fmt: skip
+        seen.add(name)
+        count(f"the size of {name}", entry["bytes"], 1)
+        if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
+            raise refuse(f"its {MANIFEST} is damaged (the sha256 of {name} is {_short(entry['sha256'])}); "
+                         "profile again")  # fmt: skip
+    for shard in manifest["shards"]:
+        total += count(f"the rows of {shard['file']}", shard["rows"], 1, n_rows)
+        if shard["nonfinite"].keys() != widths.keys():
+            raise refuse(f"its {MANIFEST} counts values that are not finite at other sites than it has "
+                         f"({shard['file']}); profile again")  # fmt: skip
+        for site, bad in shard["nonfinite"].items():
+            if type(bad) is not int or bad:
+                count(f"nonfinite of {site} in {shard['file']}", bad, 0, shard["rows"] * widths[site])
+    if total != n_rows:
+        raise refuse(f"its shards do not add up to {n_rows} rows but to {total}")
+    return layout
 
 
-def _check_file(path: Path, name: str, size: int) -> None:
+def check_folder(folder: Folder, manifest: dict[str, Any]) -> Layout:
+    """How the shards are laid out; raises UserError where the files are not those that the manifest describes."""
+    layout = check_manifest(f"store {folder.path}", manifest)
+    found = folder.scan()
+    found |= {f"shards/{name}": entry for name, entry in folder.scan("shards").items()}
+    pickles = sorted(name for name in found if name.endswith(PICKLES))
+    if pickles:
+        raise _pickled(folder, pickles[0])
+    for name, entry in files_of(manifest):
+        if name not in found:
+            raise folder.gone(name)
+        if not stat.S_ISREG(found[name].st_mode):
+            raise UserError(f"store {folder.path}: {name} is not a regular file; refused")
+        if found[name].st_size != entry["bytes"]:
+            raise UserError(f"store {folder.path}: {name} has {found[name].st_size} bytes, its {MANIFEST} says "
+                            f"{entry['bytes']}; profile again or restore it from a copy")  # fmt: skip
+    for shard in manifest["shards"]:
+        expected = layout.header(shard["rows"])
+        handle = folder.open(shard["file"])
+        try:
+            head = os.pread(handle, len(expected), 0)
+        finally:
+            os.close(handle)
+        if head != expected or shard["bytes"] != layout.size(shard["rows"]):
+            raise _wrong_header(folder, shard, layout, head)
+    return layout
+
+
+def _wrong_header(folder: Folder, shard: dict[str, Any], layout: Layout, head: bytes) -> UserError:
+    """What is wrong with a shard that begins otherwise than its manifest says."""
+    where = f"store {folder.path}: {shard['file']}"
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
+        return UserError(f"{where} is a pickle or a zip archive under another name, which is never loaded; refused")
+    length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
+    with os.fdopen(folder.open(shard["file"]), "rb") as stream:
+        stream.seek(8)
+        text = stream.read(length) if 0 < length <= min(shard["bytes"] - 8, 1 << 20) else b""
     try:
-        found = os.lstat(path / name)
-    except OSError:
-        raise UserError(f"store {path}: {name} is missing; profile again or restore it from a copy") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"store {path}: {name} is not a regular file; refused")
-    if found.st_size != size:
-        raise UserError(f"store {path}: {name} has {found.st_size} bytes, its {MANIFEST} says {size}; profile again or "
-                        "restore it from a copy")  # fmt: skip
-
-
-def _check_header(path: Path, site: str, shard: dict[str, Any], width: int, dtype: str) -> None:
-    """The safetensors header must hold the one tensor that the manifest says, and fill the file exactly."""
-    with open(path / shard["file"], "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        text = stream.read(length) if 0 < length <= min(shard["bytes"], 1 << 20) else b""
-    try:
-        header = json.loads(text)
-        (name,) = [key for key in header if key != "__metadata__"]
-        one = header[name]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"store {path}: {shard['file']} is not a safetensors file of one tensor; refused") from None
-    size = shard["rows"] * width * DTYPES[dtype].itemsize
-    said = (name, _HEADER_DTYPES.get(one.get("dtype")), one.get("shape"), one.get("data_offsets"))
-    if said != (site, dtype, [shard["rows"], width], [0, size]) or 8 + length + size != shard["bytes"]:
-        raise UserError(f"store {path}: the header of {shard['file']} says {said[0]} {said[1]} {said[2]} at {said[3]}, "
-                        f"the manifest says {site} {dtype} {[shard['rows'], width]}; refused")  # fmt: skip
+        header = {name: one for name, one in json.loads(text).items() if name != "__metadata__"}
+        said = {name: (one["dtype"], one["shape"], one["data_offsets"]) for name, one in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return UserError(f"{where} is not a safetensors file; refused")
+    wanted = json.loads(layout.header(shard["rows"])[8:])
+    meant = {name: (one["dtype"], one["shape"], one["data_offsets"]) for name, one in wanted.items()}
+    for name in sorted({*said, *meant}):
+        if said.get(name) != meant.get(name):
+            return UserError(f"{where}: its header says {said.get(name, 'nothing')!s:.80} of {name:.40}, the manifest "
+                             f"means {meant.get(name, 'nothing')!s:.80}; refused")  # fmt: skip
+    return UserError(f"{where}: its header is not the one that the manifest means, or is followed by other bytes; "
+                     "refused")  # fmt: skip

@@ -9,7 +9,6 @@ All of it happens in a hidden folder beside the store, `.NAME.partial`:
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,14 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from .atomic import make_parent, sync
 from .errors import UserError
 from .hashes import file_hash
 from .sites import Site
-from .store_checks import MANIFEST, TABLES, manifest_text
+from .store_checks import MANIFEST, TABLES, check_manifest, manifest_text
+from .store_shards import write_shard, write_synced
 
 
 class StoreWriter:
@@ -67,7 +66,7 @@ class StoreWriter:
     @property
     def n_bytes(self) -> int:
         """What the finished blocks take on disk."""
-        return sum(shard["bytes"] for block in self.blocks for shard in block.values())
+        return sum(block["bytes"] for block in self.blocks)
 
     def _check_target(self) -> None:
         if not self.out.exists():
@@ -77,21 +76,21 @@ class StoreWriter:
         if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
 
-    def _resume(self, plan_hash: str) -> list[dict[str, dict[str, Any]]]:
+    def _resume(self, plan_hash: str) -> list[dict[str, Any]]:
         """The blocks in the journal, up to the first whose shards are not whole; anything else is cleared away."""
         first = json.dumps({"plan": plan_hash}) + "\n"
         lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.is_file() else []
-        blocks: list[dict[str, dict[str, Any]]] = []
+        blocks: list[dict[str, Any]] = []
         if lines and lines[0] == first:
             for line in lines[1:]:
                 try:
                     block = json.loads(line)
                 except ValueError:
                     break  # the line that was being written when the run was killed
-                if not line.endswith("\n") or not all(self._whole(shard) for shard in block.values()):
+                if not line.endswith("\n") or not self._whole(block):
                     break
                 blocks.append(block)
-        kept = {self.store / shard["file"] for block in blocks for shard in block.values()}
+        kept = {self.store / block["file"] for block in blocks}
         try:
             (self.store / "shards").mkdir(parents=True, exist_ok=True)
             for file in [f for f in self.store.rglob("*") if f.is_file() and f not in kept]:
@@ -122,15 +121,10 @@ class StoreWriter:
             pending.result()
 
     def _write_block(self, number: int, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
-        block: dict[str, dict[str, Any]] = {}
+        name = f"shards/{number:05d}.safetensors"
         try:
-            for site, rows in tensors.items():
-                name = f"shards/{site}-{number:05d}.safetensors"
-                data = save({str(site): rows.contiguous()})
-                _write_synced(self.store / name, data)
-                digest = hashlib.sha256(data).hexdigest()
-                block[str(site)] = {"file": name, "rows": len(rows), "bytes": len(data), "sha256": digest,
-                                    "nonfinite": nonfinite[site]}  # fmt: skip
+            entry = write_shard(self.store / name, {str(site): rows for site, rows in tensors.items()})
+            block = {"file": name, **entry, "nonfinite": {str(site): nonfinite[site] for site in tensors}}
             with self.journal.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(block) + "\n")
                 stream.flush()
@@ -148,12 +142,9 @@ class StoreWriter:
         try:
             write_tables(self.store)
             tables = {name: self._entry(self.store / name) for name in TABLES}
-            sites = {
-                site: {**entry, "shards": [block[site] for block in self.blocks]}
-                for site, entry in manifest["sites"].items()
-            }
-            text = manifest_text({**manifest, "sites": sites, "tables": tables})
-            _write_synced(self.store / MANIFEST, text.encode())
+            whole = {**manifest, "shards": self.blocks, "tables": tables}
+            check_manifest(f"cannot write {self.out}", whole)
+            write_synced(self.store / MANIFEST, manifest_text(whole).encode())
             for folder in (self.store / "shards", self.store):
                 sync(folder)
             self._check_target()
@@ -171,10 +162,3 @@ class StoreWriter:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
         return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
