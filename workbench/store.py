@@ -7,16 +7,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .errors import UserError
-from .hashes import file_hash
 from .sites import Site
-from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, files_of, manifest_text, read_manifest
+from .store_batches import Batches
+from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, read_manifest
+from .store_damage import damaged_files
 from .store_folder import Folder
 from .store_rows import RowFiles
 from .store_tables import Tables
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .prompts import PromptSet
 
 Rows = slice | range | Sequence[int] | Tensor | None
+SiteName = Site | str | int
+SiteNames = Sequence[Site] | Sequence[int] | list[str] | tuple[str, ...]
 
 
 class Store:
@@ -60,15 +63,16 @@ class Store:
         the manifest says, or whose header says other than the manifest; a pickle. A store that is replaced while it is
         open keeps its own rows, or says that it was replaced.
         """
-        folder = Folder(Path(path).expanduser())
-        manifest = read_manifest(folder)
-        try:
-            return cls(folder, manifest)
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as err:
-            what = f"{type(err).__name__}: {err}"
-            raise UserError(f"store {path}: its {MANIFEST} is damaged ({what}); profile again") from err
+        while True:
+            folder = Folder(Path(path).expanduser())
+            try:
+                return cls(folder, read_manifest(folder))
+            except UserError:
+                if not (folder.replaced() and folder.path.exists()):
+                    raise  # otherwise it was replaced while it was being opened: the new one is opened
+            except (KeyError, TypeError, AttributeError, ValueError) as err:
+                what = f"{type(err).__name__}: {err}"
+                raise UserError(f"store {path}: its {MANIFEST} is damaged ({what:.120}); profile again") from err
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store.open, (self.path,)  # another process opens it for itself
@@ -114,28 +118,50 @@ class Store:
         """
         name, kind = str(self._site(site)), dtype or DTYPES[self.dtype]
         target = torch.device(device or "cpu")
-        if rows is None:
-            rows = slice(None)
-        if isinstance(rows, range) and rows.step == 1 and rows.start >= 0:
-            rows = slice(rows.start, min(rows.stop, self.n_rows))
-        if isinstance(rows, slice) and rows.step in (None, 1):
-            start, stop, _ = rows.indices(self.n_rows)
-            return self._files.slice(name, start, stop, kind, target)
+        if (span := self._span(rows)) is not None:
+            return self._files.slice(name, span.start, span.stop, kind, target)
         return self._files.gather(name, self._index(rows), kind, target)
 
+    @overload
+    def iter_batches(
+        self, sites: SiteName, size: int, rows: Rows = None, *, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, seed: int | None = None,
+    ) -> Iterator[Tensor]: ...  # fmt: skip
+    @overload
+    def iter_batches(
+        self, sites: SiteNames, size: int, rows: Rows = None, *, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, seed: int | None = None,
+    ) -> Iterator[dict[Site, Tensor]]: ...  # fmt: skip
     def iter_batches(
         self,
-        site: Site | str | int,
+        sites: SiteName | SiteNames,
         size: int,
+        rows: Rows = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Iterator[Float[Tensor, "n d"]]:
-        """The rows of a site in order, `size` at a time (the last batch may be smaller); memory stays flat."""
+        seed: int | None = None,
+    ) -> Iterator[Tensor] | Iterator[dict[Site, Tensor]]:
+        """Rows `size` at a time (the last batch may be smaller), the next ones read while the present one is in use.
+
+        sites: one site gives tensors [n, d]; a list gives dicts from `Site` to them, row for row beside one another.
+        rows: as in `read`; all unless given. seed: shuffles them, the same way every time.
+        dtype, device: converted where given; a GPU is fed from pinned memory, beside what it computes.
+        Memory stays flat. Closing the iterator, or an exception, ends the reading. Raises UserError as `read` does.
+
+        `for x in store.iter_batches("resid_post.5", 4096, device="cuda"): moments.update(x)`
+        """
         if size < 1:
             raise UserError(f"size={size}: a batch has at least one row")
-        for start in range(0, self.n_rows, size):
-            yield self.read(site, slice(start, start + size), dtype=dtype, device=device)
+        chosen = self._site(sites) if isinstance(sites, (Site, str, int)) else [self._site(s) for s in sites]
+        if not chosen:
+            raise UserError(f"no sites to iterate; store {self.path} has {', '.join(map(str, self.sites))}")
+        span = self._span(rows)
+        index: range | Tensor = self._index(rows) if span is None or seed is not None else span
+        if isinstance(index, Tensor) and seed is not None:
+            index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
+        target = torch.device(device or "cpu")
+        return iter(Batches(self._files, chosen, size, index, dtype or DTYPES[self.dtype], target))
 
     def rows(self, columns: list[str] | None = None) -> pd.DataFrame:
         """One line per row: row, prompt (index), position, token_id, text, char_start, char_end (of the prompt)."""
@@ -163,15 +189,7 @@ class Store:
 
     def verify(self) -> None:
         """Recomputes every checksum; raises UserError naming what is damaged, missing or not the store's own."""
-        whole = (self.path / MANIFEST).read_bytes() == manifest_text(self.manifest).encode()
-        bad = [] if whole else [MANIFEST]
-        entries = dict(files_of(self.manifest))
-        for name, entry in entries.items():
-            file = self.path / name
-            if not file.is_file() or file_hash(file) != entry["sha256"]:
-                bad.append(name)
-        found = {str(f.relative_to(self.path)) for f in self.path.rglob("*") if not f.is_dir()}
-        bad += sorted(found - set(entries) - {MANIFEST})
+        bad = damaged_files(self._folder, self.manifest)
         if bad:
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise UserError(f"store {self.path}: {len(bad)} damaged, missing or foreign files "
@@ -194,9 +212,19 @@ class Store:
             raise UserError(f"store {self.path} has no {parsed}; it has {', '.join(map(str, self.sites))}")
         return parsed
 
+    def _span(self, rows: Any) -> range | None:
+        """Rows as a range of step 1 within the store; None where they are no such thing."""
+        if isinstance(rows, range) and rows.step == 1 and rows.start >= 0:
+            rows = slice(rows.start, rows.stop)
+        if rows is None or (isinstance(rows, slice) and rows.step in (None, 1)):
+            start, stop, _ = (rows or slice(None)).indices(self.n_rows)
+            return range(start, max(start, stop))
+        return None
+
     def _index(self, rows: Any) -> Tensor:
         """Rows as indices from 0, on the CPU."""
-        rows = range(*rows.indices(self.n_rows)) if isinstance(rows, slice) else rows
+        if rows is None or isinstance(rows, slice):
+            rows = range(*(rows or slice(None)).indices(self.n_rows))
         if isinstance(rows, range):
             index = torch.arange(rows.start, rows.stop, rows.step) if len(rows) else torch.empty(0)
         else:
@@ -205,6 +233,8 @@ class Store:
             if len(index) != self.n_rows:
                 raise UserError(f"a mask of {len(index)} rows does not fit store {self.path} of {self.n_rows}")
             index = index.nonzero().flatten()
+        if len(index) and (index.is_floating_point() or index.ndim != 1):
+            raise UserError(f"rows must be one list of whole numbers; got {index.ndim} dimensions of {index.dtype}")
         index = index.long().cpu()
         if len(index) and not (-self.n_rows <= int(index.min()) and int(index.max()) < self.n_rows):
             got = f"{int(index.min())} to {int(index.max())}"

@@ -148,9 +148,10 @@ def check_manifest(where: str, manifest: dict[str, Any]) -> Layout:
         if shard["nonfinite"].keys() != widths.keys():
             raise refuse(f"its {MANIFEST} counts values that are not finite at other sites than it has "
                          f"({shard['file']}); profile again")  # fmt: skip
-        for site, bad in shard["nonfinite"].items():
-            if type(bad) is not int or bad:
-                count(f"nonfinite of {site} in {shard['file']}", bad, 0, shard["rows"] * widths[site])
+        bad = shard["nonfinite"].values()
+        if any(bad) or set(map(type, bad)) != {int}:
+            for site, one in shard["nonfinite"].items():
+                count(f"nonfinite of {site} in {shard['file']}", one, 0, shard["rows"] * widths[site])
     if total != n_rows:
         raise refuse(f"its shards do not add up to {n_rows} rows but to {total}")
     return layout

@@ -8,6 +8,7 @@ All of it happens in a hidden folder beside the store, `.NAME.partial`:
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -77,32 +78,36 @@ class StoreWriter:
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
 
     def _resume(self, plan_hash: str) -> list[dict[str, Any]]:
-        """The blocks in the journal, up to the first whose shards are not whole; anything else is cleared away."""
+        """The blocks in the journal, up to the first whose shard is not whole; anything else is cleared away."""
         first = json.dumps({"plan": plan_hash}) + "\n"
         lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.is_file() else []
         blocks: list[dict[str, Any]] = []
+        # killed at the very end: what is in `store` may be the store that the new one had just changed places with
+        hashed = (self.store / MANIFEST).exists()
         if lines and lines[0] == first:
             for line in lines[1:]:
                 try:
                     block = json.loads(line)
                 except ValueError:
                     break  # the line that was being written when the run was killed
-                if not line.endswith("\n") or not self._whole(block):
+                if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks)), hashed):
                     break
                 blocks.append(block)
         kept = {self.store / block["file"] for block in blocks}
         try:
             (self.store / "shards").mkdir(parents=True, exist_ok=True)
-            for file in [f for f in self.store.rglob("*") if f.is_file() and f not in kept]:
+            for file in [f for f in self.store.rglob("*") if not f.is_dir() and f not in kept]:
                 file.unlink()
-            self.journal.write_text(first + "".join(lines[1 : 1 + len(blocks)]), encoding="utf-8")
+            write_synced(self.partial / "journal.new", (first + "".join(lines[1 : 1 + len(blocks)])).encode())
+            os.replace(self.partial / "journal.new", self.journal)
         except OSError as err:
             raise self._full(err, len(blocks)) from err
         return blocks
 
-    def _whole(self, shard: dict[str, Any]) -> bool:
-        file = self.store / shard["file"]
-        return file.is_file() and file.stat().st_size == shard["bytes"]
+    def _whole(self, block: dict[str, Any], name: str, hashed: bool) -> bool:
+        file = self.store / name
+        same = block["file"] == name and file.is_file() and file.stat().st_size == block["bytes"]
+        return same and (not hashed or file_hash(file) == block["sha256"])
 
     def _full(self, err: OSError, done: int) -> UserError:
         return UserError(f"cannot write {self.out}: {err.strerror or err}; {done} blocks are kept in "
@@ -121,7 +126,7 @@ class StoreWriter:
             pending.result()
 
     def _write_block(self, number: int, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
-        name = f"shards/{number:05d}.safetensors"
+        name = _shard_name(number)
         try:
             entry = write_shard(self.store / name, {str(site): rows for site, rows in tensors.items()})
             block = {"file": name, **entry, "nonfinite": {str(site): nonfinite[site] for site in tensors}}
@@ -148,10 +153,11 @@ class StoreWriter:
             for folder in (self.store / "shards", self.store):
                 sync(folder)
             self._check_target()
-            if self.out.exists():
-                shutil.rmtree(self.partial / "old", ignore_errors=True)
-                os.rename(self.out, self.partial / "old")
-            os.rename(self.store, self.out)
+            if not (self.out.exists() and _exchange(self.store, self.out)):
+                if self.out.exists():
+                    shutil.rmtree(self.partial / "old", ignore_errors=True)
+                    os.rename(self.out, self.partial / "old")
+                os.rename(self.store, self.out)
             sync(self.out.parent)
         except OSError as err:
             raise self._full(err, len(self.blocks)) from err
@@ -162,3 +168,14 @@ class StoreWriter:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
         return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+
+
+def _shard_name(number: int) -> str:
+    return f"shards/{number:05d}.safetensors"
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two names change places, so that neither is missing for a moment; False where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
