@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import shutil
-import struct
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
+from workbench import store_batches
 from workbench.errors import UserError
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 from workbench.store import Store, check_pair
 from workbench.store_checks import manifest_text
+from workbench.store_rows import RowFiles
 from workbench.store_writer import StoreWriter
 
-WIDTH, BLOCKS = 6, (4, 3, 5)
+BLOCKS = (4, 3, 5)
 N = sum(BLOCKS)
-SITES = [Site(0), Site(2)]
+WIDTHS = {Site(2, "mlp_act"): 9, Site(0): 6, Site(2): 6}
+SITES = list(WIDTHS)
 
 
 PROMPTS = PromptSet.load([f"prompt {i}" for i in range(N // 2)])
 
 
 def values(site: Site, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(site.layer)).to(dtype)
+    return torch.randn(N, WIDTHS[site], generator=torch.Generator().manual_seed(WIDTHS[site] + site.layer)).to(dtype)
 
 
 def write_tables(folder):
@@ -42,9 +49,9 @@ def write_tables(folder):
 def make(path, dtype="float32", **changes) -> Store:
     manifest = {
         "format": "workbench.store", "schema": 2, "basis": "raw", "dtype": dtype, "tokens": "last", "n_rows": N,
-        "model": {"name": "m", "n_layers": 3, "width": WIDTH, "fingerprint": {"tokenizer": "t"}},
+        "model": {"name": "m", "n_layers": 3, "width": 6, "fingerprint": {"tokenizer": "t"}},
         "prompts": {"name": "p", "count": N // 2, "hash": PROMPTS.hash, "rendered_hash": "r"},
-        "sites": {str(site): {"width": WIDTH} for site in SITES}, **changes,
+        "sites": {str(site): {"width": width} for site, width in WIDTHS.items()}, **changes,
     }  # fmt: skip
     with StoreWriter(path, "plan") as writer:
         start = 0
@@ -81,7 +88,7 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype):
         mask = torch.arange(N) % 3 == 1
         assert torch.equal(store.read(site, mask), x[mask])
         assert torch.equal(torch.cat(list(store.iter_batches(site, 5))), x)
-    assert store.width(2) == WIDTH
+    assert [store.width(site) for site in SITES] == [9, 6, 6]
     assert len(store) == N
     store.verify()
 
@@ -101,8 +108,100 @@ def test_reading_within_a_shard_is_a_map_and_writing_to_it_changes_no_file(store
     assert torch.equal(store.read(0), values(Site(0)))
 
 
+def test_a_prompt_is_found_with_its_rows(store):
+    assert [list(store.rows_of(i)) for i in range(N // 2)] == [[2 * i, 2 * i + 1] for i in range(N // 2)]
+    before = [store.rows_of(i) for i in range(N // 2)]
+    assert store.prompt_index.shape == (N,)
+    assert [store.rows_of(i) for i in range(N // 2)] == before  # also once the whole table is in memory
+    assert store.prompt_set() == PromptSet(PROMPTS.prompts, "p")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shard_is_what_safetensors_writes_and_reads(tmp_path, dtype):
+    store = make(tmp_path / "s", dtype)
+    start = 0
+    for shard, n in zip(store.shards, BLOCKS, strict=True):
+        block = {str(site): values(site, getattr(torch, dtype))[start : start + n] for site in SITES}
+        assert (store.path / shard["file"]).read_bytes() == save({k: v.contiguous() for k, v in block.items()})
+        with safe_open(store.path / shard["file"], "pt") as file:
+            assert file.keys() == sorted(block)
+            assert all(torch.equal(file.get_tensor(name), rows) for name, rows in block.items())
+        start += n
+
+
+@pytest.mark.parametrize("group", [1, 100, 1 << 20])
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_batches_are_the_rows_in_order(store, monkeypatch, size, group):
+    monkeypatch.setattr(store_batches, "GROUP", group)
+    x = values(Site(0))
+    for rows in (None, slice(2, 9), range(3, 12), [7, 0, 7, 11], slice(None, None, -2), torch.arange(N) % 3 == 0, []):
+        want = x if rows is None else store.read(0, rows)
+        found = list(store.iter_batches(0, size, rows))
+        assert [len(batch) for batch in found[:-1]] == [size] * (len(found) - 1)
+        assert torch.equal(torch.cat([*found, x[:0]]), want)
+        several = list(store.iter_batches([0, Site(2, "mlp_act")], size, rows, dtype=torch.float64))
+        assert all(list(batch) == [Site(0), Site(2, "mlp_act")] for batch in several)
+        assert torch.equal(torch.cat([*(batch[Site(0)] for batch in several), x[:0]]), want.double())
+
+
+def test_shuffled_batches_are_all_the_rows_the_same_way_for_a_seed(store):
+    one, again, other = (torch.cat(list(store.iter_batches(0, 5, seed=seed))) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(one.sort(0).values, store.read(0).sort(0).values)
+    together = list(store.iter_batches(["resid_post.0", "resid_post.2"], 5, seed=0))
+    assert torch.equal(torch.cat([batch[Site(2)] for batch in together]), store.read(2)[order_of(one, store.read(0))])
+
+
+def order_of(shuffled, x):
+    return torch.tensor([int((x == row).all(1).nonzero()) for row in shuffled])
+
+
+def test_a_batch_is_the_readers_own(store):
+    for batch in store.iter_batches(0, 3):
+        batch.zero_()
+    store.verify()
+    assert torch.equal(store.read(0), values(Site(0)))
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("store-batches")]
+
+
+def test_the_reading_thread_ends_with_the_iterator(store, monkeypatch):
+    monkeypatch.setattr(store_batches, "GROUP", 1)
+    batches = store.iter_batches(0, 1)
+    next(batches)
+    assert reading_threads()
+    batches.close()
+    assert not reading_threads()
+    batches = store.iter_batches(0, 1)
+    next(batches)
+    shutil.rmtree(store.path)
+    with pytest.raises(UserError, match="was replaced or removed"):
+        list(batches)
+    assert not reading_threads()
+
+
+def test_no_more_is_read_ahead_than_said(store, monkeypatch):
+    monkeypatch.setattr(store_batches, "GROUP", 1)
+    read = []
+    real = RowFiles.map
+    monkeypatch.setattr(RowFiles, "map", lambda *args: (read.append(1), real(*args))[1])
+    batches = store.iter_batches(0, 1)
+    next(batches)
+    time.sleep(0.1)
+    assert len(read) <= store_batches.AHEAD + 1
+    assert len(list(batches)) == N - 1
+
+
+def test_a_store_is_opened_anew_in_another_process(store):
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.read(0), store.read(0))
+
+
 def test_what_the_store_does_not_have_is_named(store):
-    with pytest.raises(UserError, match=r"has no resid_post\.1; it has resid_post\.0, resid_post\.2"):
+    with pytest.raises(UserError, match=r"has no resid_post\.1; it has mlp_act\.2, resid_post\.0, resid_post\.2"):
         store.read(1)
     with pytest.raises(UserError, match="out of range"):
         store.read(3)
@@ -111,93 +210,22 @@ def test_what_the_store_does_not_have_is_named(store):
     with pytest.raises(UserError, match="mask of 3"):
         store.read(0, torch.ones(3, dtype=torch.bool))
     with pytest.raises(UserError, match="at least one"):
-        next(store.iter_batches(0, 0))
-
-
-def _rename_shard(name):
-    def change(manifest):
-        manifest["shards"][0]["file"] = name
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda m: m.update(schema=99), "later version"),
-        (lambda m: m.update(schema="1"), "not a version"),
-        (lambda m: m.update(format="other"), "not that of a store"),
-        (lambda m: m.update(dtype="int8"), "unknown dtype"),
-        (lambda m: m.update(n_rows=5), "do not add up"),
-        (lambda m: m.pop("prompts"), "damaged"),
-        (lambda m: m["tables"].pop("rows.parquet"), "other tables"),
-        (lambda m: m.update(sites={"resid_post.7": {"width": 6}}), "out of range"),
-        (_rename_shard("../outside.safetensors"), "not allowed"),
-        (_rename_shard("shards/../../outside.safetensors"), "not allowed"),
-        (_rename_shard("/etc/passwd"), "not allowed"),
-        (_rename_shard("shards/missing.safetensors"), "is missing"),
-        (_rename_shard("shards/00001.safetensors"), "is not allowed"),
-    ],
-)
-def test_a_manifest_that_lies_is_refused(store, change, said):
-    edit_manifest(store, change)
-    with pytest.raises(UserError, match=said):
-        Store.open(store.path)
-
-
-def test_folders_that_are_no_stores_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        Store.open(tmp_path / "none")
-    with pytest.raises(UserError, match="no manifest"):
-        Store.open(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        Store.open(tmp_path)
-
-
-def _shard(store):
-    return store.path / "shards" / "00001.safetensors"
-
-
-def test_a_shard_of_another_size_is_refused(store):
-    with _shard(store).open("ab") as stream:
-        stream.write(b"x")
-    with pytest.raises(UserError, match=r"bytes, its manifest\.json says"):
-        Store.open(store.path)
-    with pytest.raises(UserError, match="changed since"):
-        store.read(0)
-
-
-def test_a_shard_that_is_a_link_is_refused(store, tmp_path):
-    shutil.move(_shard(store), tmp_path / "elsewhere")
-    _shard(store).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="not a regular file"):
-        Store.open(store.path)
-
-
-@pytest.mark.parametrize("lie", ["shape", "offset", "dtype", "length", "pickle"])
-def test_a_shard_with_a_lying_header_is_refused(store, lie):
-    data = _shard(store).read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    one = header["resid_post.0"]
-    one.update(
-        {"shape": {"shape": [6, 3]}, "offset": {"data_offsets": [8, 80]}, "dtype": {"dtype": "I32"}}.get(lie, {})
-    )
-    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
-    new = struct.pack("<Q", length) + text + data[8 + length :]
-    new = {"length": struct.pack("<Q", 1 << 60) + new[8:], "pickle": b"\x80\x04" + bytes(len(data) - 2)}.get(lie, new)
-    assert len(new) == len(data)
-    _shard(store).write_bytes(new)
-    with pytest.raises(UserError, match=r"its header says|not a safetensors file|is a pickle"):
-        Store.open(store.path)
+        store.iter_batches(0, 0)
+    with pytest.raises(UserError, match="no sites to iterate"):
+        store.iter_batches([], 4)
+    with pytest.raises(UserError, match="whole numbers"):
+        store.read(0, torch.tensor([0.5]))
+    with pytest.raises(UserError, match=r"no column nonsense; it has row"):
+        store.rows(["nonsense"])
+    with pytest.raises(UserError, match="prompts 0 to 5; got -1"):
+        store.rows_of(-1)
 
 
 def test_verify_catches_any_flipped_byte_and_foreign_files(store):
     store.verify()
     dice = random.Random(0)
     files = sorted(f for f in store.path.rglob("*") if f.is_file())
-    for _ in range(200):
+    for _ in range(1000):
         file = dice.choice(files)
         whole = file.read_bytes()
         damaged = bytearray(whole)
@@ -230,7 +258,7 @@ def test_pairs(tmp_path):
         match=r"/a and .*/c do not pair: .*prompts \(p, [0-9a-f]{12} and q, another\); tokens \(last and all\)",
     ):
         check_pair(a, other)
-    model = {"name": "m", "n_layers": 3, "width": WIDTH, "fingerprint": {"tokenizer": "u"}}
+    model = {"name": "m", "n_layers": 3, "width": 6, "fingerprint": {"tokenizer": "u"}}
     wordy = [make(tmp_path / "d", tokens="all"), make(tmp_path / "e", tokens="all", model=model)]
     check_pair(wordy[0], wordy[0])
     with pytest.raises(UserError, match="differ in tokenizers"):

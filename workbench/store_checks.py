@@ -126,10 +126,21 @@ def check_manifest(where: str, manifest: dict[str, Any]) -> Layout:
         raise refuse(f"its {MANIFEST} names other tables than {', '.join(TABLES)}")
     n_rows, n_layers = count("n_rows", manifest["n_rows"], 1), count("n_layers", manifest["model"]["n_layers"], 1)
     count("the count of prompts", manifest["prompts"]["count"], 1)
-    widths = {}
+    words = {"tokens": manifest["tokens"], "model.name": manifest["model"]["name"], **{
+        f"prompts.{key}": manifest["prompts"][key] for key in ("name", "hash", "rendered_hash")}}  # fmt: skip
+    for what, value in words.items():
+        if not isinstance(value, str):
+            raise refuse(f"its {MANIFEST} is damaged ({what} is {_short(value)}); profile again")
+    if not isinstance(manifest["model"]["fingerprint"], dict):
+        raise refuse(f"its {MANIFEST} is damaged (the fingerprint of its model is none); profile again")
+    widths: dict[str, int] = {}
     for name, entry in manifest["sites"].items():
-        if str(Site.parse(name, n_layers)) != name:
-            raise refuse(f"its {MANIFEST} names the site {_short(name)} otherwise than {Site.parse(name, n_layers)}")
+        try:
+            site = Site.parse(name, n_layers) if len(name) < 32 else None
+        except UserError as err:
+            raise refuse(f"its {MANIFEST} names a site that is none: {err}") from None
+        if str(site) != name:
+            raise refuse(f"its {MANIFEST} names the site {_short(name)} otherwise than it is called; profile again")
         widths[name] = count(f"the width of {name}", entry["width"], 1, 1 << 32)
     if not widths:
         raise refuse(f"its {MANIFEST} names no sites; profile again")

@@ -32,7 +32,12 @@ class Tables:
         return UserError(f"store {self.folder.path}: {name} is damaged ({str(why).splitlines()[0]:.120}); profile "
                          "again or restore it from a copy")  # fmt: skip
 
+    def _bomb(self, name: str, unpacked: int) -> UserError:
+        return UserError(f"store {self.folder.path}: {name} says that its {self.manifest['tables'][name]['bytes']} "
+                         f"bytes unpack to {unpacked}, as only a zip bomb's do; refused")  # fmt: skip
+
     def _file(self, name: str) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if name in self._files:
@@ -45,29 +50,51 @@ class Tables:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             unpacked = sum(group.total_byte_size for group in groups)
             inside = sum(group.num_rows for group in groups)
-        except (ValueError, OSError, KeyError, TypeError) as err:
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
             stream.close()
             raise self._damaged(name, err) from err
         if not rows == inside == self.counts[name]:
             raise UserError(f"store {self.folder.path}: {name} says that it holds {rows} lines (in groups of {inside}),"
                             f" its {MANIFEST} says {self.counts[name]}; refused")  # fmt: skip
         if not 0 <= unpacked <= max(SMALL, EXPANSION * size):
-            raise UserError(f"store {self.folder.path}: {name} says that its {size} bytes unpack to {unpacked}, as "
-                            "only a zip bomb does; refused")  # fmt: skip
-        self._files[name] = file
-        return file
+            raise self._bomb(name, unpacked)
+        strings = [field.name for field in file.schema_arrow if field.type == "string"]
+        self._files[name] = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=strings)
+        return self._files[name]
 
     def read(self, name: str, columns: list[str] | None = None, group: int | None = None) -> Any:
         """A table of pyarrow: these columns (all unless given) of a row group or of the whole."""
+        import pyarrow as pa
+
         file = self._file(name)
         unknown = set(columns or ()) - set(file.schema_arrow.names)
         if unknown:
             raise UserError(f"store {self.folder.path}: {name} has no column {', '.join(sorted(unknown))}; it has "
                             f"{', '.join(file.schema_arrow.names)}")  # fmt: skip
         try:
-            return file.read(columns) if group is None else file.read_row_group(group, columns)
-        except (ValueError, OSError, KeyError, TypeError) as err:
+            table = file.read(columns) if group is None else file.read_row_group(group, columns)
+            for i, field in enumerate(table.schema):
+                if hasattr(field.type, "value_type"):
+                    table = table.set_column(i, field.name, self._texts(name, table.column(i)))
+            return table
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
             raise self._damaged(name, err) from err
+
+    def _texts(self, name: str, column: Any) -> Any:
+        """A column of strings that were read as numbers of distinct ones, one string for each line.
+
+        A string that a few bytes of the file name a million times is a bomb; so its size is known before it is made.
+        """
+        import pyarrow.compute as pc
+
+        size, total = self.manifest["tables"][name]["bytes"], 0
+        for chunk in column.chunks:
+            total += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        if total > max(SMALL, EXPANSION * size):
+            raise self._bomb(name, total)
+        return column.cast(column.type.value_type)
 
     def _prompt_column(self, group: int | None = None) -> np.ndarray:
         found = self.read(TABLES[0], ["prompt"], group)["prompt"].to_numpy()

@@ -6,6 +6,11 @@ Functions return dicts of numbers (seconds, bytes, bytes per second, rows) and p
 from __future__ import annotations
 
 import json
+import os
+import re
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +28,7 @@ from workbench.store_shards import Layout
 from workbench.store_writer import StoreWriter
 
 PROMPTS = PromptSet.load(["one prompt"])
-GB = 1e9
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def manifest_of(n_rows: int, widths: dict[str, int], dtype: str) -> dict[str, Any]:
@@ -94,6 +99,116 @@ def seconds(what: Callable[[], Any]) -> float:
     start = time.perf_counter()
     what()
     return time.perf_counter() - start
+
+
+def drop_caches(paths: list[Path]) -> str:
+    """Puts files out of the system's memory, all of it where that is allowed; says by which means."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return "posix_fadvise"
+    return "drop_caches"
+
+
+def dd(paths: list[Path]) -> None:
+    """Reads files with `dd`, a MiB at a time."""
+    for path in paths:
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, capture_output=True)
+
+
+def read_throughput(
+    folder: Path, *, n_bytes: int = 2 << 30, n_sites: int = 1, width: int = 1024, repeats: int = 5
+) -> dict[str, Any]:
+    """Bytes per second of reading a store back, beside `dd` of the same files: cold (not in memory) and warm.
+
+    `batches` are those of `iter_batches`, every page in memory when a batch is handed over; `summed` adds up their
+    values too; `read` is `Store.read` of a whole site at a time, into fresh memory (`fresh` is what filling as much
+    fresh memory takes by itself, which no reader into it can beat). Each is the median of `repeats`, taken in turns;
+    `ratio_*` are to `dd` of the same kind.
+    """
+    path = folder / f"store-{n_bytes}-{n_sites}-{width}"
+    n_rows = n_bytes // (4 * width * n_sites)
+    if not path.exists():
+        make_store(path, n_rows, n_sites=n_sites, width=width, block=(64 << 20) // (4 * width * n_sites))
+    store = Store.open(path)
+    files = [path / shard["file"] for shard in store.shards]
+
+    def batches(use: Callable[[torch.Tensor], Any]) -> None:
+        for site in store.sites:
+            for batch in store.iter_batches(site, 4096):
+                use(batch)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "dd": lambda: dd(files),
+        "batches": lambda: batches(lambda batch: None),
+        "summed": lambda: batches(torch.sum),
+        "read": lambda: [store.read(site) for site in store.sites] and None,
+        "fresh": lambda: [torch.ones(n_rows, width) for _ in store.sites] and None,
+    }
+    found: dict[str, Any] = {"bytes": store.n_bytes, "sites": n_sites, "rows": n_rows, "repeats": repeats}
+    times: dict[str, list[float]] = {f"{way}_{kind}": [] for way in ways for kind in ("cold", "warm")}
+    for _ in range(repeats):
+        for way, run in ways.items():
+            found["dropped_by"] = drop_caches(files)
+            times[f"{way}_cold"].append(seconds(run))
+            times[f"{way}_warm"].append(seconds(run))
+    for key, taken in times.items():
+        found[f"{key}_bytes_per_s"] = store.n_bytes / statistics.median(taken)
+        way, kind = key.rsplit("_", 1)
+        if way not in ("dd", "fresh"):
+            found[f"ratio_{key}"] = found[f"{key}_bytes_per_s"] / found[f"dd_{kind}_bytes_per_s"]
+    return found
+
+
+def memory(folder: Path, *, n_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000), width: int = 256) -> dict[str, Any]:
+    """How far the memory of a process rises over what it had, at most, in bytes: writing, then reading in batches, then
+    reading in a shuffled order, for each number of rows. A process each; blocks and batches are of one size."""
+    code = (
+        "import sys; from pathlib import Path; from tests.benchmarks import store_bench as b;"
+        "b._peak(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORKBENCH_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    found: dict[str, Any] = {"width": width, "rows": list(n_rows)}
+    for what in ("write", "read", "shuffled"):
+        found[what] = []
+        for n in n_rows:
+            command = [sys.executable, "-c", code, what, str(folder / f"memory-{n}"), str(n), str(width)]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+            found[what].append(json.loads(done.stdout))
+    return found
+
+
+def _peak(what: str, path: Path, n_rows: int, width: int) -> None:
+    """Does it once on a small scale, so that what is imported and lent is there, and then for all the rows."""
+    start = [0]
+
+    def reset() -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        start[0] = _status("VmRSS")
+
+    if what == "write":
+        make_store(path.with_name(f"{path.name}-small"), 2 * 4096, width=width)
+        reset()
+        make_store(path, n_rows, width=width)
+    else:
+        store, seed = Store.open(path), 0 if what == "shuffled" else None
+        for _ in store.iter_batches(0, 1024, slice(0, 4096), seed=seed):
+            pass
+        reset()
+        for batch in store.iter_batches(0, 1024, seed=seed):
+            batch.sum()
+    sys.stdout.write(json.dumps(_status("VmHWM") - start[0]))
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def open_time(
