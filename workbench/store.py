@@ -157,9 +157,10 @@ class Store:
         if not chosen:
             raise UserError(f"no sites to iterate; store {self.path} has {', '.join(map(str, self.sites))}")
         span = self._span(rows)
-        index: range | Tensor = self._index(rows) if span is None or seed is not None else span
-        if isinstance(index, Tensor) and seed is not None:
-            index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))]
+        index: range | Tensor = self._index(rows) if span is None else span
+        if seed is not None:
+            order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+            index = index[order] if isinstance(index, Tensor) else order.add_(index.start)
         target = torch.device(device or "cpu")
         return iter(Batches(self._files, chosen, size, index, dtype or DTYPES[self.dtype], target))
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -45,9 +46,9 @@ def write_tables(folder: Path, n_rows: int) -> None:
     """Tables of one prompt, written a piece at a time."""
     schema = pa.schema([("row", pa.int64()), ("prompt", pa.int64())])
     with pq.ParquetWriter(folder / "rows.parquet", schema) as writer:
-        for start in range(0, n_rows, 1 << 18):
-            rows = list(range(start, min(start + (1 << 18), n_rows)))
-            writer.write_table(pa.table({"row": rows, "prompt": [0] * len(rows)}, schema=schema))
+        for start in range(0, n_rows, 1 << 14):
+            rows = np.arange(start, min(start + (1 << 14), n_rows))
+            writer.write_table(pa.table({"row": rows, "prompt": np.zeros_like(rows)}, schema=schema))
     line = {"index": 0, "id": "0", "label": None, "meta": "{}", "content": json.dumps(PROMPTS[0].content)}
     pq.write_table(pa.Table.from_pylist([line]), folder / "prompts.parquet")
 
