@@ -86,7 +86,8 @@ def test_maps_know_tensors_and_nothing_of_models():
     [
         (("errors", "atomic", "progress", "bundled", "sites", "tokens", "prompts", "prompt_files", "rendering", "models"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
-        (("backends", "store", "store_checks", "store_writer"),
+        (("backends", "store", "store_batches", "store_checks", "store_damage", "store_folder", "store_rows",
+          "store_shards", "store_tables", "store_writer"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
         (("profile", "profile_plan", "convert", "paste", "forecast", "adapters", "evaluate"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),

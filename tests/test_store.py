@@ -25,6 +25,8 @@ from workbench.store_checks import manifest_text
 from workbench.store_rows import RowFiles
 from workbench.store_writer import StoreWriter
 
+from .benchmarks.store_bench import make_hollow_store
+
 BLOCKS = (4, 3, 5)
 N = sum(BLOCKS)
 WIDTHS = {Site(2, "mlp_act"): 9, Site(0): 6, Site(2): 6}
@@ -193,6 +195,36 @@ def test_no_more_is_read_ahead_than_said(store, monkeypatch):
     time.sleep(0.1)
     assert len(read) <= store_batches.AHEAD + 1
     assert len(list(batches)) == N - 1
+
+
+def test_any_row_of_a_store_larger_than_memory_is_at_hand(tmp_path):
+    """Ten million rows at 32 sites are terabytes; of holes, here. What is read is as large as what was asked for."""
+    store = Store.open(make_hollow_store(tmp_path / "s", 10_000_000, n_sites=32, block=16384))
+    assert store.n_bytes > 2**41
+    assert (len(store), len(store.sites), len(store.shards)) == (10_000_000, 32, 611)
+    rows = store.read(31, [9_999_999, 0, 5_000_000])
+    assert rows.shape == (3, 4096)
+    assert not rows.any()
+    assert next(store.iter_batches([0, 31], 8, slice(16380, None)))[Site(31)].shape == (8, 4096)
+    assert len(store.rows_of(0)) == 10_000_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("group", [1, 1 << 20])
+def test_a_gpu_gets_the_same_rows(store, monkeypatch, group):
+    monkeypatch.setattr(store_batches, "GROUP", group)
+    x = store.read(0)
+    for rows in (None, slice(2, 9), [7, 0, 11]):
+        want = x if rows is None else store.read(0, rows)
+        found = list(store.iter_batches(0, 2, rows, device="cuda", dtype=torch.float64))
+        assert all(batch.is_cuda for batch in found)
+        assert torch.equal(torch.cat(found).cpu(), want.double())
+        assert torch.equal(store.read(0, rows, device="cuda", dtype=torch.float64).cpu(), want.double())
+    total = torch.zeros(6, device="cuda")
+    for batch in store.iter_batches([0, 2], 1, device="cuda"):
+        total += batch[Site(0)].sum(0)  # at once, on the stream in use
+    torch.testing.assert_close(total.cpu(), x.sum(0))
 
 
 def test_a_store_is_opened_anew_in_another_process(store):

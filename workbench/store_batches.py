@@ -38,6 +38,8 @@ class Batches:
         one = sum(files.layout.widths[name] for name in self.names) * files.layout.itemsize
         self.step = size * max(1, GROUP // (size * one))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.device = self.stream.device  # `cuda` without a number is another one in another thread
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, on the device; closing the iterator stops the thread."""

@@ -119,7 +119,7 @@ class RowFiles:
                 event.synchronize()  # what this buffer held is on the device
             stage = stages[turn][: min(step, stop - at)]
             self.read_into(site, at, at + len(stage), stage)
-            out[at - start : at - start + len(stage)].copy_(stage, non_blocking=pinned)
+            out[at - start : at - start + len(stage)].copy_(stage.to(out.device, non_blocking=pinned))
             if pinned:
                 copied[turn] = torch.cuda.Event()
                 copied[turn].record(torch.cuda.current_stream(out.device))  # type: ignore[union-attr]
@@ -141,6 +141,6 @@ class RowFiles:
             low, high = int(local.min()), int(local.max()) + 1
             sparse = n * width * self.layout.itemsize * 4 < (high - low) * width * self.layout.itemsize
             part = self.map(site, (number, low, high), mmap.MADV_RANDOM if sparse else None)[local - low]
-            out[mine.to(device)] = part.to(device=device, dtype=dtype)
+            out[mine.to(device)] = part.to(device).to(dtype)
             at += n
         return out
