@@ -131,9 +131,17 @@ def test_a_shard_is_what_safetensors_writes_and_reads(tmp_path, dtype):
         start += n
 
 
+@pytest.fixture
+def cold(monkeypatch):
+    """Nothing is in the system's memory."""
+    monkeypatch.setattr(RowFiles, "at_hand", lambda *_: False)
+
+
+@pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("group", [1, 100, 1 << 20])
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_batches_are_the_rows_in_order(store, monkeypatch, size, group):
+def test_batches_are_the_rows_in_order(store, monkeypatch, size, group, warm):
+    monkeypatch.setattr(RowFiles, "at_hand", lambda *_: warm)
     monkeypatch.setattr(store_batches, "GROUP", group)
     x = values(Site(0))
     for rows in (None, slice(2, 9), range(3, 12), [7, 0, 7, 11], slice(None, None, -2), torch.arange(N) % 3 == 0, []):
@@ -159,6 +167,14 @@ def order_of(shuffled, x):
     return torch.tensor([int((x == row).all(1).nonzero()) for row in shuffled])
 
 
+def test_no_thread_is_started_for_rows_that_are_in_memory(store, monkeypatch):
+    monkeypatch.setattr(RowFiles, "at_hand", lambda *_: True)
+    batches = store.iter_batches(0, 4)
+    next(batches)
+    assert not reading_threads()
+    assert len(list(batches)) == 2
+
+
 def test_a_batch_is_the_readers_own(store):
     for batch in store.iter_batches(0, 3):
         batch.zero_()
@@ -170,6 +186,7 @@ def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("store-batches")]
 
 
+@pytest.mark.usefixtures("cold")
 def test_the_reading_thread_ends_with_the_iterator(store, monkeypatch):
     monkeypatch.setattr(store_batches, "GROUP", 1)
     batches = store.iter_batches(0, 1)
@@ -185,6 +202,7 @@ def test_the_reading_thread_ends_with_the_iterator(store, monkeypatch):
     assert not reading_threads()
 
 
+@pytest.mark.usefixtures("cold")
 def test_no_more_is_read_ahead_than_said(store, monkeypatch):
     monkeypatch.setattr(store_batches, "GROUP", 1)
     read = []

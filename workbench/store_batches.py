@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .sites import Site
-from .store_rows import RowFiles
+from .store_rows import POPULATE, RowFiles
 
 AHEAD = 2  # groups of batches that are read before they are asked for
 GROUP = 16 << 20  # of bytes that are read, and copied to a GPU, in one go: many small batches, or one large one
@@ -24,8 +24,9 @@ class Batches:
     """Reads rows `[start, stop)`, or those of an index, `size` at a time: a tensor [size, d], or one for each of a list of
     sites in a dict.
 
-    On the CPU a batch is a map of the file whose pages are in memory by the time it is handed over; one that lies in
-    two shards, or changes its dtype, is a copy. For a GPU, rows are read into pinned memory and copied on a stream of
+    On the CPU a batch is a map of the file whose pages are in memory by the time it is handed over: a thread waits for
+    the disk, and none is troubled where the system has the pages already. A batch that lies in two shards, or changes
+    its dtype, is a copy. For a GPU, rows are read into pinned memory and copied on a stream of
     their own; the stream that takes a batch waits for its copy, and no one else does. At most AHEAD + 1 groups exist.
     """
 
@@ -43,21 +44,28 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, on the device; closing the iterator stops the thread."""
-        starts = iter(range(0, len(self.rows), self.step))
         pool = ThreadPoolExecutor(1, thread_name_prefix="store-batches")
-        pending: deque[Future[Group]] = deque()
+        pending: deque[tuple[int, Future[Group] | None]] = deque()
         try:
-            for start in starts:
-                pending.append(pool.submit(self._group, start))
+            for start in range(0, len(self.rows), self.step):
+                pending.append((start, None if self._at_hand(start) else pool.submit(self._group, start)))
                 if len(pending) > AHEAD:
-                    yield from self._handed_over(pending.popleft().result())
+                    yield from self._handed_over(*pending.popleft())
             while pending:
-                yield from self._handed_over(pending.popleft().result())
+                yield from self._handed_over(*pending.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _handed_over(self, group: Group) -> Iterator[Any]:
-        batches, copied = group
+    def _at_hand(self, start: int) -> bool:
+        """Whether a group need only be mapped, which a thread would make slower."""
+        rows = self.rows[start : start + self.step]
+        if isinstance(rows, Tensor) or self.device.type != "cpu" or self.dtype != self.files.dtype:
+            return False
+        pieces = list(self.files.pieces(rows.start, rows.stop))
+        return all(self.files.at_hand(site, piece) for site in self.names for piece in pieces)
+
+    def _handed_over(self, start: int, read: Future[Group] | None) -> Iterator[Any]:
+        batches, copied = self._group(start, POPULATE) if read is None else read.result()
         for batch in zip(*batches, strict=True):
             if copied is not None:
                 stream = torch.cuda.current_stream(self.device)
@@ -66,10 +74,10 @@ class Batches:
                     tensor.record_stream(stream)  # its memory belongs to the other stream
             yield batch[0] if isinstance(self.sites, Site) else dict(zip(self.sites, batch, strict=True))
 
-    def _group(self, start: int) -> Group:
+    def _group(self, start: int, advice: int | None = None) -> Group:
         rows = self.rows[start : start + self.step]
         if self.stream is None:
-            return [self._read(site, rows) for site in self.names], None
+            return [self._read(site, rows, advice) for site in self.names], None
         pinned = [self._pinned(site, rows) for site in self.names]
         with torch.cuda.stream(self.stream):
             moved = [host.to(self.device, non_blocking=True).to(self.dtype) for host in pinned]
@@ -77,7 +85,7 @@ class Batches:
             copied.record(self.stream)
         return [list(tensor.split(self.size)) for tensor in moved], copied
 
-    def _read(self, site: str, rows: range | Tensor) -> list[Tensor]:
+    def _read(self, site: str, rows: range | Tensor, advice: int | None) -> list[Tensor]:
         """The batches of a group that need no stream."""
         files, plain = self.files, self.dtype == self.files.dtype and self.device.type == "cpu"
         if isinstance(rows, Tensor):
@@ -86,8 +94,9 @@ class Batches:
             return list(files.slice(site, rows.start, rows.stop, self.dtype, self.device).split(self.size))
         pieces = list(files.pieces(rows.start, rows.stop))
         if len(pieces) == 1:
-            found = files.map(site, pieces[0])
-            found.view(torch.uint8).flatten()[::PAGE].sum()  # so that whoever takes it does not wait for the disk
+            found = files.map(site, pieces[0], advice)
+            if advice is None:  # madvise would stop the other threads while it waits for the disk; this does not
+                found.view(torch.uint8).flatten()[::PAGE].sum()
             return list(found.split(self.size))
         spans = [(low, min(low + self.size, rows.stop)) for low in range(rows.start, rows.stop, self.size)]
         return [files.slice(site, low, high, self.dtype, self.device) for low, high in spans]

@@ -6,6 +6,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from .store_folder import Folder
 from .store_shards import DTYPES, Layout, as_bytes
 
 STAGE = 32 << 20  # of bytes on their way to another device or dtype
+POPULATE = 22  # MADV_POPULATE_READ: maps all pages at once
 Piece = tuple[int, int, int]  # a shard, and rows [low, high) of it
 
 
@@ -60,18 +62,21 @@ class RowFiles:
         finally:
             os.close(handle)
         if advice is not None:
-            memory.madvise(advice)
+            with suppress(OSError):  # a system that does not know it
+                memory.madvise(advice)
         flat = torch.frombuffer(memory, dtype=self.dtype, count=size // self.dtype.itemsize, offset=at - page)
         return flat.view(piece[2] - piece[1], -1)
 
-    def prefetch(self, site: str, start: int, stop: int) -> None:
-        """Asks the system to have rows [start, stop) in memory soon; waits for nothing."""
-        for piece in self.pieces(start, stop):
-            handle = self._open(piece[0])
-            try:
-                os.posix_fadvise(handle, *self._where(site, piece), os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+    def at_hand(self, site: str, piece: Piece) -> bool:
+        """Whether a piece seems to be in the system's memory: its first, middle and last byte are."""
+        at, size = self._where(site, piece)
+        handle = self._open(piece[0])
+        try:
+            return all(os.preadv(handle, [bytearray(1)], at + i, os.RWF_NOWAIT) for i in (0, size // 2, size - 1))
+        except (OSError, AttributeError):  # it is not, or the system does not say
+            return False
+        finally:
+            os.close(handle)
 
     def read_into(self, site: str, start: int, stop: int, out: Tensor) -> None:
         """Reads rows [start, stop) into `out` [n, d], contiguous on the CPU and of the store's dtype."""

@@ -153,8 +153,9 @@ def read_throughput(
     }
     found: dict[str, Any] = {"bytes": store.n_bytes, "sites": n_sites, "rows": n_rows, "repeats": repeats}
     times: dict[str, list[float]] = {f"{way}_{kind}": [] for way in ways for kind in ("cold", "warm")}
-    for _ in range(repeats):
-        for way, run in ways.items():
+    for turn in range(repeats):
+        order = list(ways.items())
+        for way, run in order[turn % len(order) :] + order[: turn % len(order)]:
             found["dropped_by"] = drop_caches(files)
             times[f"{way}_cold"].append(seconds(run))
             times[f"{way}_warm"].append(seconds(run))
