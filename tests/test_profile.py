@@ -82,7 +82,7 @@ def test_batches_keep_to_their_budget(llama):
     plan = make_plan(llama, PROMPTS, batch_tokens=60)
     batches = list(plan.batches(plan.blocks[0]))
     assert sorted(i for b in batches for i in b) == list(range(len(PROMPTS)))
-    assert all(len(b) * max(len(plan.ids[i]) for i in b) <= 60 for b in batches)
+    assert all(len(b) * max(plan.spool.lengths[b]) <= 60 for b in batches)
     assert plan.n_bytes == len(PROMPTS) * llama.n_layers * llama.width * 4
 
 

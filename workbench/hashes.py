@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,20 @@ def json_hash(value: Any) -> str:
     """The sha256 (hex) of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def json_list_hash(values: Iterable[Any]) -> str:
+    """`json_hash(list(values))`, without holding the list's JSON.
+
+    >>> json_list_hash(["a", "b"]) == json_hash(["a", "b"])
+    True
+    """
+    digest = hashlib.sha256(b"[")
+    for i, value in enumerate(values):
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        digest.update((("," if i else "") + text).encode("utf-8", "surrogatepass"))
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def short_hash(value: Any) -> str:

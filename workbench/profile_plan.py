@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .errors import UserError
-from .hashes import json_hash
+from .hashes import json_hash, json_list_hash
+from .profile_spool import Spool, windows
+from .progress import progress
 from .prompts import PromptSet
-from .rendering import CHUNK, encode_spans, render, special_ids
+from .rendering import CHUNK, Encoded, encode_spans, leading_ids, render, special_ids
 from .sites import Site
 from .store_checks import DTYPES, FORMAT, SCHEMA
 from .tokens import check_tokens, select
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("workbench")
 BLOCK_ROWS = 16384
 BLOCK_BYTES = 512 << 20  # of one block, all sites together: what is held in memory, twice
+CHUNK_CHARACTERS = 1 << 22  # of the texts that are tokenised at once
 
 
 @dataclass(frozen=True)
 class Block:
-    """Prompts [first, last) whose rows [start, start + n) are computed, written and resumed together."""
+    """Sequences [first, last) whose rows [start, start + n) are computed, written and resumed together."""
 
     first: int
     last: int
@@ -42,28 +42,31 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A profile before it is run; `n_rows`, `n_tokens` (run through the model) and `n_bytes` say what it costs."""
+    """A profile before it is run; `n_rows`, `n_tokens` (run through the model) and `n_bytes` say what it costs.
+
+    What it runs are sequences: the prompts, or with a `stride` the windows of those that are too long; see `Spool`.
+    Two plans of equal `hash` give equal bytes, so that one can go on where the other stopped.
+    """
 
     prompts: PromptSet
-    rendered: list[str]
-    ids: list[np.ndarray]  # per prompt: its token ids
-    positions: list[np.ndarray]  # per prompt: the positions that are kept
-    spans: list[np.ndarray]  # per prompt: the characters of those [kept, 2]
-    cut: list[int]  # per prompt: tokens lost to truncation
+    spool: Spool
     sites: list[Site]
-    width: int
+    widths: dict[Site, int]
     dtype: str
     batch_tokens: int
-    device: str
     manifest: dict[str, Any]
 
     @property
+    def hash(self) -> str:
+        return str(self.manifest["plan"])
+
+    @property
     def n_rows(self) -> int:
-        return sum(len(p) for p in self.positions)
+        return self.spool.n_rows
 
     @property
     def n_tokens(self) -> int:
-        return sum(len(i) for i in self.ids)
+        return int(self.spool.lengths[self.spool.sequences["n_rows"] > 0].sum())
 
     @property
     def n_bytes(self) -> int:
@@ -71,37 +74,49 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        return len(self.sites) * self.width * DTYPES[self.dtype].itemsize
-
-    @property
-    def hash(self) -> str:
-        """Two runs of equal hash give equal bytes, so that one can go on where the other stopped."""
-        return json_hash([self.manifest, self.batch_tokens, self.device, BLOCK_ROWS, BLOCK_BYTES])
+        return sum(self.widths.values()) * DTYPES[self.dtype].itemsize
 
     @cached_property
     def blocks(self) -> list[Block]:
         limit = max(1, min(BLOCK_ROWS, BLOCK_BYTES // self.row_bytes))
         blocks: list[Block] = []
         first = start = n = 0
-        for i, kept in enumerate(self.positions):
-            if n and n + len(kept) > limit:
+        rows = self.spool.sequences["n_rows"].tolist()
+        for i, kept in enumerate(rows):
+            if n and n + kept > limit:
                 blocks.append(Block(first, i, start, n))
                 first, start, n = i, start + n, 0
-            n += len(kept)
-        return [*blocks, Block(first, len(self.positions), start, n)]
+            n += kept
+        return [*blocks, Block(first, len(rows), start, n)]
 
-    def batches(self, block: Block) -> Iterator[list[int]]:
-        """The prompts of a block in batches of like length, longest first, each padded to at most `batch_tokens`."""
-        order = [i for i in range(block.first, block.last) if len(self.positions[i])]
-        order.sort(key=lambda i: (-len(self.ids[i]), i))
+    def batches(self, block: Block, budget: Callable[[int], int] | None = None) -> Iterator[list[int]]:
+        """The sequences of a block in batches of like length, longest first, each padded to at most `batch_tokens`.
+
+        budget: the tokens of a batch as a function of its width, where that is less than `batch_tokens`.
+        """
+        part = slice(block.first, block.last)
+        lengths = dict(enumerate(self.spool.lengths[part].tolist(), block.first))
+        rows = self.spool.sequences["n_rows"][part].tolist()
+        order = [i for i, kept in enumerate(rows, block.first) if kept]
+        order.sort(key=lambda i: (-lengths[i], i))
         batch: list[int] = []
         for i in order:
-            if batch and (len(batch) + 1) * len(self.ids[batch[0]]) > self.batch_tokens:
+            width = lengths[batch[0]] if batch else 0
+            if batch and (len(batch) + 1) * width > (self.batch_tokens if budget is None else budget(width)):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
+
+    def tokens_of(self, block: Block) -> int:
+        """The tokens of a block that are run through the model, padding aside."""
+        part = slice(block.first, block.last)
+        return int(self.spool.lengths[part][self.spool.sequences["n_rows"][part] > 0].sum())
+
+    def prompt_of(self, row: int) -> int:
+        """The prompt that a row comes from."""
+        return int(self.spool.rows(row, 1)[0][0])
 
 
 def make_plan(
@@ -109,12 +124,13 @@ def make_plan(
     prompts: Any,
     *,
     sites: Sequence[Site | str | int] | None = None,
-    tokens: str = "last",
+    tokens: Any = "last",
     batch_tokens: int = 8192,
     dtype: str = "float32",
     max_length: int | None = None,
+    stride: int | None = None,
 ) -> Plan:
-    """Reads, renders and encodes the prompts and chooses the rows; see `profile` for the arguments and errors."""
+    """Reads, renders and encodes the prompts and chooses the rows; see `profile_model` for the arguments and errors."""
     prompts = PromptSet.load(prompts)
     check_tokens(tokens)
     if not len(prompts):
@@ -131,38 +147,69 @@ def make_plan(
     if not chosen:
         raise UserError("no sites to profile; give at least one, or leave sites out for every resid_post")
     dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    rendered = render(prompts, model.tokenizer)
-    ids, positions, spans, cut = _choose(model, prompts, rendered, tokens, max_length or context)
-    lost = sum(c > 0 for c in cut)
+    spool, rendered_hash = _spool(model, prompts, tokens, max_length or context, stride)
+    lost = int((spool.prompts["cut"] > 0).sum())
     if lost:
         log.warning("%d of %d prompts are longer than %d tokens; the left of their last turn was cut", lost,
                     len(prompts), max_length or context)  # fmt: skip
-    n_rows = sum(len(p) for p in positions)
-    if not n_rows:
+    if not spool.n_rows:
         raise UserError(f"tokens={tokens!r} keeps no token of any prompt in {prompts.name}; choose another policy")
-    manifest = _manifest(model, prompts, rendered, chosen, dtype, tokens, n_rows, max_length, lost)
-    return Plan(prompts, rendered, ids, positions, spans, cut, chosen, model.width, dtype, batch_tokens,
-                model.device.type, manifest)  # fmt: skip
+    widths = {site: model.width_of(site) for site in chosen}
+    about = {"name": prompts.name, "count": len(prompts), "hash": prompts.hash, "rendered_hash": rendered_hash,
+             "max_length": max_length, "truncated": lost}  # fmt: skip
+    options = {"tokens": tokens, "max_length": max_length, "stride": stride, "batch_tokens": batch_tokens,
+               "backend": getattr(model, "backend", "hooks")}  # fmt: skip
+    manifest = _manifest(model, about, widths, dtype, options, spool.n_rows)
+    manifest["plan"] = json_hash([manifest, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
+    return Plan(prompts, spool, chosen, widths, dtype, batch_tokens, manifest)
 
 
-def _choose(model: Model, prompts: PromptSet, rendered: list[str], tokens: str, max_length: int) -> tuple[Any, ...]:
-    special = special_ids(model.tokenizer)
-    ids, positions, spans, cut = [], [], [], []
-    for start in range(0, len(prompts), CHUNK):
-        part = slice(start, start + CHUNK)
-        for one in encode_spans(prompts[part], model.tokenizer, max_length=max_length, rendered=rendered[part]):
-            kept = select(tokens, one.ids, [i in special for i in one.ids])
-            ids.append(np.array(one.ids, dtype=np.int32))
-            positions.append(np.array(kept, dtype=np.int32))
-            spans.append(np.array([one.spans[i] for i in kept], dtype=np.int32).reshape(-1, 2))
-            cut.append(one.cut)
-    return ids, positions, spans, cut
+def _kept(policy: Any, one: Encoded, prompt: Any, text: str, special: set[int]) -> list[int]:
+    """The positions that a token policy keeps of a prompt."""
+    return select(policy, one.ids, [i in special for i in one.ids])
+
+
+def _spool(model: Model, prompts: PromptSet, tokens: Any, max_length: int, stride: int | None) -> tuple[Spool, str]:
+    """The prompts' tokens and rows, and the hash of their rendered texts; texts are held only while they are read."""
+    tokenizer = model.tokenizer
+    special, leading, bos = special_ids(tokenizer), leading_ids(tokenizer), tokenizer.bos_token_id
+    if stride is not None and not 1 <= stride <= max_length - 1:
+        raise UserError(f"stride={stride} is not within 1 to max_length - 1 = {max_length - 1}; give a part of "
+                        f"max_length, {max(1, max_length // 2)} say")  # fmt: skip
+    spool = Spool()
+
+    def texts() -> Iterator[str]:
+        with progress(total=len(prompts), desc="reading the prompts", unit="prompt") as bar:
+            for part, rendered in _chunks(prompts, tokenizer):
+                encoded = encode_spans(part, tokenizer, max_length=None if stride else max_length, rendered=rendered)
+                for prompt, text, one in zip(part, rendered, encoded, strict=True):
+                    head = max(len(leading), int(one.ids[0] == bos))
+                    if stride is not None and len(one.ids) > max_length and stride > max_length - head:
+                        raise UserError(f"stride={stride} leaves tokens out: a window of max_length={max_length} begins "
+                                        f"with {head} special tokens; give at most {max_length - head}")  # fmt: skip
+                    kept = _kept(tokens, one, prompt, text, special)
+                    spool.add(one, text, kept, head, windows(len(one.ids), head, max_length, stride))
+                    yield text
+                bar.update(len(part))
+
+    rendered_hash = json_list_hash(texts())
+    return spool, rendered_hash
+
+
+def _chunks(prompts: PromptSet, tokenizer: Any) -> Iterator[tuple[PromptSet, list[str]]]:
+    """Runs of prompts with their rendered texts: not too many of them, and not too long."""
+    first, size, rendered = 0, 0, list[str]()
+    for i, prompt in enumerate(prompts):
+        rendered += render([prompt], tokenizer)
+        size += len(rendered[-1])
+        if len(rendered) == CHUNK or size >= CHUNK_CHARACTERS or i + 1 == len(prompts):
+            yield prompts[first : i + 1], rendered
+            first, size, rendered = i + 1, 0, []
 
 
 def _manifest(
-    model: Model, prompts: PromptSet, rendered: list[str], sites: list[Site], dtype: str, tokens: str, n_rows: int,
-    max_length: int | None, lost: int,
-) -> dict[str, Any]:  # fmt: skip
+    model: Model, prompts: dict[str, Any], widths: dict[Site, int], dtype: str, options: dict[str, Any], n_rows: int
+) -> dict[str, Any]:
     template = getattr(model.tokenizer, "chat_template", None)
     text = template if isinstance(template, str) or template is None else json.dumps(template, sort_keys=True)
     return {
@@ -173,66 +220,12 @@ def _manifest(
             "name": model.name, "family": model.family, "n_layers": model.n_layers, "width": model.width,
             "fingerprint": dict(model.fingerprint), "fingerprint_id": model.fingerprint_id,
         },
-        "prompts": {
-            "name": prompts.name, "count": len(prompts), "hash": prompts.hash, "rendered_hash": json_hash(rendered),
-            "max_length": max_length, "truncated": lost,
-        },
+        "prompts": prompts,
         "template": None if text is None else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text},
-        "tokens": tokens,
+        "tokens": options["tokens"],
+        "options": options,
         "dtype": dtype,
         "n_rows": n_rows,
-        "sites": {str(site): {"width": model.width} for site in sites},
+        "sites": {str(site): {"width": width} for site, width in widths.items()},
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }  # fmt: skip
-
-
-def write_tables(plan: Plan, tokenizer: Any, folder: Path) -> None:
-    """Writes rows.parquet and prompts.parquet, a row group for each block."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = _TokenText(tokenizer)
-    rows = pa.schema([("row", pa.int64()), ("prompt", pa.int64()), ("position", pa.int32()), ("token_id", pa.int32()),
-                      ("text", pa.string()), ("char_start", pa.int32()), ("char_end", pa.int32())])  # fmt: skip
-    with pq.ParquetWriter(folder / "rows.parquet", rows) as writer:
-        for block in plan.blocks:
-            part = range(block.first, block.last)
-            prompt = np.concatenate([np.full(len(plan.positions[i]), i) for i in part])
-            position = np.concatenate([plan.positions[i] for i in part])
-            token = np.concatenate([plan.ids[i][plan.positions[i]] for i in part])
-            span = np.concatenate([plan.spans[i] for i in part])
-            where = zip(prompt.tolist(), token.tolist(), span.tolist(), strict=True)
-            text = [texts(plan.rendered[i], t, start, end) for i, t, (start, end) in where]
-            row = np.arange(block.start, block.start + block.n)
-            columns = [row, prompt, position, token, text, span[:, 0], span[:, 1]]
-            arrays = [pa.array(c, type=kind) for c, kind in zip(columns, rows.types, strict=True)]
-            writer.write_table(pa.table(arrays, schema=rows))
-    prompts = pa.schema([("index", pa.int64()), ("id", pa.string()), ("text", pa.string()), ("label", pa.string()),
-                         ("meta", pa.string()), ("content", pa.string()), ("n_tokens", pa.int32()),
-                         ("cut", pa.int32())])  # fmt: skip
-    with pq.ParquetWriter(folder / "prompts.parquet", prompts) as writer:
-        for block in plan.blocks:
-            lines = [_prompt_row(plan, i) for i in range(block.first, block.last)]
-            writer.write_table(pa.Table.from_pylist(lines, prompts))
-
-
-def _prompt_row(plan: Plan, i: int) -> dict[str, Any]:
-    prompt = plan.prompts[i]
-    meta = json.dumps(prompt.meta, sort_keys=True, ensure_ascii=False)
-    content = json.dumps(prompt.content, ensure_ascii=False)
-    return {"index": i, "id": prompt.id, "text": plan.rendered[i], "label": prompt.label, "meta": meta,
-            "content": content, "n_tokens": len(plan.ids[i]), "cut": plan.cut[i]}  # fmt: skip
-
-
-class _TokenText:
-    """The text of a token: the characters that it covers, or what it decodes to where it covers none."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.known = tokenizer, dict[int, str]()
-
-    def __call__(self, rendered: str, token: int, start: int, end: int) -> str:
-        if end > start >= 0:
-            return rendered[start:end]
-        if token not in self.known:
-            self.known[token] = self.tokenizer.decode([token])
-        return self.known[token]
