@@ -1,0 +1,187 @@
+"""What a profile costs beside a plain forward pass of the same batches, and beside other tools; and its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as tf
+
+from tests.conftest import word_tokenizer
+from workbench.models import Model, load
+from workbench.profile import profile_model
+from workbench.profile_plan import make_plan
+from workbench.prompts import PromptSet
+from workbench.rendering import pad
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpt2_small(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """A random model of GPT-2 small's shape: 124M parameters, 12 layers, 768 wide."""
+    torch.manual_seed(0)
+    config = tf.GPT2Config(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return load(tf.GPT2LMHeadModel(config).to(device=device, dtype=dtype).eval(), tokenizer=word_tokenizer())
+
+
+def random_prompts(n: int, shortest: int, longest: int, seed: int = 0) -> PromptSet:
+    """Plain texts of the test tokenizer's words, their lengths drawn evenly."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest + 1, n)
+    return PromptSet.load([{"text": " ".join(f"w{w}" for w in rng.integers(0, 190, k))} for k in lengths])
+
+
+def batches_of(model: Model, prompts: PromptSet, batch_tokens: int) -> list[dict[str, torch.Tensor]]:
+    """The padded batches that a profile of all tokens runs."""
+    plan = make_plan(model, prompts, tokens="all", batch_tokens=batch_tokens)
+    found = []
+    for block in plan.blocks:
+        for batch in plan.batches(block):
+            ids, mask = pad([plan.spool.ids(i).tolist() for i in batch], model.pad_id, "right")
+            found.append({"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)})
+    return found
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median seconds of each way, one after another in turn, after one run of each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def speed(
+    model: Model | None = None, *, n_prompts: int = 48, batch_tokens: int = 2048, repeats: int = 5, others: bool = False,
+    layers: tuple[int, ...] = (12, 4), tokens: tuple[str, ...] = ("all", "last"), shortest: int = 32, longest: int = 256,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens per second of profiles (of all layers, of the first four) against plain `model(**batch)`, head and all.
+
+    others: beside it Hugging Face's output_hidden_states, TransformerLens's run_with_cache and nnsight's trace, each
+    keeping resid_post of every layer for every token of a batch, and nothing written.
+    Returns {"tokens": real tokens, "padding": share, "plain": tokens/s, "ratio": {way: tokens/s over the plain}}.
+    """
+    model = model or gpt2_small()
+    prompts = random_prompts(n_prompts, shortest, longest)
+    batches = batches_of(model, prompts, batch_tokens)
+    n_tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+    padded = sum(b["input_ids"].numel() for b in batches)
+
+    def plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.module(**batch)
+
+    ways: dict[str, Callable[[], Any]] = {"plain": plain}
+    for count in layers:
+        for policy in tokens:
+            options = {"sites": list(range(count)), "tokens": policy, "batch_tokens": batch_tokens}
+            ways[f"{count} layers, {policy}"] = lambda o=options: profile_model(model, prompts, **o).close()
+    if others:
+        ways |= _others(model, batches)
+    seconds = interleaved(ways, repeats)
+    return {
+        "device": str(model.device), "tokens": n_tokens, "padding": 1 - n_tokens / padded, "repeats": repeats,
+        "plain": n_tokens / seconds["plain"],
+        "ratio": {name: seconds["plain"] / s for name, s in seconds.items() if name != "plain"},
+    }  # fmt: skip
+
+
+def _others(model: Model, batches: list[dict[str, torch.Tensor]]) -> dict[str, Callable[[], Any]]:
+    import copy
+
+    from nnsight import TransformersModel
+    from transformer_lens import TransformerBridge
+
+    lens = TransformerBridge.boot_transformers(
+        model.name, hf_model=copy.deepcopy(model.module), tokenizer=model.tokenizer, device=str(model.device)
+    )
+    traced = TransformersModel(copy.deepcopy(model.module), tokenizer=model.tokenizer)
+    blocks = traced.transformer.h
+
+    def hidden_states() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.module(**batch, output_hidden_states=True)
+
+    def transformer_lens() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                lens.run_with_cache(batch["input_ids"], attention_mask=batch["attention_mask"],
+                                    names_filter=lambda name: name.endswith("hook_resid_post"))  # fmt: skip
+
+    def nnsight() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                with traced.trace(batch) as tracer:
+                    kept = tracer.cache(modules=list(blocks)).save()
+                assert len(kept)
+
+    return {"output_hidden_states": hidden_states, "run_with_cache": transformer_lens, "nnsight trace": nnsight}
+
+
+def memory(n_rows: int, *, row_length: int = 100, width: int = 48) -> dict[str, Any]:
+    """Peak memory (MiB) of a child process that profiles `n_rows` tokens of a tiny model, and before it began."""
+    code = (
+        "import json, sys; from tests.benchmarks import profile_bench as b; "
+        f"json.dump(b._measure({n_rows}, {row_length}), sys.stdout)"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORKBENCH_PROGRESS": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(n_rows: int, row_length: int) -> dict[str, Any]:
+    import resource
+
+    from tests.conftest import make_model
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    folder = Path(tempfile.mkdtemp())
+    model = make_model("llama")
+    few = random_prompts(64, row_length, row_length)
+    with profile_model(model, few, tokens="all"):
+        pass
+    prompts = random_prompts(n_rows // row_length, row_length, row_length)
+    before, start = peak(), time.perf_counter()
+    try:
+        with profile_model(model, prompts, folder / "store", tokens="all") as store:
+            return {"rows": store.n_rows, "before": before, "peak": peak(), "grown": peak() - before,
+                    "bytes": store.n_bytes, "seconds": time.perf_counter() - start}  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def padding_mask(model: Model | None = None, *, batch_tokens: int = 2048, repeats: int = 5) -> dict[str, float]:
+    """Seconds of the decoder with the padding's mask and without: right-padded and causal, rows do not need it."""
+    model = model or gpt2_small()
+    batches = batches_of(model, random_prompts(48, 32, 256), batch_tokens)
+
+    def run(masked: bool) -> None:
+        with torch.inference_mode(), nullcontext():
+            for batch in batches:
+                model.decoder(input_ids=batch["input_ids"], use_cache=False,
+                              attention_mask=batch["attention_mask"] if masked else None)  # fmt: skip
+
+    return interleaved({"with": lambda: run(True), "without": lambda: run(False)}, repeats)
