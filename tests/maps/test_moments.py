@@ -76,6 +76,34 @@ def test_float32_products_stay_close(rows):
     torch.testing.assert_close(fast.cov("x", "x"), exact.cov("x", "x"), rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_products_of_narrow_rows_are_those_of_numpy_in_float64(dtype):
+    g = torch.Generator().manual_seed(1)
+    rows = {
+        "x": (torch.randn(900, 5, generator=g) * 3 + 200).to(dtype),
+        "y": torch.randn(900, 4, generator=g).to(dtype),
+    }
+    fast = Moments(products=torch.float32)
+    for batch in chunks(rows, [100, 500, 300]):
+        fast.update(batch)
+    x, y = (rows[name].double().numpy() for name in ("x", "y"))
+    torch.testing.assert_close(fast.mean("x").numpy(), x.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(fast.mean("y").numpy(), y.mean(0), rtol=0, atol=1e-13)
+    for a, b, name in ((x, x, "xx"), (x, y, "xy")):
+        exact = torch.from_numpy((a - a.mean(0)).T @ (b - b.mean(0)))
+        found = fast.cov(*name)
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=2e-6 * float(exact.abs().max()))
+
+
+def test_float32_shards_add_up_and_move_between_devices(rows):
+    narrow = {name: block.float() for name, block in rows.items()}
+    shards = [Moments(products=torch.float32).update(batch) for batch in chunks(narrow, [100] * 7)]
+    exact = Moments().update(narrow)
+    scale = float(exact.cov("x", "x").abs().max())
+    torch.testing.assert_close(total(shards).cov("x", "x"), exact.cov("x", "x"), rtol=1e-5, atol=1e-6 * scale)
+    assert_same(shards[0].to("cpu"), shards[0], rtol=0)
+
+
 def test_pairs_that_were_not_kept_are_refused(rows):
     m = Moments(pairs=[]).update(rows)
     m.cov("x", "x")

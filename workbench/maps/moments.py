@@ -31,7 +31,8 @@ class Moments:
     Args:
         pairs: which cross products to keep, as pairs of block names; None keeps all. The products of a block with
             itself are always kept.
-        products: dtype of the matrix products; float32 halves the cost on a device (TF32 is off), sums stay float64.
+        products: dtype of the matrix products; with float32 (TF32 is off) rows of at most that precision are centred in
+            it about a shift that it holds exactly, and never cast to float64 as a whole; all sums stay float64.
 
     >>> x = torch.tensor([[0.0], [2.0], [4.0]])
     >>> whole = Moments().update({"x": x})
@@ -73,16 +74,31 @@ class Moments:
             if not torch.isfinite(block).all():
                 raise UserError(f"block {name!r} holds NaN or infinite values; remove those rows first")
         if not self.sum:
-            self._start({name: block.double().mean(0) for name, block in blocks.items()})
-        centred = {name: block.double() - self.shift[name] for name, block in blocks.items()}
+            # rounded to what the products are made in: a shift may be any number, but it must be the same one everywhere
+            mean = {name: block.mean(0, dtype=torch.float64) for name, block in blocks.items()}
+            self._start({name: value.to(self.products).double() for name, value in mean.items()})
         self.n += next(iter(rows.values()))
-        for name in self.names:
-            self.sum[name] += centred[name].sum(0)
-        factors = {name: block.to(self.products) for name, block in centred.items()}
+        factors = {}
+        for name, block in blocks.items():
+            work = torch.promote_types(block.dtype, self.products)
+            centred = block.to(work) - self.shift[name].to(work)
+            if work == torch.float64:
+                self.sum[name] += centred.sum(0)
+            else:
+                self.sum[name] += block.sum(0, dtype=torch.float64) - len(block) * self.shift[name]
+            factors[name] = centred.to(self.products)
         with _no_tf32():
             for a, b in self.product:
                 self.product[a, b] += (factors[a].T @ factors[b]).double()
         return self
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments with their sums on a device, where batches of rows are to be added."""
+        moved = self._copy()
+        moved.shift = {name: value.to(device) for name, value in moved.shift.items()}
+        moved.sum = {name: value.to(device) for name, value in moved.sum.items()}
+        moved.product = {pair: value.to(device) for pair, value in moved.product.items()}
+        return moved
 
     def mean(self, name: str) -> Float[Tensor, " d"]:
         """Mean of a block, [d]."""
