@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .cli_errors import FLAGS, guarded
+from .cli_errors import FLAGS, guarded, stops_told
 from .cli_values import alpha_value, layer_list, site_list
 from .errors import UserError
 
@@ -170,24 +170,73 @@ def profile(
     device: Device = "auto",
     batch_tokens: Annotated[int, typer.Option(help="tokens in a forward pass, padding included")] = 8192,
     max_length: Annotated[int | None, typer.Option(help="cut longer prompts [the model's context]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="the first so many prompts only")] = None,
+    stride: Annotated[int | None, typer.Option(help="run longer prompts as windows, each so many tokens on")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="so many prompts only: the first, or drawn with --seed")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="of --limit and --folds")] = None,
     column: Annotated[str | None, typer.Option(help="the column of the prompts file to read")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--plain", help="texts are user's turns, or as they stand")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt for every chat")] = None,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="keep sums and cross products only, no activation")
+    ] = False,
+    folds: Annotated[int, typer.Option(min=1, help="of --moments: parts of the prompts, each with its own")] = 1,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="keep NaN and Inf, and count them")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, bytes and an estimate of the time")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Keeps a model's activations in a store on disk."""
+    """Keeps a model's activations in a store on disk.
+
+    Stopped with Ctrl-C or killed, the same command goes on where it was.
+    """
     wanted = site_list(sites, layers)
+    if folds > 1 and not moments:
+        raise UserError("--folds is of --moments alone; a store can be split by prompt whenever it is read")
+    if dry_run and moments:
+        raise UserError("--dry-run tells the cost of a store; leave --moments out, whose forward passes are the same")
     from .models import load
-    from .profile import profile_model
     from .prompts import PromptSet
 
-    read = PromptSet.load(prompts, column=column, limit=limit)
-    store = profile_model(load(model, dtype=dtype, device=device), read, out, sites=wanted, tokens=tokens, dtype=store_dtype,
-                          batch_tokens=batch_tokens, max_length=max_length, overwrite=overwrite)  # fmt: skip
+    read = PromptSet.load(prompts, column=column, limit=limit, seed=seed, chat=chat)
+    read = read if system is None else read.with_system(system)
+    options: dict[str, Any] = {"sites": wanted, "tokens": tokens, "batch_tokens": batch_tokens, "max_length": max_length,
+                               "stride": stride}  # fmt: skip
+    loaded = load(model, dtype=dtype, device=device)
+    if dry_run:
+        from .profile_cost import profile_cost
+
+        cost = profile_cost(loaded, read, out, dtype=store_dtype, **options)
+        return _json(cost.as_dict()) if as_json else typer.echo(str(cost))
+    with stops_told():
+        if moments:
+            made = _moments(loaded, read, out, folds=folds, seed=seed or 0, overwrite=overwrite, **options)
+        else:
+            made = _store(loaded, read, out, dtype=store_dtype, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
+                          **options)  # fmt: skip
     if as_json:
-        return _json({"store": str(store.path), "rows": store.n_rows, "sites": [str(s) for s in store.sites],
-                      "prompt_hash": store.prompt_hash, "bytes": store.n_bytes})  # fmt: skip
-    typer.echo(f"{store.path}: {store.n_rows} rows at {', '.join(map(str, store.sites))}")
+        return _json(made)
+    typer.echo(f"{out}: {made['rows']} rows at {', '.join(made['sites'])}")
+
+
+def _store(*args: Any, **options: Any) -> dict[str, Any]:
+    from .profile import profile_model
+
+    store = profile_model(*args, **options)
+    return {"store": str(store.path), "rows": store.n_rows, "sites": [str(s) for s in store.sites],
+            "prompt_hash": store.prompt_hash, "bytes": store.n_bytes}  # fmt: skip
+
+
+def _moments(model: Any, prompts: Any, out: Path, **options: Any) -> dict[str, Any]:
+    from .profile_sums import profile_moments
+
+    made = profile_moments(model, prompts, out, **options)
+    return {"moments": str(out), "rows": sum(m.n for m in made), "sites": made[0].names, "folds": [m.n for m in made]}
 
 
 @app.command()

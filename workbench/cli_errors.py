@@ -19,6 +19,21 @@ BAD_INPUT, INTERNAL, STOPPED = 2, 1, 130
 _UsageError = typer.BadParameter.__mro__[1]  # click's, wherever this release of typer keeps it
 
 
+class StopTold(Exception):
+    """A stop that has a line of its own to tell; typer would lose that of a KeyboardInterrupt."""
+
+
+@contextmanager
+def stops_told() -> Iterator[None]:
+    """Inside the block a `Stopped` keeps what it says."""
+    from .interrupts import Stopped
+
+    try:
+        yield
+    except Stopped as err:
+        raise StopTold(str(err)) from err
+
+
 def guarded(call: Callable[[], Any], flags: Sequence[str]) -> int:
     """Runs the command line and returns its exit code; whatever it raises is told in one line on stderr."""
     debug = "--debug" in flags
@@ -42,6 +57,8 @@ def told(err: BaseException) -> tuple[int, str]:
     >>> told(UserError("layer 9 is out of range"))
     (2, 'error: layer 9 is out of range')
     """
+    if isinstance(err, StopTold):
+        return STOPPED, _one_line(err)
     if isinstance(err, (KeyboardInterrupt, typer.Abort)):
         return STOPPED, "stopped; run the same command again to go on"
     if isinstance(err, _UsageError):

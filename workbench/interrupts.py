@@ -28,7 +28,8 @@ class Asked:
 def first_interrupt_noted() -> Iterator[Asked]:
     """Inside the block the first SIGINT only sets `asked`; the next acts as it did before.
 
-    Where signals cannot be caught (outside the main thread) or are ignored, nothing changes.
+    Leaving the block raises `Stopped` where a stop was asked for and nobody has heeded it. Where signals cannot be
+    caught (outside the main thread) or are ignored, nothing changes.
     """
     noted = Asked()
     before = signal.getsignal(signal.SIGINT)
@@ -45,3 +46,4 @@ def first_interrupt_noted() -> Iterator[Asked]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, before)
+    noted.check()

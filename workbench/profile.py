@@ -109,7 +109,9 @@ def _run(model: Model, plan: Plan, path: Path, overwrite: bool, allow_nonfinite:
 def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite: bool) -> None:
     done = len(writer.blocks)
     before = sum(plan.tokens_of(block) for block in plan.blocks[:done])
-    bar = progress(total=plan.n_tokens, desc=f"profiling {Path(model.name).name}", unit="tok", initial=before, scale=True)
+    bar = progress(
+        total=plan.n_tokens, desc=f"profiling {Path(model.name).name}", unit="tok", initial=before, scale=True
+    )
     with first_interrupt_noted() as stop, bar:
         runner = BlockRunner(model, plan, bar, stop)
         for number, rows, nonfinite in landed(runner, range(done, len(plan.blocks))):

@@ -14,7 +14,7 @@ from .backends.torch_hooks import Stop
 from .errors import UserError
 from .interrupts import Asked, Stopped
 from .profile_plan import Block, Plan
-from .sites import Site
+from .sites import Site, text_config
 from .store_checks import DTYPES
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class BlockRunner:
         self._rows: Rows = {}
         self._taken: set[Site] = set()
         self._n = 0
+        # padding stands on the right, where no real token sees it: without its mask attention takes the fast path
+        config = text_config(model.module)
+        self._causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", None)
         # once the last site was taken the rest of its block is not run; other backends end after the block
         self._stops_in_hook = getattr(model, "backend", "hooks") == "hooks"
 
@@ -84,15 +87,27 @@ class BlockRunner:
             assert failed is not None
             self._halve(block, failed)  # here, where the exception no longer holds what the failed pass had made
 
+    def run_batch(self, block: Block, sequences: list[int]) -> None:
+        """Runs one batch of a block and lets its rows go: to time it."""
+        with self.model.read(self.plan.sites, take=self._take), torch.inference_mode():
+            self._rows, self._n = {}, block.n
+            self._forward(block, sequences)
+        self._rows, self._batch = {}, None
+
+    def _forward(self, block: Block, sequences: list[int]) -> int:
+        self._batch, self._taken = _Batch(self.plan, block, sequences, self.model.pad_id), set()
+        mask = torch.ones_like(self._batch.mask) if self._causal else self._batch.mask
+        self.model.run(self._batch.ids, mask, stop_after=self.stop_after)
+        return self._batch.n_tokens
+
     def _attempt(self, block: Block) -> Rows:
         self._rows, self._n, done = {}, block.n, 0
         try:
             for sequences in self.plan.batches(block, self._budget):
-                self._batch, self._taken = _Batch(self.plan, block, sequences, self.model.pad_id), set()
-                self.model.run(self._batch.ids, self._batch.mask, stop_after=self.stop_after)
-                done += self._batch.n_tokens
+                n_tokens = self._forward(block, sequences)
+                done += n_tokens
                 if self.bar is not None:
-                    self.bar.update(self._batch.n_tokens)
+                    self.bar.update(n_tokens)
                 self.stop.check()
         except torch.OutOfMemoryError:
             if self.bar is not None:
