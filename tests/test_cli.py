@@ -22,6 +22,7 @@ from workbench.cli_values import layer_list
 from workbench.converter_files import load_converters
 from workbench.errors import UserError
 from workbench.paste import paste_adapter
+from workbench.profile_sums import load_moments
 from workbench.sites import Site
 from workbench.store import Store
 
@@ -91,6 +92,38 @@ def test_profile_makes_a_store(home, tmp_path):
                  "resid_pre.1, blocks.2.hook_resid_post", "--quiet")  # fmt: skip
     assert "resid_post.2" in sites.stdout
     assert sites.stderr == ""
+
+
+def test_profile_tells_its_cost_and_writes_nothing(home, tmp_path):
+    line = profile_line(home, tmp_path / "s", tokens="all")
+    text = good(*line, "--dry-run").stdout
+    for word in ("rows of 40 prompts", "MiB to write", "padding", "an estimate"):
+        assert word in text
+    said = json.loads(good(*line, "--dry-run", "--json").stdout)
+    assert said["prompts"] == PROMPTS
+    assert said["bytes"] == said["rows"] * LAYERS * WIDTH * 4
+    assert tree(tmp_path) == set()
+    told(workbench(*line, "--dry-run", "--moments"), "leave --moments out")
+
+
+def test_profile_keeps_moments_alone(home, tmp_path):
+    line = profile_line(home, tmp_path / "m", tokens="all", layers="0,2")
+    said = json.loads(good(*line, "--moments", "--folds", 4, "--seed", 1, "--json").stdout)
+    assert (len(said["folds"]), sum(said["folds"])) == (4, said["rows"])
+    assert [m.n for m in load_moments(tmp_path / "m")] == said["folds"]
+    told(workbench(*profile_line(home, tmp_path / "n"), "--folds", 4), "--folds is of --moments alone")
+
+
+def test_profile_reads_prompts_as_it_is_told(home, tmp_path):
+    line = {"limit": 7, "stride": 3, "max-length": 5, "tokens": "all"}
+    good(*profile_line(home, tmp_path / "plain", seed=3, **line), "--plain", "--allow-nonfinite")
+    good(*profile_line(home, tmp_path / "chat", system="w9", **line), "--chat")
+    plain, chat = Store.open(tmp_path / "plain"), Store.open(tmp_path / "chat")
+    first = (home / "prompts.txt").read_text().splitlines()[:7]
+    assert chat.prompts()["text"].tolist() == [f"<s><system> w9 <user> {t} <assistant>" for t in first]
+    assert len(plain.prompt_set()) == 7
+    assert plain.prompts()["text"].tolist() != first
+    assert chat.manifest["options"]["stride"] == 3
 
 
 def test_convert_prints_the_quality_beside_its_baselines_and_saves(home, tmp_path):

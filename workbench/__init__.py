@@ -19,6 +19,8 @@ _HOME = {
     "Prompt": "prompts",
     "PromptSet": "prompts",
     "profile_model": "profile",
+    "profile_moments": "profile_sums",
+    "load_moments": "profile_sums",
     "Store": "store",
     "LinearMap": "maps.linear_map",
     "Moments": "maps.moments",
