@@ -17,12 +17,15 @@ import torch
 
 from workbench import profile, profile_plan, profile_run
 from workbench.errors import UserError
+from workbench.hashes import json_hash, json_list_hash
 from workbench.interrupts import Stopped, first_interrupt_noted
+from workbench.models import load
 from workbench.profile import profile_model, run_blocks
 from workbench.profile_cost import profile_cost
 from workbench.profile_plan import make_plan
+from workbench.rendering import render
 
-from .conftest import make_model, make_module, save_folder
+from .conftest import make_model, make_module, save_folder, word_tokenizer
 from .test_profile import PROMPTS, contents, hooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,6 +201,32 @@ def test_a_rounded_store_says_so_once(llama, caplog):
     told = [r.getMessage() for r in caplog.records if "rounded rows" in r.getMessage()]
     assert len(told) == 1
     assert re.search("keeps bfloat16.*moments, R2", told[0])
+
+
+def test_hashes_of_many_texts_are_those_of_their_list(llama):
+    plan = make_plan(llama, PROMPTS)
+    assert plan.manifest["prompts"]["rendered_hash"] == json_hash(render(PROMPTS, llama.tokenizer))
+    assert PROMPTS.hash == json_hash([p.content for p in PROMPTS])
+    assert json_list_hash(iter([])) == json_hash([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_rows_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 20)
+    model, other = make_model("llama"), load(make_module("llama").cuda(), tokenizer=word_tokenizer())
+    here, there = (
+        profile_model(model, PROMPTS, tokens="all"),
+        profile_model(other, PROMPTS, tmp_path / "a", tokens="all"),
+    )
+    for site in here.sites:
+        torch.testing.assert_close(here.read(site), there.read(site), atol=1e-3, rtol=1e-3)
+    with monkeypatch.context() as patch:
+        interrupting(other, patch, after=3)
+        with pytest.raises(Stopped):
+            profile_model(other, PROMPTS, tmp_path / "b", tokens="all")
+    profile_model(other, PROMPTS, tmp_path / "b", tokens="all")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_equal_inputs_make_an_equal_plan(llama):

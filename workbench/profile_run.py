@@ -128,7 +128,7 @@ class BlockRunner:
         self._taken.add(site)
         if self._stops_in_hook and len(self._taken) == len(self.plan.sites):
             raise Stop
-        return picked
+        return self._rows[site]
 
     def _empty(self) -> Rows:
         return {site: torch.empty((0, width), dtype=self.dtype) for site, width in self.plan.widths.items()}
@@ -153,7 +153,10 @@ class _Landing:
     def __init__(self, number: int, rows: Rows) -> None:
         self.number, self._events = number, list[torch.cuda.Event]()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._bad = {site: (~torch.isfinite(values)).sum() for site, values in rows.items()}
+        # counted where the rows are, and before they are copied: asking for the number later would wait for all that
+        # was sent to the device since
+        bad = {site: (~torch.isfinite(values)).sum() for site, values in rows.items()}
+        self._bad = {site: self._start(count) for site, count in bad.items()}
         self._rows = {site: self._start(values) for site, values in rows.items()}
 
     @property
@@ -165,7 +168,9 @@ class _Landing:
             return values.cpu()
         # torch keeps pinned memory for the next block of this size once the tensor is gone
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        side = self._streams.setdefault(values.device, torch.cuda.Stream(values.device))
+        if values.device not in self._streams:
+            self._streams[values.device] = torch.cuda.Stream(values.device)
+        side = self._streams[values.device]
         side.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(side):
             host.copy_(values, non_blocking=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from .errors import UserError
-from .hashes import json_hash
+from .hashes import json_hash, json_list_hash
 from .prompt_files import read_rows
 from .rendering import encode, encode_spans, opener_ids, pad, partial_openers, render, response_ids
 
@@ -87,7 +87,7 @@ class PromptSet(Sequence[Prompt]):
     @property
     def hash(self) -> str:
         """sha256 over the contents: what two stores must share to be paired."""
-        return json_hash([p.content for p in self.prompts])
+        return json_list_hash(p.content for p in self.prompts)
 
     @property
     def full_hash(self) -> str:

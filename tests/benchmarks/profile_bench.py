@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +138,12 @@ def _others(model: Model, batches: list[dict[str, torch.Tensor]]) -> dict[str, C
     return {"output_hidden_states": hidden_states, "run_with_cache": transformer_lens, "nnsight trace": nnsight}
 
 
-def memory(n_rows: int, *, row_length: int = 100, width: int = 48) -> dict[str, Any]:
+def memory(n_rows: int, *, row_length: int = 100) -> dict[str, Any]:
     """Peak memory (MiB) of a child process that profiles `n_rows` tokens of a tiny model, and before it began."""
-    code = (
-        "import json, sys; from tests.benchmarks import profile_bench as b; "
-        f"json.dump(b._measure({n_rows}, {row_length}), sys.stdout)"
-    )
+    code = f"import json; from tests.benchmarks import profile_bench as b; json.dump(b._measure({n_rows}, {row_length}), out)"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORKBENCH_PROGRESS": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    line = [sys.executable, "-c", f"import sys; out = sys.stdout; {code}"]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -179,7 +176,7 @@ def padding_mask(model: Model | None = None, *, batch_tokens: int = 2048, repeat
     batches = batches_of(model, random_prompts(48, 32, 256), batch_tokens)
 
     def run(masked: bool) -> None:
-        with torch.inference_mode(), nullcontext():
+        with torch.inference_mode():
             for batch in batches:
                 model.decoder(input_ids=batch["input_ids"], use_cache=False,
                               attention_mask=batch["attention_mask"] if masked else None)  # fmt: skip
