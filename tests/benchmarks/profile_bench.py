@@ -111,9 +111,10 @@ def _others(model: Model, batches: list[dict[str, torch.Tensor]]) -> dict[str, C
     from nnsight import TransformersModel
     from transformer_lens import TransformerBridge
 
-    lens = TransformerBridge.boot_transformers(
-        model.name, hf_model=copy.deepcopy(model.module), tokenizer=model.tokenizer, device=str(model.device)
-    )
+    with tempfile.TemporaryDirectory() as folder:  # it takes nothing but a folder, and changes the module that it reads
+        model.module.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        lens = TransformerBridge.boot_transformers(folder, device=str(model.device), dtype=model.dtype)
     traced = TransformersModel(copy.deepcopy(model.module), tokenizer=model.tokenizer)
     blocks = traced.transformer.h
 
@@ -131,9 +132,9 @@ def _others(model: Model, batches: list[dict[str, torch.Tensor]]) -> dict[str, C
     def nnsight() -> None:
         with torch.inference_mode():
             for batch in batches:
-                with traced.trace(batch) as tracer:
+                with traced.trace(batch["input_ids"], attention_mask=batch["attention_mask"]) as tracer:
                     kept = tracer.cache(modules=list(blocks)).save()
-                assert len(kept)
+                assert kept[blocks[0].path].output.shape[0] == len(batch["input_ids"])
 
     return {"output_hidden_states": hidden_states, "run_with_cache": transformer_lens, "nnsight trace": nnsight}
 
