@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,9 @@ class Moments:
             itself are always kept.
         products: dtype of the matrix products; with float32 (TF32 is off) rows of at most that precision are centred in
             it about a shift that it holds exactly, and never cast to float64 as a whole; all sums stay float64.
+        shift: c_a per block, [d_a]; default the mean of the first batch. Moments of one shift add without moving.
+
+    `meta` holds what `save` was told of their origin, as JSON values: model, prompts, sites. A sum has none.
 
     >>> x = torch.tensor([[0.0], [2.0], [4.0]])
     >>> whole = Moments().update({"x": x})
@@ -44,13 +48,22 @@ class Moments:
     Source: the algebra of pairwise merging (Chan, Golub, LeVeque 1979), with a fixed shift instead of running means.
     """
 
-    def __init__(self, *, pairs: Iterable[Pair] | None = None, products: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        *,
+        pairs: Iterable[Pair] | None = None,
+        products: torch.dtype = torch.float64,
+        shift: Mapping[str, Float[Tensor, " _d"]] | None = None,
+    ) -> None:
         self.n = 0
         self.products = products
+        self.meta: dict[str, Any] = {}
         self.shift: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
         self.product: dict[Pair, Tensor] = {}
         self._pairs: set[Pair] | None = None if pairs is None else {(min(pair), max(pair)) for pair in pairs}
+        if shift is not None:
+            self._start({name: point.double() for name, point in shift.items()})
 
     @property
     def names(self) -> list[str]:
@@ -150,8 +163,31 @@ class Moments:
             result.product[a, b] = self.product[a, b] + sign * other.about(a, b, self.shift[a], self.shift[b])
         return result
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes one .safetensors file."""
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on another device."""
+        moved = Moments(pairs=self._pairs, products=self.products)
+        moved.n, moved.meta = self.n, dict(self.meta)
+        moved.shift = {name: value.to(device) for name, value in self.shift.items()}
+        moved.sum = {name: value.to(device) for name, value in self.sum.items()}
+        moved.product = {pair: value.to(device) for pair, value in self.product.items()}
+        return moved
+
+    def select(self, pairs: Iterable[Pair]) -> Moments:
+        """The moments of some pairs alone: nothing is copied, so that a sum or a difference costs no more than these.
+
+        Raises UserError for a pair that was not kept.
+        """
+        kept = {(min(pair), max(pair)) for pair in pairs}
+        names = sorted({name for pair in kept for name in pair})
+        part = Moments(pairs=kept, products=self.products)
+        part.n, part.meta = self.n, dict(self.meta)
+        part.shift = {name: self.shift[self._known(name)] for name in names}
+        part.sum = {name: self.sum[name] for name in names}
+        part.product = {pair: self._product(*pair) for pair in sorted({*kept, *((name, name) for name in names)})}
+        return part
+
+    def save(self, path: str | Path, *, overwrite: bool = False, meta: Mapping[str, Any] | None = None) -> None:
+        """Writes one .safetensors file; `meta` (JSON values) says where the rows are from, and `load` gives it back."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"moments are saved as one .safetensors file; got {path.name}")
@@ -162,6 +198,7 @@ class Moments:
         tensors |= {f"sum.{i}": self.sum[name] for i, name in enumerate(self.names)}
         tensors |= {f"product.{i}": self.product[pair] for i, pair in enumerate(pairs)}
         header = {"format": FORMAT, "version": 1, "n": self.n, "names": self.names, "pairs": pairs}
+        header["meta"] = dict(self.meta if meta is None else meta)
         stored = {key: value.cpu().contiguous() for key, value in tensors.items()}
         write_bytes(path, to_bytes(stored, {"workbench": json.dumps(header)}))
 
@@ -173,7 +210,7 @@ class Moments:
         if header.get("format") != FORMAT:
             raise UserError(f"{path} does not hold moments: its header does not say format {FORMAT!r}")
         moments = cls(pairs=[tuple(pair) for pair in header["pairs"]])
-        moments.n = header["n"]
+        moments.n, moments.meta = header["n"], header.get("meta", {})
         for i, name in enumerate(header["names"]):
             moments.shift[name], moments.sum[name] = tensors[f"shift.{i}"], tensors[f"sum.{i}"]
         for i, (a, b) in enumerate(header["pairs"]):
