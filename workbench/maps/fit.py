@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +13,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from .linear_map import LinearMap
-from .moments import Moments, total
-
-ALPHAS: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True)
-class RidgeFit:
-    """A ridge map and how its penalty was chosen."""
-
-    map: LinearMap
-    alpha: float
-    """chosen penalty in units of the mean diagonal of the centred X'X"""
-    alpha_absolute: float
-    """the same as sklearn.linear_model.Ridge counts it: alpha * mean diagonal"""
-    cv: tuple[tuple[float, float], ...]
-    """(alpha, mean held-out R2 uniform over outputs) for every candidate; empty where alpha was given"""
+from .moments import Moments
+from .ridge import ALPHAS, Choice, RidgeFit, fit_ridge_targets, penalty
+from .spectrum import Spectrum
 
 
 def check_rows(
@@ -107,7 +94,7 @@ def fit_ridge(
     x: Float[Tensor, "n d_in"],
     y: Float[Tensor, "m d_out"],
     *,
-    alpha: int | float | Literal["cv"] = "cv",
+    alpha: Choice = "cv",
     alphas: Sequence[int | float] = ALPHAS,
     groups: Collection[Any] | None = None,
     folds: int = 5,
@@ -123,8 +110,9 @@ def fit_ridge(
 
     Args:
         x: rows to map from, [n, d_in]; y: rows to map to, [n, d_out].
-        alpha: penalty in units of the mean diagonal (0.01 to 0.1 are usual), or "cv".
-        alphas: candidates for "cv", in the same units; the absolute values are equal in all folds, as in GridSearchCV.
+        alpha: penalty in units of the mean diagonal (0.01 to 0.1 are usual), "cv", or "gcv" (generalised
+            cross-validation: no folds, one decomposition in all).
+        alphas: candidates for both, in the same units; the absolute values are equal in all folds, as in GridSearchCV.
         groups: one label per row; rows of one label (one prompt) never meet across a fold. None: every row its own.
         folds: number of folds; seed: shuffles the groups into them.
         dtype: of the map; the solve is in float64.
@@ -144,20 +132,22 @@ def fit_ridge(
         parts = [Moments().update({"x": inner[assigned == k], "y": y[assigned == k]}) for k in range(folds)]
     else:
         parts = [Moments().update({"x": inner, "y": y})]
-    return _ridge(parts, alpha, alphas, ("x", "y"), dtype, basis)
+    options: dict[str, Any] = {"alpha": alpha, "alphas": alphas, "width": x.shape[1], "dtype": torch.float64}
+    fit = fit_ridge_targets(parts, "x", ["y"], **options)["y"]
+    return replace(fit, map=_in_rows(fit.map, basis, dtype))
 
 
 def fit_ridge_moments(
     parts: Sequence[Moments],
     *,
-    alpha: int | float | Literal["cv"] = "cv",
+    alpha: Choice = "cv",
     alphas: Sequence[int | float] = ALPHAS,
     source: str = "x",
     target: str = "y",
     dtype: torch.dtype = torch.float32,
 ) -> RidgeFit:
     """`fit_ridge` from accumulated moments, one per fold: no row is read again."""
-    return _ridge(parts, alpha, alphas, (source, target), dtype, None)
+    return fit_ridge_targets(parts, source, [target], alpha=alpha, alphas=alphas, dtype=dtype)[target]
 
 
 def ridge_path(
@@ -170,9 +160,14 @@ def ridge_path(
     """One ridge map per alpha (in units of the mean diagonal), all from one eigendecomposition."""
     x, y = check_rows(x, y)
     basis, inner = _row_basis(x)
-    spectrum = _Spectrum.of(Moments().update({"x": inner, "y": y}), "x", "y")
-    unit = spectrum.trace / x.shape[1]
-    return [spectrum.map(_penalty(alpha) * unit, basis, dtype, {"alpha": float(alpha)}) for alpha in alphas]
+    maps: list[LinearMap] = []
+    spectrum = Spectrum.of(Moments().update({"x": inner, "y": y}))
+    unit = float(spectrum.values.sum()) / x.shape[1]
+    path = spectrum.path("y", [penalty(alpha) * unit for alpha in alphas])
+    for alpha, fitted in zip(alphas, path, strict=True):
+        fitted = replace(fitted, meta={**fitted.meta, "alpha": float(alpha)})
+        maps.append(_in_rows(fitted, basis, dtype))
+    return maps
 
 
 def fold_ids(n: int, *, groups: Collection[Any] | None = None, folds: int = 5, seed: int = 0) -> Int64[Tensor, " n"]:
@@ -191,90 +186,6 @@ def fold_ids(n: int, *, groups: Collection[Any] | None = None, folds: int = 5, s
     return torch.tensor([int(place[order[label]]) % folds for label in labels])
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """The eigendecomposition of one training set: Sxx = V diag(l) V^T and M = V^T Sxy."""
-
-    vectors: Tensor  # [d, d]
-    values: Tensor  # [d]
-    cross: Tensor  # [d, d_out]
-    x_mean: Tensor  # [d]
-    y_mean: Tensor  # [d_out]
-    n: int
-
-    @classmethod
-    def of(cls, moments: Moments, source: str, target: str) -> _Spectrum:
-        values, vectors = torch.linalg.eigh(moments.cov(source, source))
-        cross = vectors.T @ moments.cov(source, target)
-        means = moments.mean(source), moments.mean(target)
-        return cls(vectors, values.clamp_min(0), cross, *means, moments.n)
-
-    @property
-    def trace(self) -> float:
-        return float(self.values.sum())
-
-    def coefficients(self, penalty: float) -> Tensor:
-        """diag(1 / (l + a)) M; directions without variance or penalty get 0."""
-        kept = self.values + penalty
-        floor = self.values.max() * len(self.values) * torch.finfo(torch.float64).eps
-        return torch.where(kept > floor, 1 / kept, 0.0)[:, None] * self.cross
-
-    def map(self, penalty: float, basis: Tensor | None, dtype: torch.dtype, meta: dict[str, object]) -> LinearMap:
-        weight = self.vectors @ self.coefficients(penalty)
-        bias = self.y_mean - self.x_mean @ weight
-        if basis is not None:
-            weight = basis @ weight
-        meta = {"method": "ridge", "n": self.n, "alpha_absolute": penalty, **meta}
-        return LinearMap(weight.to(dtype), bias.to(dtype), meta)
-
-
-def _ridge(
-    parts: Sequence[Moments],
-    alpha: int | float | str,
-    alphas: Sequence[int | float],
-    names: tuple[str, str],
-    dtype: torch.dtype,
-    basis: Tensor | None,
-) -> RidgeFit:
-    whole = total(parts)
-    width = whole.width(names[0]) if basis is None else len(basis)
-    spectrum = _Spectrum.of(whole, *names)
-    unit = spectrum.trace / width
-    if unit == 0:
-        raise UserError("x is constant, so there is nothing to fit")
-    cv: tuple[tuple[float, float], ...] = ()
-    if alpha == "cv":
-        if not alphas or len(parts) < 2:
-            raise UserError("cross-validation needs at least one alpha and two folds")
-        scores = _cross_validate(whole, parts, [_penalty(a) * unit for a in alphas], names)
-        cv = tuple(zip(map(float, alphas), scores, strict=True))
-        chosen = max(cv, key=lambda entry: entry[1])[0]
-    else:
-        chosen = _penalty(alpha)
-    made = spectrum.map(chosen * unit, basis, dtype, {"alpha": chosen})
-    return RidgeFit(made, chosen, chosen * unit, cv)
-
-
-def _cross_validate(
-    whole: Moments, parts: Sequence[Moments], penalties: list[float], names: tuple[str, str]
-) -> list[float]:
-    """Mean over folds of the held-out R2 (uniform over outputs, about the fold's mean), for every penalty."""
-    source, target = names
-    scores = torch.zeros(len(parts), len(penalties), dtype=torch.float64)
-    for i, part in enumerate(parts):
-        train = _Spectrum.of(whole - part, source, target)
-        inner = train.vectors.T @ part.about(source, source, train.x_mean, train.x_mean) @ train.vectors
-        cross = train.vectors.T @ part.about(source, target, train.x_mean, train.y_mean)
-        around = part.sum[target] - part.n * (train.y_mean - part.shift[target])  # sum of y - train mean
-        sst = part.cov(target, target).diagonal()
-        square = sst + around**2 / part.n
-        for j, penalty in enumerate(penalties):
-            z = train.coefficients(penalty)
-            sse = square - 2 * (z * cross).sum(0) + (z * (inner @ z)).sum(0)
-            scores[i, j] = float(torch.where(sst > 1e-14 * square, 1 - sse / sst, 0.0).mean())
-    return scores.mean(0).tolist()
-
-
 def _row_basis(x: Tensor) -> tuple[Tensor | None, Tensor]:
     """(Q, x @ Q) with Q an orthonormal basis [d, n] of the span of the rows where n < d, else (None, x)."""
     if len(x) >= x.shape[1]:
@@ -283,7 +194,7 @@ def _row_basis(x: Tensor) -> tuple[Tensor | None, Tensor]:
     return q, r.T
 
 
-def _penalty(alpha: int | float | str) -> float:
-    if isinstance(alpha, str) or not 0 <= alpha < float("inf"):
-        raise UserError(f'alpha must be a number from 0 up, or "cv"; got {alpha!r}')
-    return float(alpha)
+def _in_rows(fitted: LinearMap, basis: Tensor | None, dtype: torch.dtype) -> LinearMap:
+    """The map of the rows themselves, where the fit saw their coordinates in a basis [d, n] of their span."""
+    weight = fitted.weight if basis is None else basis @ fitted.weight
+    return LinearMap(weight.to(dtype), fitted.bias.to(dtype), fitted.meta)
