@@ -1,0 +1,211 @@
+"""GroupedMoments: moments kept apart by fold, shard, token class, and added up again as asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..atomic import staged_folder
+from ..errors import UserError
+from .moments import Moments, Pair, total
+
+FORMAT = "workbench.grouped_moments"
+VERSION = 1
+Label = str | int
+
+
+class GroupedMoments:
+    """Moments of named blocks, one for every combination of labels that occurs, all about one shift.
+
+    Args:
+        axes: what rows are told apart by, for instance ("fold", "kind").
+        pairs, products: as `Moments`.
+
+    >>> x = torch.arange(6.0)[:, None]
+    >>> grouped = GroupedMoments("fold", "kind")
+    >>> labels = {"fold": [0, 0, 0, 1, 1, 1], "kind": ["bos", "word", "word", "bos", "word", "word"]}
+    >>> _ = grouped.update({"x": x}, **labels)
+    >>> grouped.total(kind="word").mean("x").item(), [part.n for part in grouped.parts("fold", kind="word").values()]
+    (3.0, [2, 2])
+    """
+
+    def __init__(self, *axes: str, pairs: Iterable[Pair] | None = None, products: torch.dtype = torch.float64) -> None:
+        if not axes or len(set(axes)) != len(axes):
+            raise UserError(f"grouped moments need axes with names of their own; got {list(axes)}")
+        self.axes = axes
+        self.groups: dict[tuple[Label, ...], Moments] = {}
+        self.meta: dict[str, Any] = {}
+        self._pairs = None if pairs is None else list(pairs)
+        self._products = products
+
+    @property
+    def n(self) -> int:
+        """Rows in all."""
+        return sum(group.n for group in self.groups.values())
+
+    def labels(self, axis: str) -> list[Label]:
+        """The labels that occur on an axis, in the order in which they came."""
+        at = self._axis(axis)
+        return list(dict.fromkeys(key[at] for key in self.groups))
+
+    def update(
+        self, blocks: Mapping[str, Float[Tensor, "_n _d"]], **labels: Sequence[Label] | Tensor | Label
+    ) -> GroupedMoments:
+        """Adds a batch of rows. Returns self.
+
+        Args:
+            blocks: as `Moments.update`.
+            labels: for every axis one label per row, or one for the whole batch.
+
+        Raises:
+            UserError: an axis without labels, or with another number of labels than rows.
+        """
+        if set(labels) != set(self.axes):
+            raise UserError(f"every batch needs labels for {', '.join(self.axes)}; got {', '.join(labels) or 'none'}")
+        n = len(next(iter(blocks.values()))) if blocks else 0
+        if not n:
+            return self
+        columns = [_column(axis, labels[axis], n) for axis in self.axes]
+        rows: dict[tuple[Label, ...], list[int]] = {}
+        for i, key in enumerate(zip(*columns, strict=True)):
+            rows.setdefault(key, []).append(i)
+        shift = next(iter(self.groups.values())).shift if self.groups else None
+        if shift is None:
+            shift = {name: block.double().mean(0) for name, block in blocks.items()}
+        for key, index in rows.items():
+            if key not in self.groups:
+                self.groups[key] = Moments(pairs=self._pairs, products=self._products, shift=shift)
+            here = {name: block if len(index) == n else _rows(block, index) for name, block in blocks.items()}
+            self.groups[key].update(here)
+        return self
+
+    def total(self, **where: Label | Sequence[Label]) -> Moments:
+        """The moments of all rows, or of those with the given labels: `total(kind="word")`, `total(fold=[0, 1])`."""
+        return total([self.groups[key] for key in self._keys(where)])
+
+    def without(self, **where: Label | Sequence[Label]) -> Moments:
+        """The moments of all other rows: total - group."""
+        left_out = set(self._keys(where))
+        return total([group for key, group in self.groups.items() if key not in left_out])
+
+    def parts(self, axis: str, **where: Label | Sequence[Label]) -> dict[Label, Moments]:
+        """The moments of every label on an axis, over the rows with the given labels on the others."""
+        at, keys = self._axis(axis), self._keys(where)
+        return {
+            label: total([self.groups[key] for key in keys if key[at] == label])
+            for label in self.labels(axis) if any(key[at] == label for key in keys)
+        }  # fmt: skip
+
+    def __add__(self, other: GroupedMoments) -> GroupedMoments:
+        """Both sets of rows together, group by group."""
+        if not isinstance(other, GroupedMoments):
+            return NotImplemented
+        if self.axes != other.axes:
+            raise UserError(f"grouped moments of axes {list(self.axes)} and {list(other.axes)} do not add")
+        result = GroupedMoments(*self.axes, pairs=self._pairs, products=self._products)
+        result.groups = dict(self.groups)
+        for key, group in other.groups.items():
+            result.groups[key] = result.groups[key] + group if key in result.groups else group
+        return result
+
+    def save(self, path: str | Path, *, overwrite: bool = False, meta: Mapping[str, Any] | None = None) -> None:
+        """Writes a folder: groups.json and one .safetensors file per group; `meta` (JSON values) as in `Moments`."""
+        with staged_folder(path, marker="groups.json", overwrite=overwrite) as folder:
+            keys = list(self.groups)
+            for i, key in enumerate(keys):
+                self.groups[key].save(folder / f"{i:04d}.safetensors")
+            header = {"format": FORMAT, "version": VERSION, "axes": self.axes, "keys": keys}
+            header["meta"] = dict(self.meta if meta is None else meta)
+            (folder / "groups.json").write_text(json.dumps(header, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> GroupedMoments:
+        """Reads what `save` wrote."""
+        file = Path(path) / "groups.json"
+        if not file.is_file():
+            raise UserError(f"{path} does not hold grouped moments: it has no groups.json")
+        try:
+            header = json.loads(file.read_text())
+        except json.JSONDecodeError as err:
+            raise UserError(f"{file} cannot be read as JSON") from err
+        if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+            raise UserError(f"{file} does not say format {FORMAT!r}, version {VERSION}")
+        grouped = cls(*header["axes"])
+        grouped.meta = header["meta"]
+        for i, key in enumerate(header["keys"]):
+            grouped.groups[tuple(key)] = Moments.load(Path(path) / f"{i:04d}.safetensors")
+        return grouped
+
+    def _axis(self, axis: str) -> int:
+        if axis not in self.axes:
+            raise UserError(f"no axis {axis!r}; these moments are grouped by {', '.join(self.axes)}")
+        return self.axes.index(axis)
+
+    def _keys(self, where: Mapping[str, Label | Sequence[Label]]) -> list[tuple[Label, ...]]:
+        keys = list(self.groups)
+        for axis, wanted in where.items():
+            at = self._axis(axis)
+            allowed = {wanted} if isinstance(wanted, str | int) else set(wanted)
+            unknown = [label for label in allowed if label not in self.labels(axis)]
+            if unknown:
+                raise UserError(f"no rows have {axis} {unknown[0]!r}; there are {self.labels(axis)}")
+            keys = [key for key in keys if key[at] in allowed]
+        return keys
+
+
+def _column(axis: str, labels: Sequence[Label] | Tensor | Label, n: int) -> list[Label]:
+    if isinstance(labels, str | int):
+        return [labels] * n
+    column: list[Label] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    if len(column) != n:
+        raise UserError(f"labels of {axis} must name one label per row; got {len(column)} for {n} rows")
+    return column
+
+
+def _rows(block: Tensor, index: list[int]) -> Tensor:
+    return block.index_select(0, torch.tensor(index, device=block.device))
+
+
+def plan_passes(widths: Mapping[str, int], pairs: Sequence[Pair], memory: int, *, copies: int = 7) -> list[list[Pair]]:
+    """Divides the pairs into passes over the rows, so that what each accumulates fits into `memory`.
+
+    Pairs of one source stay together: their spectrum is shared. A pass holds, per copy, the products of its pairs and
+    of every block in them with itself, in float64.
+
+    Args:
+        widths: columns of every block; pairs: (source, target) to accumulate.
+        memory: bytes, of the device that accumulates.
+        copies: sets of moments held at once: 5 folds, their sum and one difference are 7.
+
+    Raises:
+        UserError: the pairs of one source alone do not fit.
+
+    >>> [len(some) for some in plan_passes({"a": 10, "b": 10, "c": 10}, [("a", "b"), ("a", "c"), ("b", "c")], 30_000)]
+    [2, 1]
+    """
+    sources: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        sources.setdefault(pair[0], []).append(pair)
+
+    def size(some: Sequence[Pair]) -> int:
+        blocks = {tuple(sorted(pair)) for pair in some} | {(name, name) for pair in some for name in pair}
+        return 8 * copies * sum(widths[a] * widths[b] for a, b in blocks)
+
+    passes: list[list[Pair]] = []
+    for source, some in sources.items():
+        if size(some) > memory:
+            raise UserError(
+                f"the moments of {source} with {len(some)} targets need {size(some) / 2**30:.2f} GiB and "
+                f"{memory / 2**30:.2f} GiB are free: ask for fewer targets or folds"
+            )
+        if passes and size([*passes[-1], *some]) <= memory:
+            passes[-1].extend(some)
+        else:
+            passes.append(list(some))
+    return passes
