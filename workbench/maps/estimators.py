@@ -11,12 +11,19 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .fit import ALPHAS, fit_pinv, fit_ridge
+from .baselines import baseline
+from .fit import check_rows, fit_pinv, fit_ridge
 from .linear_map import LinearMap
+from .moments import Moments
+from .pls import partial_least_squares
+from .reduced_rank import optimal_ranks
+from .ridge import ALPHAS, penalty
+from .sparsity import sparse_path
+from .spectrum import Spectrum
 
 
 class _MapEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator, ABC):
-    """What both estimators share: validation, prediction and the shape of y."""
+    """What the estimators share: validation, prediction and the shape of y."""
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> _MapEstimator:
         """Fits the map from rows X [n, d_in] to y [n, d_out] or [n].
@@ -50,8 +57,8 @@ class RidgeMap(_MapEstimator):
     """Centred ridge (`workbench.maps.fit.fit_ridge`) as an estimator; float64 throughout.
 
     Args:
-        alpha: penalty in units of the mean diagonal of the centred X'X, or "cv".
-        alphas: candidates for "cv".
+        alpha: penalty in units of the mean diagonal of the centred X'X, "cv" or "gcv".
+        alphas: candidates for "cv" and "gcv".
         folds: number of folds; fewer where there are fewer rows.
         random_state: seed that deals the groups into folds.
 
@@ -92,3 +99,97 @@ class PinvMap(_MapEstimator):
 
     def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
         return fit_pinv(x, y, rtol=self.rtol, dtype=torch.float64)
+
+
+class ProcrustesMap(_MapEstimator):
+    """The orthogonal map nearest in least squares, with a bias (`baseline`).
+
+    Args:
+        scale: multiply the rotation by the best number.
+
+    After `fit`: `map_` (LinearMap), `coef_` [d_out, d_in], `intercept_` [d_out].
+    """
+
+    def __init__(self, scale: Any = False) -> None:
+        self.scale = scale
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = True  # a rotation fits only what was rotated
+        return tags
+
+    def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
+        return baseline(_moments(x, y), "procrustes_scaled" if self.scale else "procrustes")
+
+
+class ReducedRankMap(_MapEstimator):
+    """The best map of one rank (`optimal_ranks`), with a bias.
+
+    Args:
+        rank: of the map, or of y - x with `update`; from 1 to the smaller width.
+        alpha: ridge penalty in units of the mean diagonal of the centred X'X.
+        metric: the R2 that is maximised: "weighted", "uniform" or "whitened".
+        update: constrain the rank of what is added to the identity.
+
+    After `fit`: `map_` (LinearMap), `coef_` [d_out, d_in], `intercept_` [d_out], `family_` (the maps of every rank).
+    """
+
+    def __init__(self, rank: Any = 1, alpha: Any = 0.0, metric: Any = "weighted", update: Any = False) -> None:
+        self.rank = rank
+        self.alpha = alpha
+        self.metric = metric
+        self.update = update
+
+    def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
+        spectrum = Spectrum.of(_moments(x, y))
+        absolute = penalty(self.alpha) * spectrum.unit
+        self.family_ = optimal_ranks(spectrum, alpha=absolute, metric=self.metric, update=self.update)
+        return self.family_.map(self.rank)
+
+
+class ElasticNetMap(_MapEstimator):
+    """Lasso and elastic net for all outputs at once (`sparse_path`), with a bias.
+
+    Args:
+        alpha, l1_ratio: as scikit-learn's `ElasticNet`; l1_ratio=1 is the lasso.
+        tol: share of the largest |X'y| / n to which the optimality conditions hold.
+        max_iter: steps at most; `gap_` says what was reached.
+
+    After `fit`: `map_` (LinearMap), `coef_` [d_out, d_in], `intercept_` [d_out], `gap_`, `n_iter_`.
+    """
+
+    def __init__(self, alpha: Any = 0.1, l1_ratio: Any = 0.5, tol: Any = 1e-7, max_iter: Any = 5000) -> None:
+        self.alpha = alpha
+        self.l1_ratio = l1_ratio
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
+        options: dict[str, Any] = {"l1_ratio": self.l1_ratio, "tolerance": self.tol, "max_iterations": self.max_iter}
+        path = sparse_path(Spectrum.of(_moments(x, y)), alphas=[penalty(self.alpha)], **options)
+        self.gap_, self.n_iter_ = path.gaps[0], path.iterations[0]
+        return path.maps[0]
+
+
+class PLSMap(_MapEstimator):
+    """Partial least squares regression (`partial_least_squares`), with a bias.
+
+    Args:
+        components: how many; where fewer explain everything, those.
+        scale: standardise the columns of both sides first.
+
+    After `fit`: `map_` (LinearMap), `coef_` [d_out, d_in], `intercept_` [d_out], `family_` (every number of components).
+    """
+
+    def __init__(self, components: Any = 1, scale: Any = True) -> None:
+        self.components = components
+        self.scale = scale
+
+    def _fit(self, x: torch.Tensor, y: torch.Tensor, groups: Any) -> LinearMap:
+        self.family_ = partial_least_squares(_moments(x, y), components=self.components, scale=self.scale)
+        return self.family_.map(self.family_.highest)
+
+
+def _moments(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    x, y = check_rows(x, y)
+    return Moments().update({"x": x, "y": y})

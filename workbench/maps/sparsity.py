@@ -21,6 +21,7 @@ class SparsePath:
     alphas: tuple[float, ...]
     gaps: tuple[float, ...]
     """largest violation of the optimality conditions, as a share of the largest |Sxy| / n"""
+    iterations: tuple[int, ...]
     tolerance: float
 
     @property
@@ -64,13 +65,13 @@ def sparse_path(
     s = spectrum.covariance(spectrum.source, spectrum.source) / n
     c = spectrum.covariance(spectrum.source, target) / n
     steepest = float(spectrum.values[-1]) / n
-    found: dict[float, tuple[Tensor, float]] = {}
+    found: dict[float, tuple[Tensor, float, int]] = {}
     weight = torch.zeros_like(c)
     for alpha in sorted({float(a) for a in alphas}, reverse=True):
-        weight, gap = _fista(
+        weight, gap, steps = _fista(
             s, c, weight, alpha * l1_ratio, alpha * (1 - l1_ratio), steepest, tolerance, max_iterations
         )
-        found[alpha] = weight, gap
+        found[alpha] = weight, gap, steps
     x_mean, y_mean = spectrum.x_mean, spectrum.y_mean(target)
     maps = []
     for alpha in map(float, alphas):
@@ -78,17 +79,20 @@ def sparse_path(
         meta = {"method": "elastic_net", "n": n, "alpha_absolute": alpha, "l1_ratio": l1_ratio}
         maps.append(LinearMap(weight.to(dtype), (y_mean - x_mean @ weight).to(dtype), meta))
     gaps = tuple(found[float(alpha)][1] for alpha in alphas)
-    return SparsePath(tuple(maps), tuple(map(float, alphas)), gaps, tolerance)
+    counts = tuple(found[float(alpha)][2] for alpha in alphas)
+    return SparsePath(tuple(maps), tuple(map(float, alphas)), gaps, counts, tolerance)
 
 
 def _fista(
     s: Tensor, c: Tensor, weight: Tensor, l1: float, l2: float, steepest: float, tolerance: float, iterations: int
-) -> tuple[Tensor, float]:
-    """The minimiser for one penalty and its gap, from a starting point."""
+) -> tuple[Tensor, float, int]:
+    """The minimiser for one penalty, its gap and the steps it took, from a starting point."""
     step = 1 / (steepest + l2)
     scale = float(c.abs().max()) or 1.0
     ahead, momentum, gap = weight, torch.ones(c.shape[1]).to(c), float("inf")
+    steps = 0
     for i in range(iterations):
+        steps = i + 1
         new = _shrunk(ahead - step * (s @ ahead - c + l2 * ahead), step * l1)
         moved = new - weight
         uphill = ((ahead - new) * moved).sum(0) > 0
@@ -100,7 +104,7 @@ def _fista(
             gap = float((direct - weight).abs().max()) / step / scale
             if gap <= tolerance:
                 break
-    return weight, gap
+    return weight, gap, steps
 
 
 def _shrunk(weight: Tensor, by: float) -> Tensor:
