@@ -55,9 +55,11 @@ class CanonicalCorrelations:
         white_x, white_y = _whitening(moments, source, cut), _whitening(moments, target, cut)
         rank_x, rank_y, n = white_x.shape[1], white_y.shape[1], moments.n
         if n - 1 <= rank_x + rank_y:
+            # where all n - 1 directions of the rows are taken, how many there are is not known yet
+            full = sum(moments.width(s) if r >= n - 1 else r for s, r in ((source, rank_x), (target, rank_y)))
             raise UserError(
-                f"canonical correlations of {rank_x} with {rank_y} directions need more than {rank_x + rank_y + 1} "
-                f"rows; got {n}: profile more prompts"
+                f"canonical correlations of {source} with {target} need more than {full + 1} rows; got {n}: profile "
+                "more prompts"
             )
         u, rho, vh = torch.linalg.svd(white_x.T @ (moments.cov(source, target) / n) @ white_y, full_matrices=False)
         left, right = sign_fixed(white_x @ u, white_y @ vh.T)
