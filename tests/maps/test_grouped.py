@@ -62,6 +62,18 @@ def test_halves_add_up_group_by_group(rows):
     assert halves[0].n == 150
 
 
+@pytest.mark.parametrize("waiting", [0, 30, 10_000])
+def test_rows_that_wait_are_never_missed(rows, waiting):
+    blocks, fold, kind = rows
+    made = GroupedMoments("fold", "kind", waiting=waiting)
+    for i in range(0, 400, 25):
+        part = slice(i, i + 25)
+        made.update({k: v[part] for k, v in blocks.items()}, fold=fold[part], kind=kind[part])
+        assert made.n == i + 25
+    assert_same(made.total(), one_pass(rows, fold >= 0))
+    assert_same(made.total(fold=2), one_pass(rows, fold == 2))
+
+
 def test_one_label_for_a_whole_batch(rows):
     made = GroupedMoments("shard").update(rows[0], shard=7)
     assert made.labels("shard") == [7]
@@ -96,6 +108,10 @@ def test_refusals(rows):
         made.update(rows[0], fold=0)
     with pytest.raises(UserError, match="got 3 for 400 rows"):
         made.update(rows[0], fold=[1, 2, 3], kind="word")
+    with pytest.raises(UserError, match="every batch needs the blocks"):
+        made.update({"x": rows[0]["x"]}, fold=0, kind="word")
+    with pytest.raises(UserError, match="every batch needs the blocks"):
+        made.update({"x": rows[0]["x"][:5], "y": rows[0]["y"][:4]}, fold=0, kind="word")
     with pytest.raises(UserError, match="no rows have kind 'pad'"):
         made.total(kind="pad")
     with pytest.raises(UserError, match="no axis 'shard'; these moments are grouped by fold, kind"):

@@ -135,3 +135,30 @@ def test_bad_batches_are_refused(rows):
     with pytest.raises(UserError, match="take 1400 rows away"):
         m - (m + m)
     assert m.n == 700
+
+
+def test_a_selection_holds_the_same_and_copies_nothing(rows):
+    m = Moments().update({**rows, "z": rows["y"] ** 2})
+    part = m.select([("y", "x")])
+    assert part.names == ["x", "y"]
+    assert part.product["x", "y"] is m.product["x", "y"]
+    assert torch.equal(part.cov("y", "x"), m.cov("y", "x"))
+    with pytest.raises(UserError, match="no block 'w'"):
+        m.select([("x", "w")])
+    with pytest.raises(UserError, match="name the pair"):
+        Moments(pairs=[]).update(rows).select([("x", "y")])
+
+
+def test_a_given_shift_is_kept_and_changes_nothing_else(rows):
+    shift = {name: torch.full((block.shape[1],), 3.0) for name, block in rows.items()}
+    m = Moments(shift=shift).update(rows)
+    assert torch.equal(m.shift["x"], shift["x"].double())
+    assert_same(m, Moments().update(rows), rtol=1e-9)
+    assert_same(m.to("cpu"), m, rtol=0)
+
+
+def test_where_they_are_from_is_saved_with_them(rows, tmp_path):
+    m = Moments().update(rows)
+    m.save(tmp_path / "m.safetensors", meta={"model": "tiny", "folds": 5})
+    assert Moments.load(tmp_path / "m.safetensors").meta == {"model": "tiny", "folds": 5}
+    assert (m + m).meta == {}

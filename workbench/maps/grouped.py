@@ -26,6 +26,8 @@ class GroupedMoments:
     Args:
         axes: what rows are told apart by, for instance ("fold", "kind").
         pairs, products: as `Moments`.
+        waiting: rows that may wait in all until their group has many: a product is as dear to add for 10 rows as for
+            1,000. What is asked for is always complete.
 
     >>> x = torch.arange(6.0)[:, None]
     >>> grouped = GroupedMoments("fold", "kind")
@@ -35,14 +37,30 @@ class GroupedMoments:
     (3.0, [2, 2])
     """
 
-    def __init__(self, *axes: str, pairs: Iterable[Pair] | None = None, products: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        *axes: str,
+        pairs: Iterable[Pair] | None = None,
+        products: torch.dtype = torch.float64,
+        waiting: int = 4096,
+    ) -> None:
         if not axes or len(set(axes)) != len(axes):
             raise UserError(f"grouped moments need axes with names of their own; got {list(axes)}")
         self.axes = axes
-        self.groups: dict[tuple[Label, ...], Moments] = {}
         self.meta: dict[str, Any] = {}
+        self._groups: dict[tuple[Label, ...], Moments] = {}
+        self._waiting: dict[tuple[Label, ...], list[dict[str, Tensor]]] = {}
+        self._most = waiting
+        self._shift: dict[str, Tensor] = {}
         self._pairs = None if pairs is None else list(pairs)
         self._products = products
+
+    @property
+    def groups(self) -> dict[tuple[Label, ...], Moments]:
+        """The moments of every combination of labels, one label per axis."""
+        for key in list(self._waiting):
+            self._add(key)
+        return self._groups
 
     @property
     def n(self) -> int:
@@ -64,26 +82,44 @@ class GroupedMoments:
             labels: for every axis one label per row, or one for the whole batch.
 
         Raises:
-            UserError: an axis without labels, or with another number of labels than rows.
+            UserError: an axis without labels, or with another number of labels than rows; other blocks than before.
         """
         if set(labels) != set(self.axes):
             raise UserError(f"every batch needs labels for {', '.join(self.axes)}; got {', '.join(labels) or 'none'}")
         n = len(next(iter(blocks.values()))) if blocks else 0
         if not n:
             return self
+        if not self._shift:
+            self._shift = {name: block.double().mean(0) for name, block in blocks.items()}
+        widths, shapes = ({k: len(v) for k, v in self._shift.items()}, {k: list(v.shape) for k, v in blocks.items()})
+        if shapes != {name: [n, width] for name, width in widths.items()}:
+            raise UserError(f"every batch needs the blocks {widths} (name: width) with equal rows; got shapes {shapes}")
         columns = [_column(axis, labels[axis], n) for axis in self.axes]
         rows: dict[tuple[Label, ...], list[int]] = {}
         for i, key in enumerate(zip(*columns, strict=True)):
             rows.setdefault(key, []).append(i)
-        shift = next(iter(self.groups.values())).shift if self.groups else None
-        if shift is None:
-            shift = {name: block.double().mean(0) for name, block in blocks.items()}
         for key, index in rows.items():
-            if key not in self.groups:
-                self.groups[key] = Moments(pairs=self._pairs, products=self._products, shift=shift)
-            here = {name: block if len(index) == n else _rows(block, index) for name, block in blocks.items()}
-            self.groups[key].update(here)
+            if key not in self._groups:
+                self._groups[key] = Moments(pairs=self._pairs, products=self._products, shift=self._shift)
+            if len(index) == n:
+                self._groups[key].update(blocks)
+            else:
+                self._waiting.setdefault(key, []).append({name: _rows(block, index) for name, block in blocks.items()})
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Adds the rows of the fullest groups until few enough wait."""
+        counts = {key: sum(len(next(iter(b.values()))) for b in batches) for key, batches in self._waiting.items()}
+        while counts and sum(counts.values()) > self._most:
+            fullest = max(counts, key=counts.__getitem__)
+            self._add(fullest)
+            del counts[fullest]
+
+    def _add(self, key: tuple[Label, ...]) -> None:
+        batches = self._waiting[key]
+        self._groups[key].update({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        del self._waiting[key]
 
     def total(self, **where: Label | Sequence[Label]) -> Moments:
         """The moments of all rows, or of those with the given labels: `total(kind="word")`, `total(fold=[0, 1])`."""
@@ -109,9 +145,9 @@ class GroupedMoments:
         if self.axes != other.axes:
             raise UserError(f"grouped moments of axes {list(self.axes)} and {list(other.axes)} do not add")
         result = GroupedMoments(*self.axes, pairs=self._pairs, products=self._products)
-        result.groups = dict(self.groups)
+        result._groups, result._shift = dict(self.groups), self._shift or other._shift
         for key, group in other.groups.items():
-            result.groups[key] = result.groups[key] + group if key in result.groups else group
+            result._groups[key] = result._groups[key] + group if key in result._groups else group
         return result
 
     def save(self, path: str | Path, *, overwrite: bool = False, meta: Mapping[str, Any] | None = None) -> None:
@@ -139,7 +175,10 @@ class GroupedMoments:
         grouped = cls(*header["axes"])
         grouped.meta = header["meta"]
         for i, key in enumerate(header["keys"]):
-            grouped.groups[tuple(key)] = Moments.load(Path(path) / f"{i:04d}.safetensors")
+            grouped._groups[tuple(key)] = Moments.load(Path(path) / f"{i:04d}.safetensors")
+        first = next(iter(grouped._groups.values()), None)
+        if first is not None:
+            grouped._shift, grouped._pairs = first.shift, list(first.product)
         return grouped
 
     def _axis(self, axis: str) -> int:
