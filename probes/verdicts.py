@@ -1,0 +1,142 @@
+"""The verdict on each feature: transported, rotated or synthesised, with its evidence and its thresholds in the open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.errors import UserError
+from workbench.maps.linear_map import LinearMap
+
+from .dictionaries import Dictionary
+from .features import Batch, FeatureMetrics, measure_features
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERDICTS = ("transported", "rotated", "synthesised", "mixed", "rare")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a verdict is decided by. All are shares of a feature's variance, but for `count`."""
+
+    predicted: float = 0.5
+    """the operator predicts a feature where its R2 is at least this ..."""
+    margin: float = 0.1
+    """... and exceeds that of the shuffled-pairs operator by this"""
+    carried: float = 0.5
+    """the identity carries it where the squared Pearson correlation of <x, u> with <y, u> is at least this"""
+    unpredicted: float = 0.3
+    """a feature is synthesised where the operator's R2 is below this; in between, it is mixed"""
+    count: int = 20
+    """a feature that fires on fewer tokens is rare: nothing is said of it"""
+    tokens: Literal["active", "all"] = "active"
+    """whether R2 and correlation are taken over the tokens where the feature fires, or over all"""
+
+    def __post_init__(self) -> None:
+        if not self.unpredicted <= self.predicted:
+            raise UserError(f"unpredicted={self.unpredicted} must not exceed predicted={self.predicted}")
+        if self.tokens not in ("active", "all"):
+            raise UserError(f"tokens must be 'active' or 'all'; got {self.tokens!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureVerdicts:
+    """One verdict per feature, and what it rests on."""
+
+    verdict: tuple[str, ...]
+    thresholds: Thresholds
+    operator: FeatureMetrics
+    identity: FeatureMetrics
+    control: FeatureMetrics | None
+
+    def __repr__(self) -> str:
+        return "FeatureVerdicts(" + ", ".join(f"{n} {name}" for name, n in self.counts.items()) + ")"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many features got each verdict."""
+        return {name: self.verdict.count(name) for name in VERDICTS}
+
+    def frame(self) -> pd.DataFrame:
+        """One line per feature: its verdict, the evidence (`r2`, `identity_r2`, `control_r2`), then the operator's
+        figures. The thresholds lie in `.attrs`."""
+        found = self.operator.frame()
+        suffix = "" if self.thresholds.tokens == "active" else "_all"
+        found.insert(0, "verdict", self.verdict)
+        found.insert(1, "identity_carries", _carried(self.identity, suffix).numpy())
+        found.insert(2, "identity_r2", getattr(self.identity, "r2" + suffix).numpy())
+        missing = torch.full_like(self.operator.r2, torch.nan)
+        control = missing if self.control is None else getattr(self.control, "r2" + suffix)
+        found.insert(3, "control_r2", control.numpy())
+        found.attrs["thresholds"] = asdict(self.thresholds)
+        return found
+
+
+def feature_verdicts(
+    operator: LinearMap,
+    dictionary: Dictionary,
+    batches: Iterable[Batch],
+    *,
+    control: LinearMap | None = None,
+    thresholds: Thresholds | None = None,
+    features: Sequence[int] | Int[Tensor, " f"] | None = None,
+    firing: float = 1e-6,
+    shards: int = 20,
+) -> FeatureVerdicts:
+    """Says of each feature whether it was carried to its layer linearly, and whether in place.
+
+    - transported: the operator predicts it, and so does <x, u_f> itself, the read-out of the source along the feature's
+      own decoder direction (up to a scale and an offset, which are not counted against it): it lay there already;
+    - rotated: the operator predicts it from other directions of the source;
+    - synthesised: no linear prediction: it was made on the way, or is not linear in the source;
+    - mixed: predicted in part; rare: too few firing tokens to tell.
+
+    control: the operator fitted to shuffled pairs; what it predicts is no evidence. For the other arguments see
+    `measure_features`. Raises UserError as that does, and where source and target differ in width: the identity then
+    says nothing.
+    """
+    if operator.d_in != operator.d_out:
+        raise UserError(f"verdicts compare an operator with the identity, so its widths must be equal; got "
+                        f"{operator.d_in} -> {operator.d_out}")  # fmt: skip
+    arms = {"operator": operator, "identity": LinearMap.identity(operator.d_in)}
+    if control is not None:
+        arms["control"] = control
+    made = measure_features(arms, dictionary, batches, features=features, firing=firing, shards=shards)
+    return judge(made["operator"], made["identity"], made.get("control"), thresholds)
+
+
+def judge(
+    operator: FeatureMetrics,
+    identity: FeatureMetrics,
+    control: FeatureMetrics | None = None,
+    thresholds: Thresholds | None = None,
+) -> FeatureVerdicts:
+    """The verdicts from figures that are there already, so that other thresholds cost nothing."""
+    limits = thresholds or Thresholds()
+    suffix = "" if limits.tokens == "active" else "_all"
+    r2, carried = getattr(operator, "r2" + suffix), _carried(identity, suffix)
+    by_chance = torch.zeros_like(r2) if control is None else getattr(control, "r2" + suffix).clamp_min(0).nan_to_num(0)
+    predicted = (r2 >= limits.predicted) & (r2 - by_chance >= limits.margin)
+    absent = (r2 < limits.unpredicted) | (r2 - by_chance < limits.margin)
+    rare = (operator.count < limits.count) | r2.isnan()
+    verdicts = []
+    for i in range(len(r2)):
+        if rare[i]:
+            verdicts.append("rare")
+        elif predicted[i]:
+            verdicts.append("transported" if carried[i] >= limits.carried else "rotated")
+        else:
+            verdicts.append("synthesised" if absent[i] else "mixed")
+    return FeatureVerdicts(tuple(verdicts), limits, operator, identity, control)
+
+
+def _carried(identity: FeatureMetrics, suffix: str) -> Float[Tensor, " f"]:
+    """The share of the truth's variance that <x, u> predicts with a slope of its own; 0 where the slope is negative."""
+    return getattr(identity, "pearson" + suffix).clamp_min(0).square()
