@@ -1,0 +1,295 @@
+"""Blocks skipped: a run of blocks replaced by one map, what it saves and what it costs.
+
+A map from `resid_post.l` to `resid_post.(l+k)` put in at every position is the model without blocks l+1 to l+k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..backends.torch_hooks import hidden_of
+from ..errors import UserError
+from ..maps.linear_map import LinearMap
+from ..models import Model
+from ..progress import progress
+from ..rendering import pad
+from ..sites import Site, text_config
+from .causal import EVERYWHERE, UNTOUCHED, choose, replaced, transport
+from .scoring import Scores, Sequences, ratio_interval, score
+from .statistics import Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Jump = tuple[int, int]
+"""(l, k): from resid_post.l to resid_post.(l + k), so that blocks l+1 to l+k are skipped"""
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """One set of skipped blocks: what it saves, and what it costs on the same sequences."""
+
+    blocks: tuple[int, ...]
+    saved: float
+    """share of the forward pass's FLOPs that is saved, the maps' own cost taken off"""
+    log_perplexity: Interval
+    delta: Interval
+    """log-perplexity less that of the whole model (paired over sequences)"""
+    kl: Interval
+    agreement: Interval
+    logit_difference: float | None = None
+    """largest difference between the logits of the model that skips the blocks and of the one whose states are
+    replaced, over the first sequences; None where it was not asked for"""
+
+
+@dataclass(frozen=True)
+class ShortcutCurve:
+    """Perplexity against FLOPs saved; the first point is the whole model."""
+
+    points: tuple[Shortcut, ...]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def frame(self) -> pd.DataFrame:
+        """One line per set of blocks."""
+        import pandas as pd
+
+        lines = []
+        for p in self.points:
+            line: dict[str, Any] = {"blocks": " ".join(map(str, p.blocks)), "skipped": len(p.blocks), "saved": p.saved}
+            for key in ("log_perplexity", "delta", "kl", "agreement"):
+                found: Interval = getattr(p, key)
+                line |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+            lines.append({**line, "logit_difference": p.logit_difference})
+        return pd.DataFrame(lines)
+
+
+def shortcut_curve(
+    model: Model,
+    prompts: Any,
+    operators: Mapping[Jump, LinearMap],
+    *,
+    verify: bool = False,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> ShortcutCurve:
+    """Every run of blocks for which there is an operator, skipped on its own: perplexity against FLOPs saved.
+
+    operators: maps by (l, k). The blocks are really skipped; `verify` also measures, over the first sequences, how far
+    their logits are from those of the model whose states are replaced (`Shortcut.logit_difference`). Points come in the
+    order of what they save. Raises UserError for operators that the model has no place for.
+    """
+    check_jumps(model, operators)
+    sequences = Sequences.of(model, prompts, max_length)
+    sets = [frozenset(range(l + 1, l + k + 1)) for l, k in operators]
+    points = _measure(model, sequences, sets, operators, batch_size)
+    if verify:
+        points = [_verified(model, sequences, point, operators) for point in points]
+    return ShortcutCurve(tuple(sorted(points, key=lambda p: p.saved)))
+
+
+def greedy_skips(
+    model: Model,
+    prompts: Any,
+    operators: Mapping[Jump, LinearMap],
+    *,
+    budget: float,
+    max_blocks: int | None = None,
+    held_out: Any = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> ShortcutCurve:
+    """The best set of blocks to skip, found greedily: one more block at a time, the one that costs least.
+
+    Neighbouring skipped blocks count as one run, which needs its own operator (l, k); sets whose runs have none are not
+    tried. It ends when the cheapest next block would raise log-perplexity by more than `budget` nats per token over the
+    whole model, or after `max_blocks`. The sets were chosen on `prompts`: for figures free of that choice give other
+    prompts as `held_out`, and the points are measured there.
+    """
+    check_jumps(model, operators)
+    if not budget > 0:
+        raise UserError(f"budget must be a positive rise of log-perplexity, in nats per token; got {budget}")
+    sequences = Sequences.of(model, prompts, max_length)
+    limit = model.n_layers if max_blocks is None else max_blocks
+    chosen: frozenset[int] = frozenset()
+    path: list[frozenset[int]] = []
+    points = _measure(model, sequences, [], operators, batch_size)
+    with progress(total=limit, desc="skipping blocks", unit="block") as bar:
+        while len(chosen) < limit:
+            tried = [chosen | {b} for b in range(1, model.n_layers) if b not in chosen]
+            tried = [blocks for blocks in tried if set(runs_of(blocks)) <= set(operators)]
+            if not tried:
+                break
+            measured = _measure(model, sequences, tried, operators, batch_size)[1:]
+            best = min(measured, key=lambda p: p.delta.value)
+            if best.delta.value > budget:
+                break
+            chosen = frozenset(best.blocks)
+            path.append(chosen)
+            points.append(best)
+            bar.update(1)
+    if held_out is not None:
+        points = _measure(model, Sequences.of(model, held_out, max_length), path, operators, batch_size)
+    return ShortcutCurve(tuple(points))
+
+
+def runs_of(blocks: Collection[int]) -> list[Jump]:
+    """The jumps (l, k) that together skip these blocks.
+
+    >>> runs_of({3, 4, 7})
+    [(2, 2), (6, 1)]
+    """
+    found: list[Jump] = []
+    for block in sorted(blocks):
+        if found and sum(found[-1]) == block - 1:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((block - 1, 1))
+    return found
+
+
+def check_jumps(model: Model, operators: Mapping[Jump, LinearMap]) -> None:
+    """Raises UserError for no operators, a jump that leaves the model, or an operator of another width."""
+    if not operators:
+        raise UserError("no operators given; give maps by (layer, number of blocks)")
+    for (l, k), operator in operators.items():
+        if l < 0 or k < 1 or l + k >= model.n_layers:
+            raise UserError(f"the jump ({l}, {k}) does not lie within layers 0 to {model.n_layers - 1}; (l, k) skips "
+                            "blocks l+1 to l+k")  # fmt: skip
+        if (operator.d_in, operator.d_out) != (model.width, model.width):
+            raise UserError(f"the operator of jump ({l}, {k}) maps width {operator.d_in} to {operator.d_out}; this model "
+                            f"has width {model.width}")  # fmt: skip
+
+
+@contextmanager
+def skipped(model: Model, operators: Mapping[Jump, LinearMap]) -> Iterator[None]:
+    """Inside the block, forward passes skip the blocks of each jump (l, k) and apply its map instead.
+
+    For passes without a KV cache. The blocks' own forward comes back at the end, an exception included.
+    """
+    check_jumps(model, operators)
+    layers = [b for l, k in operators for b in range(l + 1, l + k + 1)]
+    if len(set(layers)) != len(layers):
+        raise UserError(f"the jumps {sorted(operators)} skip a block twice; give runs that do not overlap")
+    sizes = _tuple_sizes(model, layers)
+    before: dict[int, Any] = {}
+    try:
+        for (l, k), operator in operators.items():
+            for b in range(l + 1, l + k + 1):
+                block = model.block(b)
+                before[b] = block.__dict__.get("forward")
+                # the map takes the place of the first block of a run; the others hand on what they get
+                block.__dict__["forward"] = _forward(transport(operator, model) if b == l + 1 else None, sizes[b])
+        yield
+    finally:
+        for b, forward in before.items():
+            if forward is None:
+                del model.block(b).__dict__["forward"]
+            else:
+                model.block(b).__dict__["forward"] = forward
+
+
+def _forward(arm: Any, size: int | None) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        h: Tensor = args[0] if args else kwargs["hidden_states"]
+        out = h if arm is None else arm(h.flatten(0, -2), h.flatten(0, -2)).view_as(h)
+        return out if size is None else (out, *[None] * (size - 1))
+
+    return forward
+
+
+def _tuple_sizes(model: Model, layers: Collection[int]) -> dict[int, int | None]:
+    """What each block returns: None for a tensor, else the length of its tuple (one short pass)."""
+    sizes: dict[int, int | None] = {}
+
+    def look(layer: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden_of(output)
+            sizes[layer] = len(output) if isinstance(output, tuple) else None
+
+        return hook
+
+    handles = [model.block(b).register_forward_hook(look(b)) for b in layers]
+    ids: Int[Tensor, "1 2"] = torch.arange(3, 5)[None] % int(text_config(model.module).vocab_size)
+    try:
+        with torch.inference_mode():
+            model.run(ids, torch.ones_like(ids), stop_after=max(layers))
+            missing = [b for b in layers if b not in sizes]
+            assert not missing, f"blocks {missing} did not run"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+def block_flops(model: Model, context: float) -> list[float]:
+    """FLOPs per token of each block: 2 per weight of its matrices, and attention over (context + 1) / 2 earlier tokens.
+
+    A mixture of experts counts all of its experts, more than a token costs there.
+    """
+    config = text_config(model.module)
+    heads = int(getattr(config, "num_attention_heads", 1))
+    width = heads * int(getattr(config, "head_dim", None) or model.width // heads)
+    attention = 4 * width * (context + 1) / 2
+    return [
+        2.0 * sum(p.numel() for p in model.block(b).parameters() if p.ndim > 1) + attention
+        for b in range(model.n_layers)
+    ]
+
+
+def saved_share(model: Model, blocks: Collection[int], context: float) -> float:
+    """The share of a forward pass's FLOPs (blocks and LM head) that skipping these blocks saves, less their maps'."""
+    flops = block_flops(model, context)
+    head = 2.0 * model.width * int(text_config(model.module).vocab_size)
+    return (sum(flops[b] for b in blocks) - 2.0 * model.width**2 * len(runs_of(blocks))) / (sum(flops) + head)
+
+
+def _measure(
+    model: Model, sequences: Sequences, sets: list[frozenset[int]], operators: Mapping[Jump, LinearMap], batch_size: int
+) -> list[Shortcut]:
+    """The whole model, then each set of blocks, in the order given."""
+    picks = [{jump: operators[jump] for jump in runs_of(blocks)} for blocks in sets]
+    arms = {str(i): (lambda *_, pick=pick: skipped(model, pick)) for i, pick in enumerate(picks)}
+    scores = score(model, sequences, arms, batch_size=batch_size)
+    context = float(sequences.predicted.mean()) + 1
+    plain = scores[UNTOUCHED]
+    every = [(frozenset[int](), plain), *((blocks, scores[str(i)]) for i, blocks in enumerate(sets))]
+    return [_point(model, sequences, blocks, found, plain, context) for blocks, found in every]
+
+
+def _point(
+    model: Model, sequences: Sequences, blocks: frozenset[int], found: Scores, plain: Scores, context: float
+) -> Shortcut:
+    sums = (found.loss, found.loss - plain.loss, found.kl, found.agree)
+    loss, delta, kl, agree = (ratio_interval(part, sequences.predicted) for part in sums)
+    return Shortcut(tuple(sorted(blocks)), saved_share(model, blocks, context), loss, delta, kl, agree)
+
+
+def _verified(
+    model: Model, sequences: Sequences, point: Shortcut, operators: Mapping[Jump, LinearMap], first: int = 4
+) -> Shortcut:
+    """The point with the largest difference of logits between skipping its one run and replacing the states after it."""
+    if not point.blocks:
+        return replace(point, logit_difference=0.0)
+    ((l, k),) = runs_of(point.blocks)
+    few = Sequences(sequences.ids[:first], 0)
+    ids, mask = pad(few.ids, model.pad_id, "right")
+    keep = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, positions in enumerate(choose(model, few, EVERYWHERE)):
+        keep[row, positions] = True
+    operator = operators[l, k]
+    with torch.inference_mode():
+        with skipped(model, {(l, k): operator}):
+            mine = model.logits(ids, mask).float()
+        with replaced(model, Site(l), Site(l + k), transport(operator, model), keep):
+            theirs = model.logits(ids, mask).float()
+    real = mask.bool().to(mine.device)
+    return replace(point, logit_difference=float((mine - theirs)[real].abs().max()))
