@@ -55,14 +55,14 @@ class Dictionary:
     """
 
     W_enc: Float[Tensor, "d f"]
-    b_enc: Float[Tensor, " f"]
-    W_dec: Float[Tensor, "f d"]
-    b_dec: Float[Tensor, " d"]
+    b_enc: Float[Tensor, " f_bias"]
+    W_dec: Float[Tensor, "f_dec d_dec"]
+    b_dec: Float[Tensor, " d_bias"]
     kind: str
-    threshold: Float[Tensor, " f"] | None = None
+    threshold: Float[Tensor, " f_threshold"] | None = None
     k: int | None = None
-    r_mag: Float[Tensor, " f"] | None = None
-    b_mag: Float[Tensor, " f"] | None = None
+    r_mag: Float[Tensor, " f_r"] | None = None
+    b_mag: Float[Tensor, " f_mag"] | None = None
     subtract_b_dec: bool = False
     normalise: str = "none"
     site: str | None = None

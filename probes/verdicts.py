@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -36,8 +36,8 @@ class Thresholds:
     """a feature is synthesised where the operator's R2 is below this; in between, it is mixed"""
     count: int = 20
     """a feature that fires on fewer tokens is rare: nothing is said of it"""
-    tokens: Literal["active", "all"] = "active"
-    """whether R2 and correlation are taken over the tokens where the feature fires, or over all"""
+    tokens: str = "active"
+    """`active`: R2 and correlation are taken over the tokens where the feature fires; `all`: over all"""
 
     def __post_init__(self) -> None:
         if not self.unpredicted <= self.predicted:

@@ -1,7 +1,7 @@
-"""`python -m data.build [prompts] [models] [adapters]`: makes what is bundled again; everything unless told which.
+"""`python -m data.build [prompts] [models] [adapters] [dictionaries]`: makes what is bundled again; all unless told which.
 
-Models take about twenty minutes on a core each and are trained side by side. The same seeds on the same machine and
-versions give the same files; another machine's arithmetic gives other weights of the same behaviour.
+Models take about twenty minutes on a core each, dictionaries five, and are trained side by side. The same seeds on the
+same machine and versions give the same files; another machine's arithmetic gives other weights of the same behaviour.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[1]
-PARTS = ("prompts", "models", "adapters")
+PARTS = ("prompts", "models", "adapters", "dictionaries")
 
 
 def _models() -> None:
@@ -53,6 +53,14 @@ def _adapters() -> None:
         )
 
 
+def _dictionaries() -> None:
+    """A dictionary of each of the recipient's later layers, two at a time, a process and a thread each."""
+    from .dictionaries import LAYERS, build
+
+    with get_context("spawn").Pool(2) as pool:
+        pool.starmap(build, [(layer, DATA / "models", DATA / "dictionaries") for layer in LAYERS], chunksize=1)
+
+
 def main(parts: list[str]) -> None:
     unknown = set(parts) - set(PARTS)
     if unknown:
@@ -66,6 +74,8 @@ def main(parts: list[str]) -> None:
         _models()
     if "adapters" in chosen:
         _adapters()
+    if "dictionaries" in chosen:
+        _dictionaries()
 
 
 if __name__ == "__main__":

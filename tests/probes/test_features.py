@@ -130,7 +130,7 @@ def test_the_jackknife_is_that_of_whole_prompts():
     assert float((pretended.se["r2_all"] / once.se["r2_all"]).median()) < 0.6
     low, high = once.interval("r2_all")
     assert ((low < once.r2_all) & (once.r2_all < high)).all()
-    assert feature_metrics(operator, d, row_batches(x, y, torch.zeros(400))).se["r2"].isnan().all()
+    assert feature_metrics(operator, d, row_batches(x, y, torch.zeros(400, dtype=torch.int64))).se["r2"].isnan().all()
 
 
 def planted_features(n: int = 6000, each: int = 40) -> tuple[Tensor, Tensor, Dictionary, list[str]]:
