@@ -63,7 +63,7 @@ class Moments:
         self.product: dict[Pair, Tensor] = {}
         self._pairs: set[Pair] | None = None if pairs is None else {(min(pair), max(pair)) for pair in pairs}
         if shift is not None:
-            self._start({name: point.double() for name, point in shift.items()})
+            self._start(shift)
 
     @property
     def names(self) -> list[str]:
@@ -87,9 +87,7 @@ class Moments:
             if not torch.isfinite(block).all():
                 raise UserError(f"block {name!r} holds NaN or infinite values; remove those rows first")
         if not self.sum:
-            # rounded to what the products are made in: a shift may be any number, but it must be the same one everywhere
-            mean = {name: block.mean(0, dtype=torch.float64) for name, block in blocks.items()}
-            self._start({name: value.to(self.products).double() for name, value in mean.items()})
+            self._start({name: block.mean(0, dtype=torch.float64) for name, block in blocks.items()})
         self.n += next(iter(rows.values()))
         factors = {}
         for name, block in blocks.items():
@@ -217,9 +215,10 @@ class Moments:
             moments.product[a, b] = tensors[f"product.{i}"]
         return moments
 
-    def _start(self, shift: dict[str, Tensor]) -> None:
-        self.shift = dict(shift)
-        self.sum = {name: torch.zeros_like(c) for name, c in shift.items()}
+    def _start(self, shift: Mapping[str, Tensor]) -> None:
+        # rounded to what the products are made in: a shift may be any point, but it must be the same one everywhere
+        self.shift = {name: point.to(self.products).double() for name, point in shift.items()}
+        self.sum = {name: torch.zeros_like(c) for name, c in self.shift.items()}
         for i, a in enumerate(self.names):
             for b in self.names[i:]:
                 if self._pairs is None or a == b or (a, b) in self._pairs:
