@@ -48,6 +48,54 @@ FAMILIES: dict[str, Any] = {
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**{k: v for k, v in _GATED.items() if k != "head_dim"})),
 }  # fmt: skip
 
+_HEADS = dict(vocab_size=VOCABULARY, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_FALCON = {k: v for k, v in _COMMON.items() if k != "max_position_embeddings"} | dict(alibi=False)
+_PLAIN = {k: v for k, v in _GATED.items() if k != "head_dim"}
+_EXPERTS = dict(**_PLAIN, num_experts_per_tok=2)
+_STABLE = dict(**_PLAIN, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+
+
+def _wrapped(config: Any, text: Any, module: Any, **more: Any) -> Any:
+    """A multimodal wrapper with a small text part and a smaller vision part."""
+    vision = tf.SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   image_size=28, patch_size=14)  # fmt: skip
+    return module(config(text_config=text, vision_config=vision, **more))
+
+
+MORE_FAMILIES: dict[str, Any] = {
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**_HEADS, hidden_size=WIDTH, n_layer=LAYERS)),
+    "codegen": lambda: tf.CodeGenForCausalLM(tf.CodeGenConfig(
+        **_HEADS, n_embd=WIDTH, n_layer=LAYERS, n_positions=128, rotary_dim=8)),
+    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**_PLAIN)),
+    "falcon_new": lambda: tf.FalconForCausalLM(tf.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon_sequential": lambda: tf.FalconForCausalLM(tf.FalconConfig(
+        **_FALCON, parallel_attn=False, multi_query=False)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_GATED)),
+    "gemma3_wrapped": lambda: _wrapped(
+        tf.Gemma3Config, dict(**_GATED, query_pre_attn_scalar=12), tf.Gemma3ForConditionalGeneration,
+        mm_tokens_per_image=4, boi_token_index=5, eoi_token_index=6, image_token_index=198),
+    "gpt_neox_sequential": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
+        **_COMMON, intermediate_size=96, use_parallel_residual=False)),
+    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(
+        **_HEADS, n_embd=WIDTH, n_layer=LAYERS, n_positions=128, rotary_dim=8)),
+    "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(
+        **_PLAIN, residual_multiplier=0.22)),
+    "llava": lambda: _wrapped(
+        tf.LlavaConfig, tf.LlamaConfig(**_GATED), tf.LlavaForConditionalGeneration, image_token_index=198),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_EXPERTS, num_local_experts=4)),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, n_heads=4, n_layers=LAYERS, max_seq_len=128, expansion_ratio=2)),
+    "opt_post_norm": lambda: tf.OPTForCausalLM(tf.OPTConfig(
+        **_COMMON, ffn_dim=96, word_embed_proj_dim=WIDTH, do_layer_norm_before=False)),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_COMMON, intermediate_size=96)),
+    "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(
+        **_EXPERTS, num_experts=4, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, decoder_sparse_step=2)),
+    "stablelm": lambda: tf.StableLmForCausalLM(tf.StableLmConfig(**_STABLE)),
+    "stablelm_parallel": lambda: tf.StableLmForCausalLM(tf.StableLmConfig(**_STABLE, use_parallel_residual=True)),
+}  # fmt: skip
+"""further families, for the tests of sites alone: each family multiplies the time of what runs on every one"""
+
 
 @cache
 def word_tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -67,7 +115,7 @@ def word_tokenizer() -> tf.PreTrainedTokenizerFast:
 def make_module(family: str, seed: int = 0) -> Any:
     """A random model of a family; weights are enlarged so that every part matters."""
     torch.manual_seed(seed)
-    module = FAMILIES[family]()
+    module = (FAMILIES | MORE_FAMILIES)[family]()
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.mul_(4.0) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p)) if "norm" in name or "ln" in name else None

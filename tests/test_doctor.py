@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from workbench import doctor
+from workbench import doctor, proof
 from workbench.cli import app
 from workbench.doctor import Check, diagnose
-from workbench.models import Model
 
 from .conftest import LAYERS, WIDTH, make_module, save_folder
 
@@ -40,13 +39,14 @@ def test_a_model_is_proved_at_every_site(folder):
     assert {found[name].status for name in ("model", "sites", "chat template", "tokenizer", "fingerprint")} == {"OK"}
     assert f"llama, {LAYERS} layers, width {WIDTH}" in found["model"].found
     assert f"resid_post.0 to resid_post.{LAYERS - 1} proved at model.layers" in found["sites"].found
+    assert found["sites"].found.endswith("so resid_mid, attn_out, mlp_out, mlp_act")
 
 
 def test_every_layer_is_written_to(folder, monkeypatch):
     written = []
-    prove = Model._prove_write
+    prove_write = proof._prove_write
     monkeypatch.setattr(
-        Model, "_prove_write", lambda self, site, *rest: written.append(site.layer) or prove(self, site, *rest)
+        proof, "_prove_write", lambda model, site, *rest: written.append(site.layer) or prove_write(model, site, *rest)
     )
     diagnose(str(folder))
     assert written == list(range(LAYERS))
@@ -59,7 +59,7 @@ def test_a_model_that_cannot_be_loaded_fails(tmp_path):
 
 
 def test_a_site_that_fails_is_named(folder, monkeypatch):
-    monkeypatch.setattr("workbench.models.torch.equal", lambda *_: False)
+    monkeypatch.setattr("workbench.proof.torch.equal", lambda *_: False)
     check = by_name(diagnose(str(folder)))["sites"]
     assert check.status == "FAIL"
     assert "resid_post.0" in check.found

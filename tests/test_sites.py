@@ -3,12 +3,25 @@ from torch import nn
 
 from tests.conftest import make_module
 from workbench.errors import UserError
-from workbench.sites import Site, find_blocks
+from workbench.sites import POINTS, Site, find_blocks
 
 
 @pytest.mark.parametrize("text", ["resid_post.5", "blocks.5.hook_resid_post", "5", 5, Site(5), " resid_post.5 "])
 def test_all_spellings_name_one_site(text):
     assert Site.parse(text) == Site(5, "resid_post")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_the_names_of_transformer_lens_are_read_as_they_are_printed(point):
+    assert Site.parse(Site(3, point).transformer_lens) == Site(3, point)
+    assert Site.parse(f"{point}.-1", n_layers=12) == Site(11, point)
+
+
+def test_mlp_act_goes_by_the_name_of_transformer_lens():
+    assert Site(3, "mlp_act").transformer_lens == "blocks.3.mlp.hook_post"
+    assert Site.parse("blocks.12.hook_resid_mid") == Site(12, "resid_mid")
+    assert Site.parse("blocks.3.hook_attn_out") == Site(3, "attn_out")
+    assert Site.parse("blocks.-1.mlp.hook_post", n_layers=4) == Site(3, "mlp_act")
 
 
 def test_negative_layers_count_from_the_end():

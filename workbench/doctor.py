@@ -148,12 +148,15 @@ def _model(source: str) -> Iterator[Check]:
 
 
 def _sites(model: Model) -> Check:
+    from .anatomy import INNER
+
     try:
         model.prove(range(model.n_layers))
     except UserError as err:
         return Check("FAIL", "sites", str(err))
     proved = f"resid_post.0 to resid_post.{model.n_layers - 1} proved at {model.blocks_path}"
-    return Check("OK", "sites", f"{proved}: what is written is read back and changes the logits")
+    inner = [f"{p} not everywhere ({model.missing[p]})" if p in model.missing else p for p in INNER]
+    return Check("OK", "sites", f"{proved}: what is written is read back and changes the logits; so {', '.join(inner)}")
 
 
 def _tokenizer(model: Model) -> Iterator[Check]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 
 def json_hash(value: Any) -> str:
@@ -41,3 +43,22 @@ def file_hash(path: Path) -> str:
         return target.name
     with target.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensor_bytes(value: Any) -> Iterator[bytes]:
+    """The bytes of an entry of a state dict: a tensor of any dtype, a packed or quantised one by the tensors that it
+    holds, anything else as text. Raises UserError for weights that are not in memory."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        yield repr(value).encode()
+    elif hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield name.encode()
+            yield from tensor_bytes(getattr(value, name))
+    elif value.is_meta:
+        raise UserError(
+            "the model's weights are offloaded and cannot be hashed; load it from its folder, whose files are"
+        )
+    else:
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from . import anatomy, proof
 from .backends import torch_hooks
 from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, place
 from .errors import UserError
-from .hashes import file_hash, short_hash
+from .hashes import file_hash, short_hash, tensor_bytes
 from .progress import progress
-from .sites import Site, find_blocks, text_config
+from .sites import Site, find_blocks, plain_module, text_config
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
@@ -96,8 +97,16 @@ class Model:
         return self._blocks[layer]
 
     def width_of(self, site: Site) -> int:
-        """The width of the states at a site: d, or h at `mlp_act`."""
-        return self.width
+        """The width of the states at a site: d, or h at `mlp_act`. Raises UserError for a site that is not there."""
+        if site.point != "mlp_act":
+            return self.width
+        anatomy.check(self, [site])
+        return self.anatomy[site.layer].act_width
+
+    @cached_property
+    def anatomy(self) -> list[anatomy.Anatomy]:
+        """The parts of each block behind the points inside it, from one short pass when they are first needed."""
+        return anatomy.resolve(self)
 
     def read(
         self, sites: Sequence[Site], take: torch_hooks.Take | None = None
@@ -110,6 +119,11 @@ class Model:
     ) -> AbstractContextManager[None]:
         """Replaces the states h at each site by `fn(h, where)` inside the block; see `backends.torch_hooks.edit`."""
         return torch_hooks.edit(self, edits, prompt_lengths)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The points that some layers do not have, and why: {"resid_mid": reason}."""
+        return {point: why for parts in reversed(self.anatomy) for point, why in parts.missing.items()}
 
     def site(self, text: str | int | Site) -> Site:
         """Reads a site and checks that this model has it."""
@@ -130,9 +144,8 @@ class Model:
         else:
             digest = hashlib.sha256()
             for key, value in self.module.state_dict().items():
-                digest.update(
-                    key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
+                digest.update(key.replace("_orig_mod.", "").encode())  # a compiled part is the same model
+                digest.update(b"".join(tensor_bytes(value)))
             weights = digest.hexdigest()
         tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         words = tokenizer.to_str() if tokenizer is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
@@ -230,44 +243,9 @@ class Model:
         return [answers[i] for i in range(len(encoded))]
 
     def prove(self, layers: Sequence[int] | None = None) -> None:
-        """Proves the sites: block outputs chain, what is written is read back, and writing changes the logits.
-
-        Reads every layer in one pass and writes at `layers` (first, middle and last unless given). Raises UserError
-        naming the site that fails.
-        """
-        chosen = sorted({0, self.n_layers // 2, self.n_layers - 1}) if layers is None else list(layers)
-        vocabulary = text_config(self.module).vocab_size
-        ids = torch.arange(3, 19)[None] % vocabulary
-        mask = torch.ones_like(ids)
-        every = [Site(l, point) for l in range(self.n_layers) for point in torch_hooks.READABLE]
-        with torch.inference_mode():
-            with self.read(every) as seen:
-                before = self.logits(ids, mask)
-            for l in range(self.n_layers):
-                self._prove_read(seen, Site(l), ids.shape[1])
-            for l in chosen:
-                self._prove_write(Site(l), seen[Site(l)], before, ids, mask)
-
-    def _prove_read(self, seen: dict[Site, Tensor], site: Site, width: int) -> None:
-        h = seen.get(site)
-        if h is None or tuple(h.shape) != (1, width, self.width):
-            got = "nothing" if h is None else f"a tensor of shape {tuple(h.shape)}"
-            raise UserError(f"{self.name}: {site} gave {got}, not [1, {width}, {self.width}]; pass blocks=... with the path "
-                            "of the ModuleList that holds the blocks")  # fmt: skip
-        if site.layer + 1 < self.n_layers:
-            after = seen[Site(site.layer + 1, "resid_pre")]
-            if not torch.allclose(h.float(), after.to(h.device).float(), atol=1e-3, rtol=1e-3):
-                raise UserError(f"{self.name}: the output of block {site.layer} is not the input of the next; this family "
-                                "is not supported: pass blocks=... if its blocks lie elsewhere")  # fmt: skip
-
-    def _prove_write(self, site: Site, h: Tensor, before: Tensor, ids: Tensor, mask: Tensor) -> None:
-        written = h + h.float().std().to(h.dtype) * torch.linspace(-1, 1, self.width, dtype=h.dtype, device=h.device)
-        with self.edit({site: lambda *_: written}), self.read([site]) as seen:
-            after = self.logits(ids, mask)
-        if not torch.equal(seen[site], written):
-            raise UserError(f"{self.name}: what was written to {site} was not read back; this family is not supported")
-        if torch.allclose(before.float(), after.float(), atol=1e-6):
-            raise UserError(f"{self.name}: writing to {site} did not change the logits; this family is not supported")
+        """Proves the sites in a few passes of 16 tokens; at `layers` (first, middle and last unless given) that writing
+        changes the logits. Raises UserError naming the site that fails; see `proof.prove`."""
+        proof.prove(self, layers)
 
 
 def load(
@@ -290,6 +268,7 @@ def load(
     if not isinstance(source, (str, Path)):
         if tokenizer is None:
             raise UserError("a loaded model needs its tokenizer: load(model, tokenizer=tokenizer)")
+        source = plain_module(source)
         model = Model(
             source, tokenizer, str(getattr(source, "name_or_path", "") or type(source).__name__), blocks=blocks
         )

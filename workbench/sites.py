@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger("workbench")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
 
-_TRANSFORMER_LENS = re.compile(r"blocks\.(-?\d+)\.hook_(\w+)")
+_TRANSFORMER_LENS = re.compile(r"blocks\.(-?\d+)\.(?:hook_(\w+)|mlp\.hook_post)")
 _PLAIN = re.compile(r"(\w+)\.(-?\d+)")
 
 
@@ -21,8 +23,11 @@ _PLAIN = re.compile(r"(\w+)\.(-?\d+)")
 class Site:
     """A layer (0-based) and a point of its block; `resid_post.l` is the output of block l, before any final norm.
 
-    >>> str(Site(5)), Site(5).transformer_lens
-    ('resid_post.5', 'blocks.5.hook_resid_post')
+    resid_mid is between attention and MLP, attn_out and mlp_out are what these add to the residual stream, and mlp_act is
+    what the MLP's down projection is given.
+
+    >>> str(Site(5)), Site(5).transformer_lens, Site(5, "mlp_act").transformer_lens
+    ('resid_post.5', 'blocks.5.hook_resid_post', 'blocks.5.mlp.hook_post')
     """
 
     layer: int
@@ -38,11 +43,13 @@ class Site:
     @property
     def transformer_lens(self) -> str:
         """The name that TransformerLens gives this site."""
-        return f"blocks.{self.layer}.hook_{self.point}"
+        return f"blocks.{self.layer}." + ("mlp.hook_post" if self.point == "mlp_act" else f"hook_{self.point}")
 
     @classmethod
     def parse(cls, text: str | int | Site, n_layers: int | None = None) -> Site:
         """Reads `resid_post.5`, `blocks.5.hook_resid_post`, `5`, or a negative layer where `n_layers` is known.
+
+        TransformerLens calls mlp_act `blocks.5.mlp.hook_post`.
 
         Raises UserError for anything else, and for a layer that the model does not have.
 
@@ -54,7 +61,7 @@ class Site:
         elif isinstance(text, int) or re.fullmatch(r"-?\d+", str(text).strip()):
             site = cls(int(text))
         elif match := _TRANSFORMER_LENS.fullmatch(str(text).strip()):
-            site = cls(int(match[1]), match[2])
+            site = cls(int(match[1]), match[2] or "mlp_act")
         elif match := _PLAIN.fullmatch(str(text).strip()):
             site = cls(int(match[2]), match[1])
         else:
@@ -69,6 +76,21 @@ class Site:
 def text_config(module: Any) -> Any:
     """The configuration of the language part, also of a multimodal wrapper."""
     return module.config.get_text_config(decoder=True)
+
+
+def plain_module(module: Any) -> Any:
+    """The module that runs, of what a user may hold: what `torch.compile(model)` wraps is unwrapped.
+
+    Raises UserError for a PEFT model that adds virtual tokens: they stand in no prompt, so positions would be others'.
+    """
+    if hasattr(module, "_orig_mod"):
+        log.info("%s was compiled: the model inside is used, which runs eagerly", type(module._orig_mod).__name__)
+        module = module._orig_mod
+    tuned = getattr(module, "active_peft_config", None)
+    if getattr(tuned, "is_prompt_learning", False):
+        raise UserError(f"a {type(module).__name__} with {tuned.peft_type.value} adds virtual tokens, whose states belong "
+                        "to no token of a prompt; load the model that it wraps")  # fmt: skip
+    return module
 
 
 def find_blocks(module: nn.Module, override: str | None = None) -> tuple[str, nn.ModuleList]:

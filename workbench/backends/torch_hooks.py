@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .. import anatomy
+from ..anatomy import ALWAYS
 from ..errors import UserError
+from ..hooks import Hooks, hidden_of, state_in, with_hidden, with_state
 from ..sites import Site
 
 if TYPE_CHECKING:
     from ..models import Model
 
-READABLE = ("resid_pre", "resid_post")
+FLOW = ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
+"""the points of a block in the order in which they come about"""
 POLICIES = ("last", "prompt", "generated", "all", "prompt+generated")
 
 
@@ -66,50 +70,93 @@ class Where:
 
 Edit = Callable[[Float[Tensor, "b t d"], Where], Float[Tensor, "b t d"]]
 Take = Callable[[Site, Float[Tensor, "b t d"]], Tensor]
+Tapped = Callable[[Tensor], Tensor | None]
+Tap = tuple[Site, Tapped]
+"""a site, and what is called with the states there; what it returns, if anything, replaces them"""
+Attach = Callable[["Model", Sequence[Tap]], AbstractContextManager[None]]
+"""how a backend hangs taps into a model for as long as a block lasts"""
 
 
 class Stop(Exception):
     """Raised by a hook to end a forward pass after the last block that is wanted; `Model.run` catches it."""
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output: transformers 5 returns a tensor, older families a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+def _before(module: nn.Module, fn: Tapped) -> Any:
+    """Calls `fn` with the hidden states that `module` is given; what it returns, if anything, replaces them."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = fn(state_in(args, kwargs))
+        return None if new is None else with_state(args, kwargs, new)
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _after(module: nn.Module, fn: Tapped) -> Any:
+    """Calls `fn` with the hidden states that `module` returns; what it returns, if anything, replaces them."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        new = fn(hidden_of(output))
+        return None if new is None else with_hidden(output, new)
+
+    return module.register_forward_hook(hook)
 
 
-def _check(model: Model, sites: Sequence[Site]) -> None:
-    for site in sites:
-        Site.parse(site, model.n_layers)
-        if site.point not in READABLE:
-            raise UserError(f"{site} cannot be hooked by this backend yet; allowed points: {', '.join(READABLE)}")
+def _hang(model: Model, site: Site, fn: Tapped, hooks: Hooks) -> None:
+    """Hangs `fn` at a site. Inside a block it is called with what is added to the residual stream, or with resid_mid.
 
-
-def _hook(model: Model, site: Site, fn: Callable[[Tensor], Tensor | None]) -> Any:
-    """Registers `fn` on the hidden states at `site`; what it returns, if anything, replaces them."""
+    For resid_mid, resid_pre is taken from a module inside the block that is given it: so it is what the block works with,
+    whoever else has edited it and whichever context was entered first.
+    """
     block = model.block(site.layer)
-    if site.point == "resid_post":
+    if site.point in ALWAYS:
+        hooks.add((_before if site.point == "resid_pre" else _after)(block, fn))
+        return
+    parts, is_mid, entered = model.anatomy[site.layer], site.point == "resid_mid", list[Tensor]()
+    part = parts.part(site.point)
 
-        def after(_: nn.Module, __: Any, output: Any) -> Any:
-            new = fn(hidden_of(output))
-            return None if new is None else with_hidden(output, new)
+    def enter(h: Tensor) -> None:
+        entered[:] = [h if is_mid else h.new_empty(h.shape[:2])]  # what is flat needs its shape alone
 
-        return block.register_forward_hook(after)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = fn(args[0] if args else kwargs["hidden_states"])
-        if new is None:
+    def run(raw: Tensor) -> Tensor | None:
+        h = raw.clone() if part.overwritten else raw
+        h = h if part.scale == 1.0 else h * part.scale
+        pre = entered.pop() if entered else None  # popped: it need not be held until the pass ends
+        if pre is not None:
+            h = h.view(*pre.shape[:2], -1)
+        if is_mid:
+            assert pre is not None, "the attention ran before the block's input was seen"
+            h = pre.to(h.device) + h
+        new = fn(h)
+        if new is None or new is h:
             return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        if is_mid or part.scale != 1.0:  # as a difference: where nothing is changed, not a bit is
+            return raw + ((new - h) / part.scale).reshape(raw.shape).to(raw)
+        new = new.reshape(raw.shape)
+        return new.clone() if part.overwritten else new
 
-    return block.register_forward_pre_hook(before, with_kwargs=True)
+    if is_mid or part.flat:
+        hooks.add(_before(block.get_submodule(parts.entry), enter))
+    hooks.add((_before if site.point == "mlp_act" else _after)(block.get_submodule(part.path), run))
 
 
 @contextmanager
-def read(model: Model, sites: Sequence[Site], take: Take | None = None) -> Iterator[dict[Site, Tensor]]:
+def attach(model: Model, taps: Sequence[Tap]) -> Iterator[None]:
+    """Calls each `fn` of `taps` with the states at its site, in every forward pass inside the block.
+
+    Several taps in one block are called in the order in which its states come about, whatever their own order: what is
+    written to attn_out is in the resid_mid that the next is called with. Raises UserError for a site that is not there.
+    """
+    anatomy.check(model, [site for site, _ in taps])
+    with Hooks(model.module) as hooks:
+        for site, fn in sorted(taps, key=lambda tap: FLOW.index(tap[0].point)):
+            _hang(model, site, fn, hooks)
+        yield
+
+
+@contextmanager
+def read(
+    model: Model, sites: Sequence[Site], take: Take | None = None, attach: Attach = attach
+) -> Iterator[dict[Site, Tensor]]:
     """Captures the hidden states [b, t, d] at `sites` of each forward pass inside the block (the last pass wins).
 
     Nested inside `edit`, it reads what was written. The tensors are the model's own: on its device, in its dtype, part
@@ -117,16 +164,9 @@ def read(model: Model, sites: Sequence[Site], take: Take | None = None) -> Itera
     in place of h: a few rows, say, so that the rest need not be held until the pass ends.
     """
     sites = [Site.parse(site, model.n_layers) for site in sites]
-    _check(model, sites)
     captured: dict[Site, Tensor] = {}
-    handles = []
-    try:
-        for site in sites:
-            handles.append(_hook(model, site, partial(_keep, captured, site, take)))
+    with attach(model, [(site, partial(_keep, captured, site, take)) for site in sites]):
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keep(captured: dict[Site, Tensor], site: Site, take: Take | None, h: Tensor) -> None:
@@ -157,17 +197,25 @@ class _Clock:
     prompt_ids: Tensor | None = None
     lengths: Tensor | None = None
     width: int = 0  # tokens of the last pass, its past included
+    outer: dict[str, Any] = field(default_factory=dict)  # what the whole model was called with, until its decoder is
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the ids and the mask of a wrapper, which may hand its decoder embeddings and masks of its own making."""
+        given = {"input_ids": args[0]} if args else {}
+        self.outer = {k: v for k, v in {**given, **kwargs}.items() if k in ("input_ids", "attention_mask")}
 
     def tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.signature.bind_partial(*args, **kwargs).arguments
         call = {**call.get("kwargs", {}), **call}
-        ids, cache = call.get("input_ids"), call.get("past_key_values")
+        outer, self.outer = self.outer, {}
+        ids, cache, mask = call.get("input_ids"), call.get("past_key_values"), call.get("attention_mask")
         states = ids if ids is not None else call.get("inputs_embeds")
         if states is None:
             raise UserError("an edited model needs input_ids or inputs_embeds")
         rows, width = states.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = call.get("attention_mask")
+        ids = outer.get("input_ids") if ids is None else ids
+        mask = mask if getattr(mask, "ndim", None) == 2 else outer.get("attention_mask", mask)
         if mask is not None and getattr(mask, "ndim", None) != 2:
             raise UserError("edits need the plain [batch, token] attention mask; generate without a static cache")
         if mask is None:
@@ -202,7 +250,10 @@ class _Clock:
 
 @contextmanager
 def edit(
-    model: Model, edits: Mapping[Site, Edit], prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None
+    model: Model,
+    edits: Mapping[Site, Edit],
+    prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None,
+    attach: Attach = attach,
 ) -> Iterator[None]:
     """Replaces the hidden states h at each site by `fn(h, where)` in every forward pass inside the block.
 
@@ -212,7 +263,6 @@ def edit(
     continues an older cache. Raises UserError for sites that the model does not have.
     """
     edits = {Site.parse(site, model.n_layers): fn for site, fn in edits.items()}
-    _check(model, list(edits))
     given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     decoder = model.decoder
     clock = _Clock(given, inspect.signature(decoder.forward))
@@ -224,12 +274,9 @@ def edit(
 
         return run
 
-    handles = []
-    try:
-        handles.append(decoder.register_forward_pre_hook(clock.tick, with_kwargs=True))
-        for site, fn in edits.items():
-            handles.append(_hook(model, site, apply(fn)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks(model.module) as hooks:
+        if decoder is not model.module:
+            hooks.add(model.module.register_forward_pre_hook(clock.begin, with_kwargs=True))
+        hooks.add(decoder.register_forward_pre_hook(clock.tick, with_kwargs=True))
+        with attach(model, [(site, apply(fn)) for site, fn in edits.items()]):
+            yield
