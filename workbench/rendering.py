@@ -15,9 +15,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .errors import UserError
+from .offsets import Offsets
+from .turns import Frame, find_turns, frame_of, roles_of, stand_ins, turn_spans
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+
+__all__ = [
+    "CHUNK", "Encoded", "Frame", "encode", "encode_spans", "leading_ids", "opener_ids", "pad", "partial_openers",
+    "prompt_frame", "render", "response_ids", "special_ids", "turn_spans",
+]  # fmt: skip
 
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 DATE = "26 Jul 2024"  # the date that Llama's own template falls back to; any fixed one would do
@@ -26,15 +33,20 @@ CHUNK = 1024  # prompts tokenised in one call
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as token ids; `spans[i]` are the characters of the rendered text that token i covers.
+    """A prompt as token ids; `spans[i]` are the characters [start, end) of the rendered text that token i completes.
 
-    spans: (0, 0) for a token that is not in the text (an added BOS); (-1, -1) where the tokenizer cannot tell.
+    spans: of some width only where the token ends between two characters, so that `end` is a true boundary of the
+        tokenization; a piece of a character that a later token completes has none, nor has a token that is not in the
+        text (an added BOS); (-1, -1) where the tokenizer cannot tell. They refer to the whole text, also where it was
+        cut.
     cut: how many tokens the truncation removed.
+    frame: what the template wrote around the contents, for `turn_spans`; None of a plain text.
     """
 
     ids: list[int]
     spans: list[tuple[int, int]]
     cut: int = 0
+    frame: Frame | None = None
 
 
 def render(prompts: Sequence[Prompt], tokenizer: Any, *, add_generation_prompt: bool = True) -> list[str]:
@@ -74,6 +86,32 @@ def _render(prompt: Prompt, tokenizer: Any, add_generation_prompt: bool) -> str:
                         "order") from err  # fmt: skip
 
 
+def prompt_frame(prompt: Prompt, tokenizer: Any, *, add_generation_prompt: bool = True) -> Frame | None:
+    """What the template writes around the contents of a chat; None of a plain text, and where it depends on them."""
+    if prompt.messages is None:
+        return None
+    example, words = stand_ins(prompt)
+    try:
+        return frame_of(_render(example, tokenizer, add_generation_prompt), words)
+    except UserError:  # a template that wants certain contents
+        return None
+
+
+class _FrameOf:
+    """The frames of prompts, one rendering for each sequence of roles."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.known = tokenizer, dict[Any, Frame | None]()
+
+    def __call__(self, prompt: Prompt) -> Frame | None:
+        if any(m.keys() - {"role", "content"} for m in prompt.messages or ()):
+            return prompt_frame(prompt, self.tokenizer)  # calls of tools are in the frame
+        key = (roles_of(prompt), *(isinstance(m["content"], str) for m in prompt.messages or ()))
+        if key not in self.known:
+            self.known[key] = prompt_frame(prompt, self.tokenizer)
+        return self.known[key]
+
+
 @cache
 def _undated(template: str) -> str:
     """The template with each `strftime_now("...")` in it replaced by the fixed date in that form."""
@@ -99,7 +137,7 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, *, max_length: int | None 
 def encode_spans(
     prompts: Sequence[Prompt], tokenizer: Any, *, max_length: int | None = None, rendered: Sequence[str] | None = None
 ) -> list[Encoded]:
-    """The token ids of each prompt with the characters that they cover.
+    """The token ids of each prompt with the characters that they complete; see `Encoded`.
 
     The special tokens of a rendered chat come from the template; the tokens that the tokenizer itself would put in
     front are added only where the template has not written them, and nothing is added at the end. A prompt of more than
@@ -110,17 +148,19 @@ def encode_spans(
     texts = list(rendered) if rendered is not None else render(prompts, tokenizer)
     leading, bos = leading_ids(tokenizer), tokenizer.bos_token_id
     fast = bool(getattr(tokenizer, "is_fast", False))
+    exact, frame = Offsets(tokenizer), _FrameOf(tokenizer)
     found: list[Encoded] = []
     for start in range(0, len(texts), CHUNK):
         part = texts[start : start + CHUNK]
         out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         for i, ids in enumerate(out["input_ids"]):
-            spans = [tuple(s) for s in out["offset_mapping"][i]] if fast else [(-1, -1)] * len(ids)
-            one = _with_leading(Encoded(list(ids), spans), leading, bos)
+            prompt = prompts[start + i]
+            spans = exact.spans(part[i], ids, out["offset_mapping"][i] if fast else None)
+            one = _with_leading(Encoded(list(ids), spans, frame=frame(prompt)), leading, bos)
             if len(one.ids) <= len(leading):
-                raise UserError(f"prompt {prompts[start + i].id!r} has no tokens; give it a text or leave it out")
+                raise UserError(f"prompt {prompt.id!r} has no tokens; give it a text or leave it out")
             head = max(len(leading), int(one.ids[0] == bos))
-            found.append(_truncate(one, prompts[start + i], part[i], head, max_length))
+            found.append(_truncate(one, prompt, part[i], head, max_length))
     return found
 
 
@@ -130,30 +170,32 @@ def _with_leading(one: Encoded, leading: list[int], bos: int | None) -> Encoded:
         ids, spans = leading + ids, [(0, 0)] * len(leading) + spans
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids, spans = ids[1:], spans[1:]
-    return Encoded(ids, spans)
+    return replace(one, ids=ids, spans=spans)
 
 
 def _truncate(one: Encoded, prompt: Prompt, text: str, head: int, max_length: int | None) -> Encoded:
     ids, spans, n = one.ids, one.spans, len(one.ids)
     if max_length is None or n <= max_length:
         return one
-    first, last = _content_tokens(one, prompt, text) or (head, n)
+    first, last = _content_tokens(one, prompt, text, head) or (head, n)
     need = head + 1 + (n - last)
     if max_length < need:
         raise UserError(f"max_length={max_length} leaves nothing of prompt {prompt.id!r}: its frame alone takes "
                         f"{need - 1} tokens; give at least {need}")  # fmt: skip
     drop = n - max_length
     start = first if drop < last - first else head
-    return Encoded(ids[:start] + ids[start + drop :], spans[:start] + spans[start + drop :], drop)
+    ids, spans = ids[:start] + ids[start + drop :], spans[:start] + spans[start + drop :]
+    return replace(one, ids=ids, spans=spans, cut=drop)
 
 
-def _content_tokens(one: Encoded, prompt: Prompt, text: str) -> tuple[int, int] | None:
+def _content_tokens(one: Encoded, prompt: Prompt, text: str, head: int) -> tuple[int, int] | None:
     """The range of tokens that lie within the last user's turn; None for plain text."""
-    at = text.rfind(prompt.user.strip())
-    if prompt.messages is None or at < 0 or text == prompt.user or one.spans[-1][1] < 0:
+    users = [i for i, role in enumerate(roles_of(prompt)) if role == "user"]
+    turn = find_turns(prompt, text, one.frame)[users[-1]] if users else None
+    if turn is None or text == prompt.user or one.spans[-1][1] < 0:
         return None
-    end = at + len(prompt.user.strip())
-    inside = [i for i, (a, b) in enumerate(one.spans) if at <= a < b <= end]
+    at, end = turn
+    inside = [i for i, (a, b) in enumerate(one.spans) if i >= head and at <= a and (a < b <= end or a == b < end)]
     return (inside[0], inside[-1] + 1) if inside else None
 
 
