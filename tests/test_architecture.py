@@ -84,12 +84,13 @@ def test_maps_know_tensors_and_nothing_of_models():
 @pytest.mark.parametrize(
     ("layer", "above"),
     [
-        (("errors", "atomic", "progress", "bundled", "sites", "tokens", "prompts", "prompt_files", "rendering", "models"),
+        (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
+          "rendering", "models"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store", "store_batches", "store_checks", "store_damage", "store_folder", "store_rows",
           "store_shards", "store_tables", "store_writer"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
-        (("profile", "profile_cost", "profile_plan", "profile_run", "profile_spool", "profile_sums", "profile_tables",
+        (("alignment", "profile", "profile_cost", "profile_plan", "profile_run", "profile_spool", "profile_sums", "profile_tables",
           "interrupts", "convert", "paste", "forecast", "adapters", "evaluate"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor"),

@@ -164,7 +164,9 @@ def profile(
     out: Out,
     sites: Annotated[str | None, typer.Option(help="such as resid_post.4,resid_pre.5 [every resid_post]")] = None,
     layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these")] = None,
-    tokens: Annotated[str, typer.Option(help="last, all, first:n, last:n, every:n")] = "last",
+    tokens: Annotated[
+        str, typer.Option(help="last, all, first:n, last:n, every:n, response, assistant, user, spans:KEY")
+    ] = "last",
     store_dtype: Annotated[str, typer.Option(help="of the store: float32, float16, bfloat16, auto")] = "float32",
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -23,6 +23,7 @@ from .sites import Site
 from .store import Store
 from .store_checks import DTYPES
 from .store_writer import StoreWriter
+from .tokens import Policy
 
 if TYPE_CHECKING:
     from .models import Model
@@ -36,7 +37,7 @@ def profile_model(
     out: str | Path | None = None,
     *,
     sites: Sequence[Site | str | int] | None = None,
-    tokens: Any = "last",
+    tokens: Policy = "last",
     batch_tokens: int = 8192,
     dtype: str = "float32",
     overwrite: bool = False,
@@ -49,8 +50,9 @@ def profile_model(
     prompts: a PromptSet, or whatever `PromptSet.load` reads.
     out: the folder of the store; None keeps it in a temporary folder that goes when the store does.
     sites: `Site`s or their names; every `resid_post` unless given.
-    tokens: `last` (the last prompt token), `all`, `first:n`, `last:n`, `every:n`; special tokens are left out of all
-        but `last`, unless `+special` is appended.
+    tokens: `last` (the last prompt token), `all`, `first:n`, `last:n`, `every:n`, `response`, `assistant`, `user`,
+        `spans[:KEY]`, or a function of a `tokens.Token`; see `tokens.choose`. Special tokens are left out of all but
+        `last`, unless `+special` is appended.
     batch_tokens: the most tokens, padding included, in one forward pass; the result depends on it by float noise only.
     dtype: of the store: float32, float16, bfloat16, or auto (the model's).
     max_length: longer prompts are cut, the assistant header kept; the model's context unless given.

@@ -19,7 +19,7 @@ from .prompts import PromptSet
 from .rendering import CHUNK, Encoded, encode_spans, leading_ids, render, special_ids
 from .sites import Site
 from .store_checks import DTYPES, FORMAT, SCHEMA
-from .tokens import check_tokens, select
+from .tokens import Policy, check_tokens, choose, policy_name
 
 if TYPE_CHECKING:
     from .models import Model
@@ -124,7 +124,7 @@ def make_plan(
     prompts: Any,
     *,
     sites: Sequence[Site | str | int] | None = None,
-    tokens: Any = "last",
+    tokens: Policy = "last",
     batch_tokens: int = 8192,
     dtype: str = "float32",
     max_length: int | None = None,
@@ -153,23 +153,20 @@ def make_plan(
         log.warning("%d of %d prompts are longer than %d tokens; the left of their last turn was cut", lost,
                     len(prompts), max_length or context)  # fmt: skip
     if not spool.n_rows:
-        raise UserError(f"tokens={tokens!r} keeps no token of any prompt in {prompts.name}; choose another policy")
+        raise UserError(
+            f"tokens={policy_name(tokens)!r} keeps no token of any prompt in {prompts.name}; choose another policy"
+        )
     widths = {site: model.width_of(site) for site in chosen}
     about = {"name": prompts.name, "count": len(prompts), "hash": prompts.hash, "rendered_hash": rendered_hash,
              "max_length": max_length, "truncated": lost}  # fmt: skip
-    options = {"tokens": tokens, "max_length": max_length, "stride": stride, "batch_tokens": batch_tokens,
+    options = {"tokens": policy_name(tokens), "max_length": max_length, "stride": stride, "batch_tokens": batch_tokens,
                "backend": getattr(model, "backend", "hooks")}  # fmt: skip
     manifest = _manifest(model, about, widths, dtype, options, spool.n_rows)
     manifest["plan"] = json_hash([manifest, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
     return Plan(prompts, spool, chosen, widths, dtype, batch_tokens, manifest)
 
 
-def _kept(policy: Any, one: Encoded, prompt: Any, text: str, special: set[int]) -> list[int]:
-    """The positions that a token policy keeps of a prompt."""
-    return select(policy, one.ids, [i in special for i in one.ids])
-
-
-def _spool(model: Model, prompts: PromptSet, tokens: Any, max_length: int, stride: int | None) -> tuple[Spool, str]:
+def _spool(model: Model, prompts: PromptSet, tokens: Policy, max_length: int, stride: int | None) -> tuple[Spool, str]:
     """The prompts' tokens and rows, and the hash of their rendered texts; texts are held only while they are read."""
     tokenizer = model.tokenizer
     special, leading, bos = special_ids(tokenizer), leading_ids(tokenizer), tokenizer.bos_token_id
@@ -187,7 +184,7 @@ def _spool(model: Model, prompts: PromptSet, tokens: Any, max_length: int, strid
                     if stride is not None and len(one.ids) > max_length and stride > max_length - head:
                         raise UserError(f"stride={stride} leaves tokens out: a window of max_length={max_length} begins "
                                         f"with {head} special tokens; give at most {max_length - head}")  # fmt: skip
-                    kept = _kept(tokens, one, prompt, text, special)
+                    kept = choose(tokens, one, prompt, text, special)
                     spool.add(one, text, kept, head, windows(len(one.ids), head, max_length, stride))
                     yield text
                 bar.update(len(part))

@@ -27,6 +27,7 @@ from .profile_plan import Block, Plan, make_plan
 from .profile_run import BlockRunner
 from .progress import progress
 from .sites import Site
+from .tokens import Policy
 
 if TYPE_CHECKING:
     from .models import Model
@@ -43,7 +44,7 @@ def profile_moments(
     out: str | Path | None = None,
     *,
     sites: Sequence[Site | str | int] | None = None,
-    tokens: Any = "last",
+    tokens: Policy = "last",
     folds: int = 1,
     pairs: Sequence[tuple[Site | str | int, Site | str | int]] | None = None,
     seed: int = 0,
