@@ -296,6 +296,94 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, content):
     assert PromptSet.load(tmp_path / name).hash == PromptSet.load(["what is 2?"]).hash
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_a_limit_reads_no_more_of_a_file_than_it_asks_for(tmp_path, kind):
+    import tracemalloc
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n, path = 15_000, tmp_path / f"p.{kind}"
+    lines = {
+        "txt": "what is {}?",
+        "jsonl": '{{"prompt": "what is {}?"}}',
+        "csv": "what is {}?",
+        "parquet": "what is {}?",
+    }
+    made = [lines[kind].format(i) for i in range(n)]
+    if kind == "parquet":
+        pq.write_table(pa.table({"prompt": made}), path, row_group_size=1000)
+    else:
+        path.write_text("\n".join(["prompt"] * (kind == "csv") + made) + "\n")
+    del made
+    PromptSet.load(path, limit=1)  # what is imported on the way is no part of it
+    tracemalloc.start()
+    first = PromptSet.load(path, limit=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [p.user for p in first] == ["what is 0?", "what is 1?", "what is 2?"]
+    assert peak < 50 * n  # bytes; the prompts themselves take several hundred each
+    whole = PromptSet.load(path)
+    assert len(whole) == n
+    assert PromptSet.load(path, limit=9, seed=2) == PromptSet(PromptSet.load(whole, limit=9, seed=2).prompts, "p")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.jsonl", '{"prompt": "a"}\n{"prompt"\n'), ("p.csv", "prompt\na\nb,c\n")]
+)
+def test_what_lies_behind_the_limit_is_not_looked_at(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert PromptSet.load(tmp_path / name, limit=1)[0].user == "a"
+    with pytest.raises(UserError, match="2"):
+        PromptSet.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [3, 9000, 20_000])
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
+def test_the_first_bad_byte_is_named_however_far_it_is(tmp_path, name, size):
+    head = b"prompt\n" + b"a" * 50 + b"\n"
+    (tmp_path / name).write_bytes(head + b'"' + b"b" * size + b"\xe9" + b'"\n')
+    with pytest.raises(
+        UserError, match=rf"not UTF-8 text \(byte {len(head) + 1 + size}\)" if name != "p.jsonl" else "not"
+    ):
+        PromptSet.load(tmp_path / name)
+
+
+def test_datasets_generators_and_tables_in_memory():
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": "one", "gold": "1"}, {"prompt": "two", "gold": "2"}]
+    data = Dataset.from_list(rows)
+    assert PromptSet.load(data).full_hash == PromptSet.load(iter(rows)).full_hash == PromptSet.load(rows).full_hash
+    assert PromptSet.load(data, limit=1, seed=0).prompts[0] in PromptSet.load(rows).prompts
+    for wrong in (DatasetDict({"train": data}), {"prompt": "one"}, data.to_pandas()):
+        with pytest.raises(UserError, match=rf"a {type(wrong).__name__} with .* is not a list of rows; give one split"):
+            PromptSet.load(wrong)
+
+
+def test_chats_in_a_csv_are_json(tmp_path):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi, you"}]
+    with (tmp_path / "p.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["messages"], [json.dumps(turns)], ["hello"]])
+    read = PromptSet.load(tmp_path / "p.csv")
+    assert read[0].messages == tuple(turns)
+    assert read[1].user == "hello"
+    with pytest.raises(UserError, match="prompt 0, column 'messages': begins like a list of messages and is not JSON"):
+        PromptSet.load([{"messages": "[{'role': 'user'}"}])
+
+
+def test_labels_and_metadata_reach_the_store(llama):
+    from workbench.profile import profile_model
+
+    rows = [{"id": "x", "text": "w1 w2", "label": "yes", "gold": {"n": 1}}, {"id": "y", "text": "w3"}]
+    with profile_model(llama, PromptSet.load(rows), sites=[0]) as store:
+        kept = store.prompts()
+        assert kept["id"].tolist() == ["x", "y"]
+        assert kept["label"].tolist()[0] == "yes"
+        assert kept["label"].isna().tolist() == [False, True]
+        assert [json.loads(m) for m in kept["meta"]] == [{"gold": {"n": 1}}, {}]
+
+
 def test_long_cells_are_read_and_longer_ones_named(tmp_path, monkeypatch):
     (tmp_path / "p.csv").write_text("prompt\n" + "a" * 200_000 + "\n")
     before = csv.field_size_limit()

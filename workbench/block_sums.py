@@ -217,7 +217,7 @@ class BlockSums:
         fit = torch.linalg.solve(gram, moment).tolist()
         if not all(1e-4 < abs(s) < 1e4 for s in fit):
             return
-        near = [min((1.0, *self.numbers), key=lambda n: abs(n - s)) for s in fit]  # noqa: B023
+        near = [min((1.0, *self.numbers), key=lambda n: abs(n - s)) for s in fit]
         yield near[0], near[1]
         yield fit[0], fit[1]
 

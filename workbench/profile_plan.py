@@ -16,7 +16,7 @@ from .hashes import json_hash, json_list_hash
 from .profile_spool import Spool, windows
 from .progress import progress
 from .prompts import PromptSet
-from .rendering import CHUNK, Encoded, encode_spans, leading_ids, render, special_ids
+from .rendering import CHUNK, encode_spans, leading_ids, render, special_ids
 from .sites import Site
 from .store_checks import DTYPES, FORMAT, SCHEMA
 from .tokens import Policy, check_tokens, choose, policy_name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,22 @@ HUB = "hub:"
 ENCODING = "utf-8-sig"  # Excel puts a byte order mark in front, which must not become part of the first column's name
 LONGEST_CELL = 2**26  # characters; the csv module's own limit of 2**17 is less than a long transcript
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+BATCH = 1024  # rows of a parquet file that are held as Python values at a time
 
 
-def read_rows(source: str | Path) -> tuple[str, list[Any]]:
-    """The name of a source and its rows: strings or dicts.
+@dataclass(frozen=True)
+class Rows(Iterable[Any]):
+    """The rows of a source, strings or dicts; each iteration reads it again from the start, and no more than is asked."""
+
+    name: str
+    read: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read()
+
+
+def read_rows(source: str | Path) -> Rows:
+    """The rows of a source and its name; nothing but a .json list is held in memory whole.
 
     source: a .txt (one prompt a line, blank lines left out), .jsonl, .json (a list), .csv or .parquet file; a folder
     written by `datasets`' `save_to_disk`; `hub:owner/name[:config][@split]`; or `bundled:NAME`.
@@ -25,42 +39,69 @@ def read_rows(source: str | Path) -> tuple[str, list[Any]]:
     """
     text = str(source)
     if text.startswith(HUB):
-        return text, _hub(text)
+        found = _hub(text)
+        return Rows(text, lambda: iter(found))
     if text.startswith(PREFIX):
-        return text, _jsonl(bundled_path(text, "prompts", ".jsonl"))
+        bundled = bundled_path(text, "prompts", ".jsonl")
+        return Rows(text, lambda: _jsonl(bundled))
     path = Path(source).expanduser()
     if path.is_dir():
-        return path.name, _saved(path)
+        saved = _saved(path)
+        return Rows(path.name, lambda: iter(saved))
     if not path.exists():
         raise UserError(f"prompts {text!r}: no such file; give {', '.join(SUFFIXES)}, {HUB}owner/name or {PREFIX}NAME")
     readers = {".txt": _lines, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise UserError(f"prompts {text!r}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+    return Rows(path.stem, lambda: _checked(path, readers[path.suffix.lower()]))
+
+
+def _checked(path: Path, reader: Callable[[Path], Iterator[Any]]) -> Iterator[Any]:
     try:
-        return path.stem, readers[path.suffix.lower()](path)
+        yield from reader(path)
     except UnicodeDecodeError as err:
-        raise UserError(f"prompts {path}: not UTF-8 text (byte {err.start}); convert the file first") from err
+        raise UserError(f"prompts {path}: not UTF-8 text (byte {_bad_byte(path)}); convert the file first") from err
     except OSError as err:
         raise UserError(f"prompts {path}: {err.strerror or err}; check the file") from err
 
 
-def _lines(path: Path) -> list[Any]:
-    return [line for line in path.read_text(encoding=ENCODING).split("\n") if line.strip()]
+def _bad_byte(path: Path) -> int:
+    """Where the file stops being UTF-8; a decoder that reads in pieces counts from the last of them."""
+    at = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as err:
+                return at + err.start
+            at += len(line)
+    return at
 
 
-def _jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding=ENCODING).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as err:
-            raise UserError(f"prompts {path}, line {number}: not JSON ({_fault(err)}); a line is one object") from err
-    return rows
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding=ENCODING) as stream:
+        for line in stream:
+            if line.strip():
+                yield line.removesuffix("\n")
 
 
-def _json(path: Path) -> list[Any]:
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding=ENCODING) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as err:
+                if isinstance(err, UnicodeDecodeError):
+                    raise
+                raise UserError(
+                    f"prompts {path}, line {number}: not JSON ({_fault(err)}); a line is one object"
+                ) from err
+            yield row
+
+
+def _json(path: Path) -> Iterator[Any]:
     text = path.read_text(encoding=ENCODING)
     try:
         rows = json.loads(text)
@@ -69,7 +110,7 @@ def _json(path: Path) -> list[Any]:
         raise UserError(f"prompts {path}: not JSON ({_fault(err)}{line}); a file of prompts is one list") from err
     if not isinstance(rows, list):
         raise UserError(f"prompts {path}: holds a {type(rows).__name__}; a .json file of prompts must hold a list")
-    return rows
+    yield from rows
 
 
 def _fault(err: Exception) -> str:
@@ -79,41 +120,49 @@ def _fault(err: Exception) -> str:
     return "nested too deep" if isinstance(err, RecursionError) else "a number with too many digits"
 
 
-def _csv(path: Path) -> list[Any]:
-    rows: list[Any] = []
-    limit = csv.field_size_limit(LONGEST_CELL)
+def _csv(path: Path) -> Iterator[Any]:
+    number = 0
     try:
         with path.open(encoding=ENCODING, newline="") as stream:
             reader = csv.DictReader(stream)
-            for row in reader:
+            while (row := _next_row(reader)) is not None:
+                number += 1
                 if None in row:
                     columns = len(reader.fieldnames or ())
                     raise UserError(
-                        f"prompts {path}, row {len(rows) + 1} (line {reader.line_num}): has {columns + len(row[None])} "
+                        f"prompts {path}, row {number} (line {reader.line_num}): has {columns + len(row[None])} "
                         f"cells and the header {columns}; put a cell that holds a comma in double quotes"
                     )
-                rows.append(row)
+                yield row
     except csv.Error as err:
         raise UserError(
-            f"prompts {path}, row {len(rows) + 1}: cannot be read as CSV ({err}); a cell has at most {LONGEST_CELL} "
+            f"prompts {path}, row {number + 1}: cannot be read as CSV ({err}); a cell has at most {LONGEST_CELL} "
             "characters, and every double quote is closed"
         ) from err
+
+
+def _next_row(reader: Any) -> dict[Any, Any] | None:
+    """The next row; csv's limit of a cell is the whole program's, so it is raised for no longer than a row takes."""
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        return next(reader, None)
     finally:
         csv.field_size_limit(limit)
-    return rows
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH):
+                yield from batch.to_pylist()
     except pa.ArrowInvalid as err:
         raise UserError(f"prompts {path}: not a parquet file ({str(err).splitlines()[0][:120]})") from err
 
 
-def _saved(path: Path) -> list[Any]:
+def _saved(path: Path) -> Any:
     import datasets
 
     try:
@@ -123,7 +172,7 @@ def _saved(path: Path) -> list[Any]:
     return _split(found, str(path), None)
 
 
-def _hub(text: str) -> list[Any]:
+def _hub(text: str) -> Any:
     import datasets
 
     name, _, split = text.removeprefix(HUB).partition("@")
@@ -137,7 +186,7 @@ def _hub(text: str) -> list[Any]:
     return _split(found, text, split or None)
 
 
-def _split(found: Any, name: str, split: str | None) -> list[Any]:
+def _split(found: Any, name: str, split: str | None) -> Any:
     if hasattr(found, "keys"):
         if split is None and "train" not in found and len(found) > 1:
             raise UserError(f"prompts {name!r}: has splits {', '.join(found)}; choose one with @split")
@@ -145,4 +194,4 @@ def _split(found: Any, name: str, split: str | None) -> list[Any]:
         if split not in found:
             raise UserError(f"prompts {name!r}: no split {split!r}; allowed: {', '.join(found)}")
         found = found[split]
-    return list(found)
+    return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 from .errors import UserError
 from .hashes import json_hash, json_list_hash
-from .prompt_files import read_rows
+from .prompt_files import Rows, read_rows
 from .rendering import encode, encode_spans, opener_ids, pad, partial_openers, render, response_ids
 
 __all__ = [
@@ -119,7 +120,7 @@ class PromptSet(Sequence[Prompt]):
     @classmethod
     def load(
         cls,
-        source: str | Path | Sequence[Any] | PromptSet,
+        source: str | Path | Iterable[Any] | PromptSet,
         *,
         column: str | None = None,
         limit: int | None = None,
@@ -128,29 +129,44 @@ class PromptSet(Sequence[Prompt]):
     ) -> PromptSet:
         """Reads prompts from a file, a dataset or Python values.
 
-        source: see `prompt_files.read_rows`; or a list of strings, of dicts, of chats (lists of messages), of Prompts.
-            A row is a chat where it has `messages` (or `conversations`), else a string of its column `prompt`, `text`,
-            `question` or `instruction`. Its `id` and `label` are kept, its other columns become `meta`.
+        source: see `prompt_files.read_rows`; or strings, dicts, chats (lists of messages) or Prompts, in a list, a
+            `datasets.Dataset` or any other iterable. A row is a chat where it has `messages` (or `conversations`; in a
+            CSV as JSON), else a string of its column `prompt`, `text`, `question` or `instruction`. Its `id` and
+            `label` are kept, its other columns become `meta`.
         column: the column to read instead.
-        limit: only so many; the first, or with `seed` a random sample in the order of the source.
+        limit: only so many; the first (no more of the source is read), or with `seed` a random sample in the order of
+            the source.
         chat: True makes every string a user's turn, False a plain text that no template touches. Unless given, strings
             are user's turns, but for a column that is named `text`.
         Raises UserError for a source that cannot be read, an empty set, and (naming its row) an empty prompt, a chat
             with an unknown role or without a user's turn.
         """
-        if isinstance(source, PromptSet):
-            found, name = list(source.prompts), source.name
-        else:
-            name, rows = read_rows(source) if isinstance(source, (str, Path)) else ("prompts", list(source))
-            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(rows)]
         if limit is not None and limit < 1:
             raise UserError(f"limit={limit}: the number of prompts to read must be at least 1")
-        if limit is not None and limit < len(found):
-            kept = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(found)), limit))
-            found = [found[i] for i in kept]
+        rows, name = _rows_of(source)
+        if limit is not None and seed is not None:
+            total = len(rows) if isinstance(rows, Sized) else sum(1 for _ in rows)
+            kept = set(random.Random(seed).sample(range(total), limit)) if limit < total else range(total)
+            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(rows) if i in kept]
+        else:
+            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(islice(rows, limit))]
         if not found:
             raise UserError(f"{name}: no prompts in it; give at least one")
         return cls(tuple(found), name)
+
+
+def _rows_of(source: Any) -> tuple[Iterable[Any], str]:
+    """The rows of a source, which can be gone through twice, and its name."""
+    if isinstance(source, PromptSet):
+        return source.prompts, source.name
+    if isinstance(source, (str, Path)):
+        rows: Rows = read_rows(source)
+        return rows, rows.name
+    if hasattr(source, "keys"):
+        kind = type(source).__name__
+        raise UserError(f"prompts: a {kind} with {', '.join(map(str, source.keys())) or 'nothing'} is not a list of rows; "
+                        "give one split of a DatasetDict, the records of a table, or a list")  # fmt: skip
+    return (list(source) if isinstance(source, Iterator) else source), "prompts"
 
 
 def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: str) -> Prompt:
@@ -165,11 +181,23 @@ def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: s
             wanted = f"no column {column!r}" if column else f"none of the columns {', '.join((*MESSAGES, *TEXTS))}"
             raise UserError(f"{where}: {wanted}; it has {', '.join(map(str, row))}; choose one with column=")
         value, rest = row[key], {k: v for k, v in row.items() if k not in (key, "id", "label")}
+    if key in MESSAGES and isinstance(value, str):
+        value = _chat_of(value, f"{where}, column {key!r}")
     messages, text = _content(value, key == "text" if chat is None else not chat, where)
     record = row if isinstance(row, Mapping) else {}
     identity, label = record.get("id"), record.get("label")
     identity = str(index if identity is None else identity)
     return Prompt(messages, text, identity, None if label is None else str(label), _plain(rest, where))
+
+
+def _chat_of(value: str, where: str) -> Any:
+    """The chat in a cell of a CSV: JSON, where it begins like a list; else the user's turn."""
+    if not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{where}: begins like a list of messages and is not JSON; write it as JSON") from err
 
 
 def _content(value: Any, plain: bool, where: str) -> tuple[tuple[dict[str, Any], ...] | None, str | None]:

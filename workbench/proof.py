@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .anatomy import ALWAYS, INNER, probe_ids
+from .anatomy import INNER, probe_ids
 from .errors import UserError
 from .sites import Site
 

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .. import tokens
 from ..errors import UserError
 from ..maps.linear_map import LinearMap
 from ..models import Model
 from ..rendering import special_ids
 from ..sites import Site
-from ..tokens import WITH_SPECIAL, check_tokens, select
+from ..tokens import WITH_SPECIAL, check_tokens
 from .scoring import Run, Scores, Sequences, ratio_interval, score
 from .statistics import Interval
 
@@ -118,7 +119,7 @@ def causal_effects(
 
     Args:
         prompts: a PromptSet or what it loads; every token but the first of each sequence is predicted.
-        positions: `all`, `last`, `first:n`, `last:n`, `every:n` (see `tokens.select`: special tokens are left out of all
+        positions: `all`, `last`, `first:n`, `last:n`, `every:n` (see `tokens.choose`: special tokens are left out of all
             but `last`, unless `+special` is appended, as in "all+special", which takes BOS too), or a list of positions,
             each taken whatever its token.
         batch_size: sequences in one pass; the result depends on it by float noise only.
@@ -210,7 +211,8 @@ def choose(model: Model, sequences: Sequences, positions: str | Sequence[int]) -
     if isinstance(positions, str):
         check_tokens(positions)
         special = special_ids(model.tokenizer)
-        return [select(positions, row, [i in special for i in row]) for row in sequences.ids]
+        found = [tokens.choose(positions, *origin, special) for origin in sequences.origin]
+        return [[p for p in kept if p < len(row)] for kept, row in zip(found, sequences.ids, strict=True)]
     wanted = sorted(set(positions))
     if not wanted or wanted[0] < 0:
         raise UserError(f"positions must be token positions from 0 on; got {list(positions)}")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models import Model
-from ..prompts import PromptSet, encode
-from ..rendering import pad
+from ..prompts import Prompt, PromptSet
+from ..rendering import Encoded, encode_spans, pad, render
 from ..sites import text_config
 from .statistics import Interval, mean_interval
 
@@ -32,6 +32,8 @@ class Sequences:
     ids: tuple[tuple[int, ...], ...]
     left_out: int = 0
     starts: tuple[int, ...] = ()
+    origin: tuple[tuple[Encoded, Prompt, str], ...] = ()
+    """of each sequence: its tokens with their characters, the prompt, and its rendered text"""
 
     def __post_init__(self) -> None:
         if not self.starts:
@@ -44,11 +46,13 @@ class Sequences:
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length={max_length}: a sequence needs at least 2 tokens to predict one")
         limit = min(max_length or model.max_length, model.max_length)
-        rows = [tuple(row[:limit]) for row in encode(PromptSet.load(prompts), model.tokenizer)]
-        kept = tuple(row for row in rows if len(row) > 1)
-        if not kept:
+        prompts = PromptSet.load(prompts)
+        texts = render(prompts, model.tokenizer)
+        encoded = encode_spans(prompts, model.tokenizer, rendered=texts)
+        rows = [(e, p, text) for e, p, text in zip(encoded, prompts, texts, strict=True) if len(e.ids[:limit]) > 1]
+        if not rows:
             raise UserError("none of the sequences has two tokens; give longer texts")
-        return cls(kept, len(rows) - len(kept))
+        return cls(tuple(tuple(e.ids[:limit]) for e, _, _ in rows), len(prompts) - len(rows), origin=tuple(rows))
 
     def __len__(self) -> int:
         return len(self.ids)

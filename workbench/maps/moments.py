@@ -103,14 +103,6 @@ class Moments:
                 self.product[a, b] += (factors[a].T @ factors[b]).double()
         return self
 
-    def to(self, device: torch.device | str) -> Moments:
-        """The same moments with their sums on a device, where batches of rows are to be added."""
-        moved = self._copy()
-        moved.shift = {name: value.to(device) for name, value in moved.shift.items()}
-        moved.sum = {name: value.to(device) for name, value in moved.sum.items()}
-        moved.product = {pair: value.to(device) for pair, value in moved.product.items()}
-        return moved
-
     def mean(self, name: str) -> Float[Tensor, " d"]:
         """Mean of a block, [d]."""
         return self.shift[self._known(name)] + self.sum[name] / self._rows()
