@@ -126,7 +126,7 @@ def test_a_disk_that_is_too_small_is_refused_unless_the_rest_fits(llama, tmp_pat
     monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 3)
     plan = make_plan(llama, PROMPTS)
     monkeypatch.setattr(profile.shutil, "disk_usage", lambda _: Usage(0, 0, plan.n_bytes - 1))
-    with pytest.raises(UserError, match=r"GiB free and the profile needs .* GiB more; make room"):
+    with pytest.raises(UserError, match=r"MiB free and the profile needs .* MiB more; make room"):
         profile_model(llama, PROMPTS, tmp_path / "s")
     with monkeypatch.context() as patch:
         patch.setattr(profile.shutil, "disk_usage", lambda _: Usage(0, 0, plan.n_bytes))

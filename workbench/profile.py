@@ -126,7 +126,7 @@ def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder} has {free / 2**30:.1f} GiB free and the profile needs {needed / 2**30:.1f} GiB more; "
+        raise UserError(f"{folder} has {free / 2**20:.1f} MiB free and the profile needs {needed / 2**20:.1f} MiB more; "
                         "make room, or choose another folder, fewer sites or tokens, or dtype bfloat16")  # fmt: skip
 
 
