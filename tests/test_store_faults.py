@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 
 import pytest
@@ -75,6 +77,19 @@ def test_two_writers_at_one_place(tmp_path):
     profile_model(model, PROMPTS[:2], tmp_path / "s")
     with pytest.raises(UserError, match="exists already"):
         StoreWriter(tmp_path / "s", "plan")
+
+
+def test_a_writer_that_cannot_begin_leaves_the_place_free(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device") as kept:
+            StoreWriter(tmp_path / "s", "plan")
+    with StoreWriter(tmp_path / "s", "plan") as writer:
+        assert writer.blocks == []
+    assert kept.value
 
 
 def test_a_run_killed_just_after_the_stores_changed_places_does_not_take_the_old_rows_for_new(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 All of it happens in a hidden folder beside the store, `.NAME.partial`:
 
     journal.jsonl   the hash of the plan, then one line for each finished block
-    store/          the shards so far; at the end the tables and the manifest; then renamed to NAME
+    store/          the shards so far; at the end the tables and the manifest; then it takes the place of NAME
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .store_shards import write_shard, write_synced
 
 
 class StoreWriter:
-    """Writes the store at `out`; `done` blocks are already there from an earlier run of the same plan.
+    """Writes the store at `out`; `blocks` are already there from an earlier run of the same plan.
 
     Use as a context manager: `write` each further block in order, then `finish`. Writing happens in a thread of its
     own, at most one block behind. Raises UserError where `out` exists (unless `overwrite`, and it is a store), cannot
@@ -51,11 +51,15 @@ class StoreWriter:
         except OSError as err:
             os.close(self._lock)
             raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
-        if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
-            os.rename(self.partial / "old", out)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: Future[None] | None = None
-        self.blocks = self._resume(plan_hash)
+        try:
+            if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
+                os.rename(self.partial / "old", out)
+            self.blocks = self._resume(plan_hash)
+        except BaseException:
+            os.close(self._lock)  # or the place would be busy for as long as the error is kept
+            raise
 
     def __enter__(self) -> StoreWriter:
         return self
