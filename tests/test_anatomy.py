@@ -20,7 +20,7 @@ PROMPTS = [[1, 20, 21, 22, 23, 24], [1, 30, 31], [1], [1, 40, 41, 42]]
 PARALLEL = {"codegen", "cohere", "falcon", "falcon_new", "gpt_neox", "gptj", "phi", "stablelm_parallel"}
 POST_NORMED = {"gemma2", "gemma3", "gemma3_wrapped", "olmo2"}  # a norm lies between the down projection and mlp_out
 WITHOUT: dict[str, set[str]] = {
-    **dict.fromkeys(PARALLEL, {"resid_mid"}),
+    **{family: {"resid_mid"} for family in PARALLEL},
     "mixtral": {"mlp_act"},
     "opt_post_norm": set(INNER),
 }
@@ -313,7 +313,7 @@ def test_a_point_whose_write_does_not_arrive_is_refused():
             mlp.down_proj(z := mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), nn.functional.linear(z, mlp.down_proj.weight)
         )[1]  # fmt: skip
     model = load(module, tokenizer=word_tokenizer())
-    with pytest.raises(UserError, match=r"has no mlp_act\.0: what is written to mlp_act does not change mlp_out"):
+    with pytest.raises(UserError, match=r"has no mlp_act\.0: what is written to mlp_act does not make mlp_out"):
         with model.read([Site(0, "mlp_act")]):
             pass
 

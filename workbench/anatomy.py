@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .block_sums import BlockSums, Record
+from .block_sums import BlockSums, Known, Record
 from .errors import UserError
 from .hooks import Hooks, hidden_of, state_in
 from .sites import POINTS, Site, text_config
@@ -40,7 +40,8 @@ class Anatomy:
     """The parts of one block.
 
     entry: a module that is given the block's input. attn, mlp: the modules whose outputs are added. down: the MLP's down
-    projection; its input, `act_width` wide, is mlp_act. missing: for each point that cannot be reached, why.
+    projection; its input, `act_width` wide, is mlp_act. parallel: whether attention and MLP are given the same state; None
+    where that cannot be told. missing: for each point that cannot be reached, why.
     """
 
     entry: str = ""
@@ -48,6 +49,7 @@ class Anatomy:
     mlp: Part | None = None
     down: Part | None = None
     act_width: int = 0
+    parallel: bool | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -97,7 +99,7 @@ def check(model: Model, sites: Sequence[Site]) -> None:
 class _Watch:
     """Hooks that record what the modules of one block after another do, and what follows from it."""
 
-    def __init__(self, model: Model, known: Sequence[tuple[str, str, float, float]]) -> None:
+    def __init__(self, model: Model, known: Sequence[Known]) -> None:
         self.model, self.known, self.ids = model, known, probe_ids(model.module)
         self.numbers = [v for v in text_config(model.module).to_dict().values() if isinstance(v, float) and v]
         self.found: dict[int, Anatomy] = {}
@@ -144,7 +146,7 @@ class _Watch:
         return None, False
 
 
-def _probe(model: Model, known: Sequence[tuple[str, str, float, float]]) -> list[Anatomy]:
+def _probe(model: Model, known: Sequence[Known]) -> list[Anatomy]:
     watch = _Watch(model, known)
     with torch.inference_mode(), Hooks(model.module) as hooks:
         for layer in range(model.n_layers):
@@ -160,12 +162,13 @@ def _probe(model: Model, known: Sequence[tuple[str, str, float, float]]) -> list
     return [watch.found.get(layer, silent) for layer in range(model.n_layers)]
 
 
-def _sums_of(found: Sequence[Anatomy]) -> list[tuple[str, str, float, float]]:
+def _sums_of(found: Sequence[Anatomy]) -> list[Known]:
     """The different sums that were found, as `BlockSums.find` takes them."""
-    return list(dict.fromkeys((a.attn.path, a.mlp.path, a.attn.scale, a.mlp.scale) for a in found if a.attn and a.mlp))
+    sums = [(a.attn.path, a.mlp.path, a.attn.scale, a.mlp.scale, a.parallel) for a in found if a.attn and a.mlp]
+    return list(dict.fromkeys(sums))
 
 
-def _anatomy(sums: BlockSums, known: Sequence[tuple[str, str, float, float]]) -> Anatomy:
+def _anatomy(sums: BlockSums, known: Sequence[Known]) -> Anatomy:
     found = sums.find(known)
     if found is None:
         return Anatomy().without(INNER, sums.why_not())
@@ -174,7 +177,7 @@ def _anatomy(sums: BlockSums, known: Sequence[tuple[str, str, float, float]]) ->
         Part(record.path, scale, record.flat_made, record.is_overwritten)
         for record, scale in ((found.attn, found.attn_scale), (found.mlp, found.mlp_scale))
     )
-    anatomy = Anatomy(entry.path if entry else "", attn, mlp)
+    anatomy = Anatomy(entry.path if entry else "", attn, mlp, parallel=parallel)
     if parallel:
         anatomy = anatomy.without(
             ["resid_mid"], "its blocks run attention and MLP in parallel, with no state between them"

@@ -66,6 +66,11 @@ class Sum:
     mlp: Record
     attn_scale: float = 1.0
     mlp_scale: float = 1.0
+    parallel: bool | None = None  # as in the block that it was known from
+
+
+Known = tuple[str, str, float, float, bool | None]
+"""a sum of another block: the paths of attention and MLP, their scales, and whether they run in parallel"""
 
 
 class BlockSums:
@@ -83,13 +88,13 @@ class BlockSums:
         self.by_path = {r.path: r for r in self.records}
         self.wide = [r for r in self.records if r.made is not None and r.made.shape == pre.shape]
 
-    def find(self, known: Sequence[tuple[str, str, float, float]]) -> Sum | None:
-        """The parts of the block; `known` are (attention, MLP, and their scales) of other blocks, which are tried first and
-        need not be seen here: a block whose terms drown in the rounding is taken for one of its kind."""
-        for attn_path, mlp_path, a, m in known:
+    def find(self, known: Sequence[Known]) -> Sum | None:
+        """The parts of the block; `known` are those of other blocks, which are tried first and need not be seen here: a
+        block whose terms drown in the rounding is taken for one of its kind."""
+        for attn_path, mlp_path, a, m, parallel in known:
             attn, mlp = self.by_path.get(attn_path), self.by_path.get(mlp_path)
             if attn in self.wide and mlp in self.wide and attn and mlp and self._adds_up(attn, mlp, a, m, seen=False):
-                return Sum(attn, mlp, a, m)
+                return Sum(attn, mlp, a, m, parallel)
         pairs = [(attn, mlp) for attn in self._attentions() for mlp in self._others()]
         for attn, mlp in pairs:
             if self._adds_up(attn, mlp, 1.0, 1.0):
@@ -105,6 +110,8 @@ class BlockSums:
         was given resid_pre + attn_out; None where neither can be seen."""
         assert found.attn.made is not None
         mid = self.pre + found.attn_scale * found.attn.made
+        if not self._stands_out(mid - self.pre, mid):
+            return found.parallel
         for record in self._outside_attention():
             if record.given is not None and self._same(record.given, mid):
                 return False
@@ -192,7 +199,11 @@ class BlockSums:
         if x.shape != y.shape:
             return False
         bound = self.eps * (self.pre.abs() + x.abs() + y.abs())
-        return bool(((x - y).abs() <= bound).all()) and _share((x - self.pre).abs() > 2 * bound) >= _SEEN
+        return bool(((x - y).abs() <= bound).all()) and self._stands_out(x - self.pre, x)
+
+    def _stands_out(self, term: Tensor, total: Tensor) -> bool:
+        """Whether a term is more than the rounding of pre + term = total."""
+        return _share(term.abs() > 2 * self.eps * (self.pre.abs() + total.abs())) >= _SEEN
 
     def _adds_up(self, attn: Record, mlp: Record, a: float, m: float, seen: bool = True) -> bool:
         assert attn.made is not None

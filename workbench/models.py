@@ -63,7 +63,10 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.module.get_input_embeddings().weight.device
+        embeddings = self.module.get_input_embeddings()
+        if embeddings.weight.is_meta:  # offloaded by accelerate, whose hook brings the weights where they are needed
+            return torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
+        return embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ def prove(model: Model, layers: Sequence[int] | None = None) -> None:
     """Proves the sites of a model in a few passes of 16 tokens.
 
     Every layer: block outputs chain; of the points inside a block, what is written is read back, resid_post becomes what
-    it must, and a change of mlp_act changes mlp_out. At `layers` (first, middle and last unless given): what is written
+    it must, and mlp_out follows from mlp_act alone. At `layers` (first, middle and last unless given): what is written
     to resid_post is read back and changes the logits. Raises UserError naming a resid_pre or resid_post that fails; any
     other point that fails is noted in `model.anatomy` and refused from then on.
     """
@@ -40,8 +40,15 @@ def prove(model: Model, layers: Sequence[int] | None = None) -> None:
         for l in chosen:
             _prove_write(model, Site(l), seen[Site(l)], before, ids, mask)
         # resid_mid is written by way of attn_out, and mlp_out hides what mlp_act does: two passes
-        for points in (("attn_out", "mlp_out"), ("resid_mid", "mlp_act")):
-            _prove_inside(model, seen, points, ids, mask)
+        # the second gives the MLP another input, by resid_mid or else by resid_pre, and the same mlp_act
+        by_pre = [Site(l, "resid_pre") for l in range(model.n_layers) if "resid_mid" not in model.anatomy[l].points]
+        others = {site: _changed(seen[site]) for site in by_pre}
+        same = {site: h for site, h in seen.items() if site.point == "mlp_act"}
+        inner = {site: _changed(h) for site, h in seen.items() if site.point in INNER}
+        _prove_inside(model, seen, {s: h for s, h in inner.items() if s.point in ("attn_out", "mlp_out")}, ids, mask)
+        _prove_inside(
+            model, seen, {s: h for s, h in inner.items() if s.point == "resid_mid"} | others | same, ids, mask
+        )
     for point, why in model.missing.items():
         log.info("%s (%s) has no %s at some layers: %s", model.name, model.family, point, why)
 
@@ -75,20 +82,19 @@ def _prove_write(model: Model, site: Site, h: Tensor, before: Tensor, ids: Tenso
         raise UserError(f"{model.name}: writing to {site} did not change the logits; this family is not supported")
 
 
-def _prove_inside(model: Model, plain: States, points: Sequence[str], ids: Tensor, mask: Tensor) -> None:
-    """Writes to `points` of all blocks in one pass, in which each block is given the input of the plain pass, so that
-    what is written in one does not reach the others. What fails is noted in `model.anatomy`."""
-    layers = [l for l in range(model.n_layers) if set(points) & set(model.anatomy[l].points)]
+def _prove_inside(model: Model, plain: States, written: States, ids: Tensor, mask: Tensor) -> None:
+    """Writes in all blocks in one pass, in which each is given a state of its own, that of the plain pass unless `written`
+    has another: so what is written in one does not reach the next. What fails is noted in `model.anatomy`."""
+    layers = [l for l in range(model.n_layers) if model.anatomy[l].attn and "attn_out" in model.anatomy[l].points]
+    every = [Site(l, p) for l in layers for p in model.anatomy[l].points]
+    given = {Site(l, "resid_pre"): plain[Site(l, "resid_pre")] for l in layers}
+    given.update({site: h for site, h in written.items() if site in set(every)})
     if not layers:
         return
-    sites = [Site(l, p) for l in layers for p in points if p in model.anatomy[l].points]
-    written = {site: _changed(plain[site]) for site in sites} | {Site(l, "resid_pre"): plain[Site(l, "resid_pre")]
-                                                                 for l in layers}  # fmt: skip
-    every = [Site(l, p) for l in layers for p in model.anatomy[l].points]
-    with model.edit({site: lambda *_, new=new: new for site, new in written.items()}), model.read(every) as seen:
+    with model.edit({site: lambda *_, new=new: new for site, new in given.items()}), model.read(every) as seen:
         model.run(ids, mask)
     for l in layers:
-        for reason in _faults(l, [site for site in sites if site.layer == l], plain, written, seen):
+        for reason in _faults(l, [site for site in given if site.layer == l], plain, given, seen):
             model.anatomy[l] = model.anatomy[l].without(INNER, reason)
 
 
@@ -98,8 +104,10 @@ def _faults(layer: int, sites: Sequence[Site], plain: States, written: States, s
     for site in sites:
         if not _close(seen[site], written[site], plain[site], *([pre] if site.point != "mlp_act" else [])):
             yield f"what is written to {site.point} is not read back"
-        if site.point == "mlp_act" and torch.equal(mlp, plain[Site(layer, "mlp_out")]):
-            yield "what is written to mlp_act does not change mlp_out"
+        if site.point == "mlp_act" and "mlp_out" not in {other.point for other in sites}:
+            old = plain[Site(layer, "mlp_out")]  # the same mlp_act must give it, whatever else goes into the block
+            if not _close(mlp, old, old.abs().amax(-1, keepdim=True).expand_as(old)):
+                yield "what is written to mlp_act does not make mlp_out"
     if not _close(pre.to(mlp.device) + attn.to(mlp.device) + mlp, seen[Site(layer)], pre, attn, mlp):
         yield f"what is written to {' and '.join(site.point for site in sites)} does not reach the block's output"
 

@@ -87,7 +87,7 @@ def plain_module(module: Any) -> Any:
         log.info("%s was compiled: the model inside is used, which runs eagerly", type(module._orig_mod).__name__)
         module = module._orig_mod
     tuned = getattr(module, "active_peft_config", None)
-    if getattr(tuned, "is_prompt_learning", False):
+    if tuned is not None and getattr(tuned, "is_prompt_learning", False):
         raise UserError(f"a {type(module).__name__} with {tuned.peft_type.value} adds virtual tokens, whose states belong "
                         "to no token of a prompt; load the model that it wraps")  # fmt: skip
     return module
