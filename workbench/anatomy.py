@@ -110,8 +110,8 @@ class _Watch:
         self.records.clear()
         self.pre = self._settled(state_in(args, kwargs))[0]
 
-    def inside(self, path: str) -> Any:
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def inside(self, path: str, module: nn.Module) -> Any:
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if path in self.records:  # it runs twice, and stands for no one place
                 self.records[path] = Record(path, module)
                 return
@@ -154,7 +154,7 @@ def _probe(model: Model, known: Sequence[Known]) -> list[Anatomy]:
             hooks.add(block.register_forward_pre_hook(watch.enter, with_kwargs=True))
             for path, child in block.named_modules():
                 if path:
-                    hooks.add(child.register_forward_hook(watch.inside(path), with_kwargs=True))
+                    hooks.add(child.register_forward_hook(watch.inside(path, child), with_kwargs=True))
             hooks.add(block.register_forward_hook(watch.leave(layer)))
         ids = watch.ids.to(model.device)
         model.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

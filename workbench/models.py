@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import anatomy, proof
-from .backends import torch_hooks
+from .backends import NAMES, Backend, held_by, open_backend, torch_hooks
+from .backends.hooks import HooksBackend
 from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, place
 from .errors import UserError
-from .hashes import file_hash, short_hash, tensor_bytes
+from .fingerprint import fingerprint_of
+from .hashes import short_hash
 from .progress import progress
 from .sites import Site, find_blocks, plain_module, text_config
 
@@ -35,19 +36,22 @@ class Model:
     """A Hugging Face causal language model, ready to be read and edited. Made by `load`.
 
     Attributes: `module`, `tokenizer`, `name` (what it was loaded from), `folder` (its local files, where known),
-    `decoder` (the part that is not the LM head), `blocks_path`.
+    `decoder` (the part that is not the LM head), `blocks_path`, `backend` (how it is read and edited).
     """
 
     def __init__(self, module: Any, tokenizer: Any, name: str, folder: Path | None = None, revision: str = "",
-                 blocks: str | None = None) -> None:  # fmt: skip
+                 blocks: str | None = None, backend: Backend | None = None) -> None:  # fmt: skip
         self.module, self.tokenizer, self.name, self.folder, self.revision = module, tokenizer, name, folder, revision
+        self.backend: Backend = backend or HooksBackend()
         self.blocks_path, self._blocks = find_blocks(module, blocks)
         self.decoder: nn.Module = getattr(module, "get_decoder", lambda: None)() or module
         self._accepts = set(inspect.signature(self.decoder.forward).parameters)
         module.eval()
 
     def __repr__(self) -> str:
-        return f"Model({self.name!r}, {self.family}, {self.n_layers} layers, width {self.width}, {self.dtype}, {self.device})"
+        of = "" if self.backend.name == NAMES[0] else f", {self.backend.name}"
+        size = f"{self.n_layers} layers, width {self.width}"
+        return f"Model({self.name!r}, {self.family}, {size}, {self.dtype}, {self.device}{of})"
 
     @property
     def family(self) -> str:
@@ -64,7 +68,8 @@ class Model:
     @property
     def device(self) -> torch.device:
         embeddings = self.module.get_input_embeddings()
-        if embeddings.weight.is_meta:  # offloaded by accelerate, whose hook brings the weights where they are needed
+        if embeddings.weight.is_meta:  # offloaded by accelerate, whose hook brings the weights where they are needed,
+            # or on another machine, to which ids are sent from here
             return torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
         return embeddings.weight.device
 
@@ -109,19 +114,19 @@ class Model:
     @cached_property
     def anatomy(self) -> list[anatomy.Anatomy]:
         """The parts of each block behind the points inside it, from one short pass when they are first needed."""
-        return anatomy.resolve(self)
+        return self.backend.anatomy(self)
 
     def read(
         self, sites: Sequence[Site], take: torch_hooks.Take | None = None
     ) -> AbstractContextManager[dict[Site, Tensor]]:
-        """What passes `sites` in each forward pass inside the block; see `backends.torch_hooks.read`."""
-        return torch_hooks.read(self, sites, take)
+        """What passes `sites` in each forward pass inside the block; see `backends.Backend.read`."""
+        return self.backend.read(self, sites, take)
 
     def edit(
         self, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
         """Replaces the states h at each site by `fn(h, where)` inside the block; see `backends.torch_hooks.edit`."""
-        return torch_hooks.edit(self, edits, prompt_lengths)
+        return self.backend.edit(self, edits, prompt_lengths)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -134,33 +139,8 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What the model is: name, revision, and the sha256 of its config, weights and tokenizer, and the dtype.
-
-        Weights are hashed from their files where the folder is known, else from the tensors themselves.
-        """
-        config = self.module.config.to_dict()
-        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-            config.pop(volatile, None)
-        files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
-        if files:
-            weights = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()
-        else:
-            digest = hashlib.sha256()
-            for key, value in self.module.state_dict().items():
-                digest.update(key.replace("_orig_mod.", "").encode())  # a compiled part is the same model
-                digest.update(b"".join(tensor_bytes(value)))
-            weights = digest.hexdigest()
-        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = tokenizer.to_str() if tokenizer is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        words += str(getattr(self.tokenizer, "chat_template", None))
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-            "weights": weights,
-            "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        """What the model is; see `fingerprint.fingerprint_of`. The same on every backend."""
+        return fingerprint_of(self)
 
     @property
     def fingerprint_id(self) -> str:
@@ -176,10 +156,8 @@ class Model:
     def run(self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], stop_after: int | None = None) -> None:
         """A forward pass without the LM head, ending after block `stop_after`; for what hooks read on the way."""
         ids, mask = ids.to(self.device), mask.to(self.device)
-        layer = self.n_layers - 1 if stop_after is None else stop_after
-        with torch_hooks.stop_after(self, layer):
-            with suppress(torch_hooks.Stop):
-                self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(mask))
+        options = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **self._positions(mask)}
+        self.backend.call(self, "decoder", options, self.n_layers - 1 if stop_after is None else stop_after)
 
     def logits(
         self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], last_only: bool = False
@@ -187,7 +165,8 @@ class Model:
         """The logits of a batch, padded on either side; of its last column alone with `last_only`."""
         ids, mask = ids.to(self.device), mask.to(self.device)
         keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._head_accepts else {}
-        out = self.module(input_ids=ids, attention_mask=mask, use_cache=False, **self._positions(mask), **keep).logits
+        options = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **self._positions(mask), **keep}
+        out = self.backend.call(self, "module", options).logits
         return out[:, -1:] if last_only else out
 
     @cached_property
@@ -236,9 +215,8 @@ class Model:
                 ids, mask = pad([encoded[i] for i in rows], self.pad_id, "left")
                 edited = nullcontext() if adapter is None else adapter.on(self, prompt_lengths=mask.sum(1))
                 with torch.inference_mode(), edited:
-                    out = self.module.generate(
-                        input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
-                    )
+                    where = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                    out = self.backend.call(self, "generate", {**where, "generation_config": config})
                 texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
                 step = len(texts) // len(rows)  # several samples a prompt: the first is kept
                 answers.update(zip(rows, texts[::step], strict=True))
@@ -260,21 +238,26 @@ def load(
     revision: str | None = None,
     blocks: str | None = None,
     prove: bool = True,
+    backend: str = "hooks",
+    remote: bool | str = False,
 ) -> Model:
-    """Loads a model: a hub id, a local folder, `bundled:donor`, `bundled:recipient`, or a loaded PreTrainedModel.
+    """Loads a model: a hub id, a local folder, `bundled:donor`, `bundled:recipient`, or one that is loaded already.
 
+    source: of loaded ones, a PreTrainedModel, a TransformerLens `TransformerBridge`, or an nnsight `TransformersModel`.
     dtype: `auto` follows the checkpoint (float16 becomes float32 on a CPU), or float32, float16, bfloat16.
     device: `auto` takes the GPU, spreads over several by accelerate's device map, or the CPU; or `cpu`, `cuda:1`, `map`.
     blocks: the path of the ModuleList of blocks, for a family that is not recognised.
+    backend: how it is read and edited: `hooks`, `transformer-lens` or `nnsight` (see `backends`). A PreTrainedModel is
+        copied for TransformerLens, which changes the module that it wraps; nnsight shares it.
+    remote: with nnsight, run on NDIF, the weights staying there; `"local"` plays a remote run on this machine.
     Weights are read from safetensors only; no remote code is run. Raises UserError naming what cannot be loaded.
     """
+    if backend not in NAMES:
+        raise UserError(f"unknown backend {backend!r}; allowed: {', '.join(NAMES)}")
+    if remote:
+        return _load_remote(source, tokenizer, revision, backend, remote)
     if not isinstance(source, (str, Path)):
-        if tokenizer is None:
-            raise UserError("a loaded model needs its tokenizer: load(model, tokenizer=tokenizer)")
-        source = plain_module(source)
-        model = Model(
-            source, tokenizer, str(getattr(source, "name_or_path", "") or type(source).__name__), blocks=blocks
-        )
+        model = _adopt(source, tokenizer, blocks, backend)
         if prove:
             model.prove()
         return model
@@ -288,8 +271,43 @@ def load(
         wanted = torch.float32  # half precision is slow and lossy on a CPU
     # straight to its place: by way of the host's memory a large model would need it twice
     module = open_weights(source, folder, wanted, device_map or (None if placed == "cpu" else placed))
-    model = Model(module, tok, str(source), folder, revision or "", blocks)
+    model = Model(module, tok, str(source), folder, revision or "", blocks, open_backend(backend, module, tok))
     if prove:
         model.prove()
     log.info("loaded %s", model)
     return model
+
+
+def _adopt(source: Any, tokenizer: Any, blocks: str | None, backend: str) -> Model:
+    """A Model of something that was loaded elsewhere."""
+    held = held_by(source)
+    if held is not None:
+        module, own, made = held
+        if backend not in (NAMES[0], made.name):
+            raise UserError(
+                f"this {type(source).__name__} is read and edited with backend={made.name!r}; leave backend out"
+            )
+    else:
+        if tokenizer is None:
+            raise UserError("a loaded model needs its tokenizer: load(model, tokenizer=tokenizer)")
+        module, own = plain_module(source), None
+        if backend == "transformer-lens":
+            module = copy.deepcopy(module)
+        made = open_backend(backend, module, tokenizer)
+    name = str(getattr(module, "name_or_path", "") or type(module).__name__)
+    return Model(module, tokenizer or own, name, blocks=blocks, backend=made)
+
+
+def _load_remote(source: Any, tokenizer: Any, revision: str | None, backend: str, remote: bool | str) -> Model:
+    """A Model whose weights are elsewhere; nothing is proved, since every pass is a job there."""
+    if backend != "nnsight" or not isinstance(source, (str, Path)):
+        raise UserError(
+            "remote runs are nnsight's and take a hub id: load('owner/name', backend='nnsight', remote=True)"
+        )
+    from .backends.ndif import NdifBackend, remote_model
+
+    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else None
+    tokenizer = tokenizer or (open_tokenizer(source, folder) if folder else None)
+    held = remote_model(str(source), tokenizer, revision, remote)
+    made = NdifBackend(held, remote)
+    return Model(held._module, held.tokenizer, str(source), folder, revision or "", backend=made)

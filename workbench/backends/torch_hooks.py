@@ -78,7 +78,7 @@ Attach = Callable[["Model", Sequence[Tap]], AbstractContextManager[None]]
 
 
 class Stop(Exception):
-    """Raised by a hook to end a forward pass after the last block that is wanted; `Model.run` catches it."""
+    """Raised by a hook to end a forward pass after the last block that is wanted; the backend catches it."""
 
 
 def _before(module: nn.Module, fn: Tapped) -> Any:
@@ -187,6 +187,12 @@ def stop_after(model: Model, layer: int) -> Iterator[None]:
         handle.remove()
 
 
+def _signature(module: nn.Module) -> inspect.Signature:
+    """Of `module.forward`; an instrumented one (nnsight's) shows its `self`, which is not passed."""
+    signature = inspect.signature(module.forward)
+    return signature.replace(parameters=[p for name, p in signature.parameters.items() if name != "self"])
+
+
 @dataclass
 class _Clock:
     """Follows the forward passes of one context and knows the positions of each."""
@@ -265,7 +271,7 @@ def edit(
     edits = {Site.parse(site, model.n_layers): fn for site, fn in edits.items()}
     given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     decoder = model.decoder
-    clock = _Clock(given, inspect.signature(decoder.forward))
+    clock = _Clock(given, _signature(decoder))
 
     def apply(fn: Edit) -> Callable[[Tensor], Tensor]:
         def run(h: Tensor) -> Tensor:
