@@ -85,7 +85,7 @@ def test_maps_know_tensors_and_nothing_of_models():
     ("layer", "above"),
     [
         (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
-          "rendering", "models"),
+          "rendering", "models", "fingerprint"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store", "store_batches", "store_checks", "store_damage", "store_folder", "store_rows",
           "store_shards", "store_tables", "store_writer"),
@@ -94,7 +94,8 @@ def test_maps_know_tensors_and_nothing_of_models():
           "profile_tables",
           "interrupts", "convert", "paste", "forecast", "adapters", "evaluate"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
-        (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor"),
+        (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
+          "verification", "verification_table"),
          ("cli", "cli_errors", "cli_values", "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],

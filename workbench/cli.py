@@ -374,6 +374,35 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1 [all]")] = None,
+    backends: Annotated[str, typer.Option(help="which to compare")] = "hooks,nnsight,transformer-lens",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compares the backends with the model itself and with one another, layer by layer.
+
+    Shown are the differences in what they read and in what an edit does, the points that each has, and what a pass with
+    each costs. Exit code 1 where they disagree by more than the dtype allows: 1e-5 in float32.
+    """
+    chosen = None if layers is None else layer_list(layers)
+    from .verification import verify_backends
+    from .verification_table import agreement_table, summary_lines
+
+    names = [name.strip() for name in backends.split(",")]
+    found = verify_backends(model, layers=chosen, backends=names, dtype=dtype, device=device)
+    if as_json:
+        _json(found.to_dict())
+    else:
+        _table(agreement_table(found))
+        typer.echo("\n".join(summary_lines(found)))
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
 def _json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
