@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from .store_batches import Batches
 from .store_checks import DTYPES, MANIFEST, TABLES, check_folder, read_manifest
 from .store_damage import damaged_files
 from .store_folder import Folder
+from .store_locks import hold
 from .store_rows import RowFiles
 from .store_tables import Tables
 
@@ -204,7 +206,8 @@ class Store:
     def keep_until_closed(self, folder: Path | None) -> Store:
         """This store, with `folder` removed once it is closed, forgotten, or the program ends."""
         if folder is not None:
-            self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            handle = hold(folder)  # so that others can tell a store that is used from one that was left behind
+            self._remove = weakref.finalize(self, _drop, folder, handle)
         return self
 
     def _site(self, site: Site | str | int) -> Site:
@@ -241,6 +244,12 @@ class Store:
             got = f"{int(index.min())} to {int(index.max())}"
             raise UserError(f"store {self.path} has rows 0 to {self.n_rows - 1}; got {got}")
         return torch.where(index < 0, index + self.n_rows, index)
+
+
+def _drop(folder: Path, handle: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if handle is not None:
+        os.close(handle)
 
 
 def check_pair(a: Store, b: Store) -> None:
