@@ -146,6 +146,9 @@ class Tables:
         from .prompts import Prompt, PromptSet
 
         table = self.read(TABLES[1], ["id", "label", "meta", "content"]).to_pylist()
+        if any(line["content"] is None for line in table):
+            raise UserError(f"store {self.folder.path}: the prompts of these rows are unknown: their source did not say "
+                            "them; import it again with its prompts")  # fmt: skip
         try:
             found = []
             for line in table:
