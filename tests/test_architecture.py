@@ -88,11 +88,12 @@ def test_maps_know_tensors_and_nothing_of_models():
           "rendering", "models", "fingerprint"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store", "store_batches", "store_checks", "store_damage", "store_folder", "store_rows",
-          "store_shards", "store_tables", "store_writer"),
+          "store_shards", "store_tables", "store_writer", "store_locks", "store_checkup", "store_leftovers",
+          "store_listing", "store_views", "store_staging", "store_merge", "store_exports", "store_imports",
+          "command_v_profile", "saelens_cache"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
         (("alignment", "profile", "profile_cost", "profile_plan", "profile_run", "profile_spool", "profile_sums",
-          "profile_tables",
-          "interrupts", "convert", "paste", "forecast", "adapters", "evaluate"),
+          "profile_tables", "interrupts", "store_repair", "convert", "paste", "forecast", "adapters", "evaluate"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table"),
@@ -151,7 +152,9 @@ def test_importing_the_workbench_imports_nothing_heavy():
     assert loaded_after("import workbench; dir(workbench)") & set(HEAVY) == set()
 
 
-@pytest.mark.parametrize("line", [["--help"], ["--version"], ["profile", "--help"], ["convert"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "line", [["--help"], ["--version"], ["profile", "--help"], ["convert"], ["stores", "merge", "--help"], ["nonsense"]]
+)
 def test_help_imports_nothing_heavy(line: list[str]):
     code = f"from workbench.cli import app\ntry: app({line!r}, prog_name='workbench')\nexcept SystemExit: pass"
     assert loaded_after(code) & set(HEAVY) == set()

@@ -17,7 +17,10 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_errors import FLAGS, guarded, stops_told
+from .cli_stores import stores
 from .cli_values import alpha_value, layer_list, site_list
+from .cli_values import printed_json as _json
+from .cli_values import printed_table as _table
 from .errors import UserError
 
 ADAPTER_HELP = "adapter folder, ours or pyreft's, or bundled:NAME"
@@ -411,3 +414,6 @@ def _table(table: Any) -> None:
     from rich.console import Console
 
     Console(file=sys.stdout).print(table)
+
+
+app.add_typer(stores, name="stores")

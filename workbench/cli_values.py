@@ -1,12 +1,17 @@
-"""How values on the command line are read."""
+"""How values on the command line are read, and results printed."""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Literal
+import sys
+from typing import Any, Literal
+
+import typer
 
 from .errors import UserError
 
+NO_TERMINAL = 1000  # columns of a table that goes to a file or a pipe
 MOST_LAYERS = 10_000  # far more than any model has
 
 
@@ -47,7 +52,16 @@ def site_list(sites: str | None, layers: str | None) -> list[int] | list[str] | 
         raise UserError("both --sites and --layers were given; give one of them")
     if layers is not None:
         return layer_list(layers)
-    return None if sites is None else [name.strip() for name in sites.split(",")]
+    return None if sites is None else names_of(sites)
+
+
+def names_of(text: str) -> list[str]:
+    """Names between commas.
+
+    >>> names_of("resid_post.4, resid_pre.5")
+    ['resid_post.4', 'resid_pre.5']
+    """
+    return [name.strip() for name in text.split(",")]
 
 
 def alpha_value(text: str) -> float | Literal["cv"]:
@@ -65,3 +79,15 @@ def alpha_value(text: str) -> float | Literal["cv"]:
     if not 0 <= value < float("inf"):
         raise UserError(f"alpha {value:g} is out of range: a number of 0 or more is needed; 0.01 to 0.1 are usual")
     return value
+
+
+def printed_json(value: Any) -> None:
+    """A result as JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def printed_table(table: Any) -> None:
+    """A rich table on stdout; where that is no terminal no cell is broken, so that a line can be searched."""
+    from rich.console import Console
+
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else NO_TERMINAL).print(table)
