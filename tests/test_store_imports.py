@@ -24,7 +24,7 @@ from workbench.errors import UserError
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 from workbench.store import Store, check_pair
-from workbench.store_damage import find_damage
+from workbench.store_checkup import find_damage
 from workbench.store_imports import import_store
 from workbench.store_listing import describe_store
 from workbench.store_merge import merge_stores

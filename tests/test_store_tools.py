@@ -508,7 +508,7 @@ def full_after(monkeypatch, n: int) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("after", [0, 3, 9])
+@pytest.mark.parametrize("after", range(12))
 def test_a_full_disk_leaves_nothing_of_a_merge(home, tmp_path, after):
     with pytest.MonkeyPatch.context() as patch:
         full_after(patch, after)

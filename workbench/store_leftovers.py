@@ -17,7 +17,7 @@ from .store_locks import LOCK, hold, is_held
 _PARTIAL = re.compile(r"\.(.+)\.partial")
 _STAGED = re.compile(r"\.(.+)\.partial-[A-Za-z0-9_]{8}")
 _TEMPORARY = re.compile(r"workbench-[A-Za-z0-9_]{8}")
-PARTIAL_FILES = {"journal.jsonl", LOCK, "store", "old"}
+PARTIAL_FILES = {"journal.jsonl", "journal.new", LOCK, "store", "old"}
 _TEMPORARY_FILES = {"profile", ".profile.partial", LOCK}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -42,20 +43,27 @@ def write_store(
     Where it fails (a full disk, a bad source), nothing is left behind, and what was at `out` is there still.
     """
     out = Path(out).expanduser()
-    with StoreWriter(out, key, overwrite=overwrite) as writer:
-        try:
-            done = len(writer.blocks)
-            for i, block in enumerate(progress(blocks, total=count, desc=f"{doing} {out.name}", unit="block")):
-                if i >= done:
-                    writer.write(block, {site: int((~torch.isfinite(x)).sum()) for site, x in block.items()})
-            writer.finish(manifest, lambda folder: _write_tables(folder, tables))
-        except Exception as err:
-            _clear(writer)
-            reason = err if isinstance(err, OSError) else err.__cause__
-            if isinstance(err, (UserError, OSError)) and isinstance(reason, OSError):
-                raise UserError(f"cannot write {out}: {reason.strerror or reason}; nothing of it was kept: make room or "
-                                "choose another folder, and run the same again") from err  # fmt: skip
-            raise
+    try:
+        with StoreWriter(out, key, overwrite=overwrite) as writer:
+            before = _identity(out)
+            try:
+                done = len(writer.blocks)
+                for i, block in enumerate(progress(blocks, total=count, desc=f"{doing} {out.name}", unit="block")):
+                    if i >= done:
+                        writer.write(block, {site: int((~torch.isfinite(x)).sum()) for site, x in block.items()})
+                writer.finish(manifest, lambda folder: _write_tables(folder, tables))
+            except Exception:
+                _clear(writer, before)
+                raise
+    except (UserError, OSError) as err:
+        reason = err if isinstance(err, OSError) else err.__cause__
+        if not isinstance(reason, OSError) or reason.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
+            raise  # written by another run, or nothing that room would help
+        partial = out.parent / f".{out.name}.partial"
+        if not (partial / "old").exists():  # of a writer that had no room to begin
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {out}: {reason.strerror or reason}; nothing of it was kept: make room or choose "
+                        "another folder, and run the same again") from err  # fmt: skip
     return Store.open(out)
 
 
@@ -83,9 +91,16 @@ def _write_tables(folder: Path, tables: tuple[Tables, Tables]) -> None:
                 writer.close()
 
 
-def _clear(writer: StoreWriter) -> None:
-    """Removes the unfinished folder; a store that was to be replaced goes back to its place first."""
-    old = writer.partial / "old"
-    if old.exists() and not writer.out.exists():
-        os.rename(old, writer.out)
+def _identity(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _clear(writer: StoreWriter, before: int | None) -> None:
+    """Removes the unfinished folder; a store that was replaced, or was about to be, goes back to its place first."""
+    if _identity(writer.out) != before:
+        if writer.out.exists():  # the new one: what failed came after it had its name
+            os.rename(writer.out, writer.partial / "new")
+        for aside in (writer.partial / "old", writer.store):  # renamed, or exchanged with the new one
+            if before is not None and _identity(aside) == before:
+                os.rename(aside, writer.out)
     shutil.rmtree(writer.partial, ignore_errors=True)
