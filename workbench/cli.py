@@ -91,6 +91,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="fewer prompts: shows that 
 Out = Annotated[Path, typer.Option(help="folder to make")]
 Dtype = Annotated[str, typer.Option(help="to run in: auto, float32, float16, bfloat16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map to spread over all GPUs")]
+Backend = Annotated[str, typer.Option(help="how it is read and edited: hooks, transformer-lens, nnsight")]
 
 
 @app.command()
@@ -173,6 +174,7 @@ def profile(
     store_dtype: Annotated[str, typer.Option(help="of the store: float32, float16, bfloat16, auto")] = "float32",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    backend: Backend = "hooks",
     batch_tokens: Annotated[int, typer.Option(help="tokens in a forward pass, padding included")] = 8192,
     max_length: Annotated[int | None, typer.Option(help="cut longer prompts [the model's context]")] = None,
     stride: Annotated[int | None, typer.Option(help="run longer prompts as windows, each so many tokens on")] = None,
@@ -212,7 +214,7 @@ def profile(
     read = read if system is None else read.with_system(system)
     options: dict[str, Any] = {"sites": wanted, "tokens": tokens, "batch_tokens": batch_tokens, "max_length": max_length,
                                "stride": stride}  # fmt: skip
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load(model, dtype=dtype, device=device, backend=backend)
     if dry_run:
         from .profile_cost import profile_cost
 
@@ -326,6 +328,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="prompts at once")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    backend: Backend = "hooks",
     allow_mismatch: Mismatch = False,
     as_json: Json = False,
 ) -> None:
@@ -344,7 +347,7 @@ def generate(
     if used is not None and allow_mismatch:
         used = replace(used, base={})
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {}
-    answers = load(model, dtype=dtype, device=device).generate(
+    answers = load(model, dtype=dtype, device=device, backend=backend).generate(
         read, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=used, seed=seed, **options
     )
     for one, answer in zip(read, answers, strict=True):
@@ -404,16 +407,6 @@ def verify(
         typer.echo("\n".join(summary_lines(found)))
     if not found.agrees:
         raise typer.Exit(1)
-
-
-def _json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _table(table: Any) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout).print(table)
 
 
 app.add_typer(stores, name="stores")

@@ -160,7 +160,7 @@ def make_plan(
     about = {"name": prompts.name, "count": len(prompts), "hash": prompts.hash, "rendered_hash": rendered_hash,
              "max_length": max_length, "truncated": lost}  # fmt: skip
     options = {"tokens": policy_name(tokens), "max_length": max_length, "stride": stride, "batch_tokens": batch_tokens,
-               "backend": getattr(model, "backend", "hooks")}  # fmt: skip
+               "backend": model.backend.name}  # fmt: skip
     manifest = _manifest(model, about, widths, dtype, options, spool.n_rows)
     manifest["plan"] = json_hash([manifest, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
     return Plan(prompts, spool, chosen, widths, dtype, batch_tokens, manifest)

@@ -72,7 +72,7 @@ class BlockRunner:
         config = text_config(model.module)
         self._causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", None)
         # once the last site was taken the rest of its block is not run; other backends end after the block
-        self._stops_in_hook = getattr(model, "backend", "hooks") == "hooks"
+        self._stops_in_hook = model.backend.name == "hooks"
 
     def run(self, block: Block) -> Rows:
         """The rows [n, d] of a block at each site, in the order of the prompts, on the site's device."""

@@ -280,7 +280,7 @@ def _verified(
     if not point.blocks:
         return replace(point, logit_difference=0.0)
     ((l, k),) = runs_of(point.blocks)
-    few = Sequences(sequences.ids[:first], 0)
+    few = Sequences(sequences.ids[:first], starts=sequences.starts[:first], origin=sequences.origin[:first])
     ids, mask = pad(few.ids, model.pad_id, "right")
     keep = torch.zeros(ids.shape, dtype=torch.bool)
     for row, positions in enumerate(choose(model, few, EVERYWHERE)):
