@@ -247,7 +247,8 @@ def test_prompts_that_are_not_those_of_the_manifest_are_refused(store, content):
         "meta": ["{}"] * 6,
         "content": pa.array([content] * 6, pa.string()),
     }
-    with pytest.raises(UserError, match=r"prompts\.parquet is damaged"):
+    line = "the prompts of these rows are unknown" if content is None else r"prompts\.parquet is damaged"
+    with pytest.raises(UserError, match=line):
         _table(store, "prompts.parquet", pa.table(columns)).prompt_set()
 
 
