@@ -370,13 +370,24 @@ def test_a_peft_model_is_read_and_edited_and_virtual_tokens_are_refused():
         load(peft.get_peft_model(make_module("llama"), virtual), tokenizer=word_tokenizer())
 
 
-def test_packed_weights_have_a_fingerprint_and_offloaded_ones_say_why_not():
+def test_offloaded_blocks_are_read_and_edited():
+    accelerate = pytest.importorskip("accelerate")
+    module, plain = make_module("llama"), model_of("llama")
+    accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+    model = load(module, tokenizer=word_tokenizer())
+    assert model.anatomy == plain.anatomy
+    assert model.device == torch.device("cpu")
+    edits, sites = {Site(1, "resid_mid"): plus(delta_of())}, [Site(1, p) for p in POINTS]
+    for other, wanted in zip(passed(model, sites, edits), passed(plain, sites, edits), strict=True):
+        torch.testing.assert_close(other, wanted, **EXACT)
+    with pytest.raises(UserError, match="weights are offloaded"):
+        model.fingerprint  # noqa: B018
+
+
+def test_packed_weights_have_a_fingerprint():
     module = make_module("llama")
     module.register_buffer("packed", torch.arange(6, dtype=torch.uint8))
     model = load(module, tokenizer=word_tokenizer(), prove=False)
     first = model.fingerprint_id
     module.packed[0] = 9
     assert load(module, tokenizer=word_tokenizer(), prove=False).fingerprint_id != first
-    module.register_buffer("gone", torch.empty(2, device="meta"))
-    with pytest.raises(UserError, match="weights are offloaded"):
-        load(module, tokenizer=word_tokenizer(), prove=False).fingerprint  # noqa: B018

@@ -85,7 +85,7 @@ def test_maps_know_tensors_and_nothing_of_models():
     ("layer", "above"),
     [
         (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
-          "rendering", "models", "fingerprint"),
+          "rendering", "models", "fingerprint", "anatomy", "block_sums", "hooks", "proof"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store", "store_batches", "store_checks", "store_damage", "store_folder", "store_rows",
           "store_shards", "store_tables", "store_writer", "store_locks", "store_checkup", "store_leftovers",
