@@ -22,7 +22,7 @@ from workbench.cli_values import layer_list
 from workbench.converter_files import load_converters
 from workbench.errors import UserError
 from workbench.paste import paste_adapter
-from workbench.profile_sums import load_moments
+from workbench.profile.sums import load_moments
 from workbench.sites import Site
 from workbench.store import Store
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from workbench.sites import Site
 from workbench.store import Store
-from workbench.store_writer import StoreWriter
+from workbench.store.writer import StoreWriter
 
+from .store.test_exports import make
 from .test_cli import good, told, workbench
-from .test_store_exports import make
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from workbench import doctor, proof
+from workbench import doctor
+from workbench.anatomy import proof as proof
 from workbench.cli import app
 from workbench.doctor import Check, diagnose
 
@@ -59,7 +60,7 @@ def test_a_model_that_cannot_be_loaded_fails(tmp_path):
 
 
 def test_a_site_that_fails_is_named(folder, monkeypatch):
-    monkeypatch.setattr("workbench.proof.torch.equal", lambda *_: False)
+    monkeypatch.setattr("workbench.anatomy.proof.torch.equal", lambda *_: False)
     check = by_name(diagnose(str(folder)))["sites"]
     assert check.status == "FAIL"
     assert "resid_post.0" in check.found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .prompts import Prompt
-from .store_checks import TABLES
+from .store.checks import TABLES
 from .turns import Frame, Frames, content_text, find_turns
 
 if TYPE_CHECKING:

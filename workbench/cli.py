@@ -216,7 +216,7 @@ def profile(
                                "stride": stride}  # fmt: skip
     loaded = load(model, dtype=dtype, device=device, backend=backend)
     if dry_run:
-        from .profile_cost import profile_cost
+        from .profile.cost import profile_cost
 
         cost = profile_cost(loaded, read, out, dtype=store_dtype, **options)
         return _json(cost.as_dict()) if as_json else typer.echo(str(cost))
@@ -240,7 +240,7 @@ def _store(*args: Any, **options: Any) -> dict[str, Any]:
 
 
 def _moments(model: Any, prompts: Any, out: Path, **options: Any) -> dict[str, Any]:
-    from .profile_sums import profile_moments
+    from .profile.sums import profile_moments
 
     made = profile_moments(model, prompts, out, **options)
     return {"moments": str(out), "rows": sum(m.n for m in made), "sites": made[0].names, "folds": [m.n for m in made]}

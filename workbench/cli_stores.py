@@ -29,14 +29,14 @@ def list_stores(folder: Folder = Path("."), as_json: Json = False) -> None:
     """Lists the stores below a folder, also unfinished and damaged ones."""
     from dataclasses import asdict
 
-    from .store_listing import find_stores
+    from .store.listing import find_stores
 
     found = find_stores(folder)
     if as_json:
         return printed_json([{**asdict(one), "path": str(one.path)} for one in found])
     if not found:
         return typer.echo(f"{folder}: no stores; make one with `workbench profile`")
-    from .store_views import stores_table
+    from .store.views import stores_table
 
     printed_table(stores_table(found, folder))
     for one in found:
@@ -52,12 +52,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Shows what a store holds, and its first rows or those of a prompt."""
-    from .store_listing import describe_store
+    from .store.listing import describe_store
 
     shown = describe_store(store, prompt=prompt, rows=rows)
     if as_json:
         return printed_json(shown)
-    from .store_views import row_lines, store_lines
+    from .store.views import row_lines, store_lines
 
     typer.echo("\n".join([*store_lines(shown), *row_lines(shown)]))
 
@@ -68,7 +68,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Recomputes every checksum. Exit code 1 where a store is not whole."""
-    from .store_checkup import find_damage
+    from .store.checkup import find_damage
 
     found = []
     for path in store:
@@ -98,7 +98,7 @@ def repair(
 
     Only bytes with the checksum of the manifest are taken. Exit code 1 where something is left to mend.
     """
-    from .store_repair import repair_store
+    from .profile.repair import repair_store
 
     def loaded() -> Any:
         from .models import load
@@ -126,14 +126,14 @@ def repair(
 @stores.command()
 def gc(folder: Folder = Path("."), yes: Yes = False, as_json: Json = False) -> None:
     """Finds what stopped runs left behind, below a folder and among temporary stores. Removes it only with --yes."""
-    from .store_leftovers import find_leftovers, remove_leftovers
+    from .store.leftovers import find_leftovers, remove_leftovers
 
     found = find_leftovers(folder)
     found = remove_leftovers(found) if yes else found
     if as_json:
         return printed_json([{"path": str(one.path), "kind": one.kind, "bytes": one.n_bytes, "kept": one.kept,
                               "removed": yes and not one.kept} for one in found])  # fmt: skip
-    from .store_views import size_text
+    from .store.views import size_text
 
     for one in found:
         what = f"kept, {one.kept}" if one.kept else "removed" if yes else "can go"
@@ -157,7 +157,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Makes one store of several of the same model: of other prompts, or of other sites."""
-    from .store_merge import merge_stores
+    from .store.merge import merge_stores
 
     _check(store)
     _made(merge_stores(store, out, by=by, allow_duplicates=allow_duplicates, overwrite=overwrite), as_json)
@@ -173,7 +173,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Writes a store in a format that others read. bfloat16 becomes float32."""
-    from .store_exports import export_store
+    from .store.exports import export_store
 
     _check([store])
     made = export_store(store, out, to=to, sites=None if sites is None else names_of(sites), overwrite=overwrite)
@@ -193,14 +193,14 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Makes a store of activations that another program saved. Pickles are refused."""
-    from .store_imports import import_store
+    from .store.imports import import_store
 
     _made(import_store(source, out, format=format, prompts=prompts, model=model, overwrite=overwrite), as_json)
 
 
 def _check(paths: list[Path]) -> None:
     """Every row is read anyway, so damaged ones are told before they are copied."""
-    from .store_checkup import find_damage
+    from .store.checkup import find_damage
 
     for path in paths:
         damage = find_damage(path)
@@ -210,7 +210,7 @@ def _check(paths: list[Path]) -> None:
 
 
 def _made(store: Any, as_json: bool) -> None:
-    from .store_listing import compact_sites
+    from .store.listing import compact_sites
 
     if as_json:
         return printed_json({"store": str(store.path), "rows": store.n_rows, "sites": [str(s) for s in store.sites],

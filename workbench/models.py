@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import anatomy, proof
+from . import anatomy
+from .anatomy import proof
 from .backends import NAMES, Backend, held_by, open_backend, torch_hooks
 from .backends.hooks import HooksBackend
 from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, place

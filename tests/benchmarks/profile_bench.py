@@ -21,7 +21,7 @@ import transformers as tf
 from tests.conftest import word_tokenizer
 from workbench.models import Model, load
 from workbench.profile import profile_model
-from workbench.profile_plan import make_plan
+from workbench.profile.plan import make_plan
 from workbench.prompts import PromptSet
 from workbench.rendering import pad
 

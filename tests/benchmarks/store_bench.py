@@ -24,9 +24,9 @@ import torch
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 from workbench.store import Store
-from workbench.store_checks import manifest_text
-from workbench.store_shards import Layout
-from workbench.store_writer import StoreWriter
+from workbench.store.checks import manifest_text
+from workbench.store.shards import Layout
+from workbench.store.writer import StoreWriter
 
 PROMPTS = PromptSet.load(["one prompt"])
 ROOT = Path(__file__).resolve().parents[2]

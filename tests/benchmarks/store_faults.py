@@ -78,8 +78,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _kills(folder: Path, n: float, seed: int) -> dict[str, Any]:
     from tests.conftest import make_model
-    from workbench import profile_plan
     from workbench.errors import UserError
+    from workbench.profile import plan as profile_plan
     from workbench.profile import profile_model
     from workbench.store import Store
 
@@ -124,7 +124,7 @@ def _races(folder: Path, seconds: float, _: int) -> dict[str, Any]:
     from workbench.errors import UserError
     from workbench.sites import Site
     from workbench.store import Store
-    from workbench.store_writer import StoreWriter
+    from workbench.store.writer import StoreWriter
 
     path, n, until = folder / "s", 4096, time.monotonic() + seconds
 

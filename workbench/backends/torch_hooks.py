@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .. import anatomy
 from ..anatomy import ALWAYS
+from ..anatomy.hooks import Hooks, hidden_of, state_in, with_hidden, with_state
 from ..errors import UserError
-from ..hooks import Hooks, hidden_of, state_in, with_hidden, with_state
 from ..sites import Site
 
 if TYPE_CHECKING:

@@ -1,0 +1,88 @@
+"""Moments of the pass itself are those of the stored rows, fold by fold, however the run was stopped and resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workbench.errors import UserError
+from workbench.maps.moments import Moments, total
+from workbench.profile import plan as profile_plan
+from workbench.profile import profile_model
+from workbench.profile import sums as profile_sums
+from workbench.profile.sums import load_moments, profile_moments
+
+from .test_profile import PROMPTS, Killed, contents, interrupt_after
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(profile_sums, "SAVE_EVERY", -1.0)
+
+
+def of_store(store) -> Moments:
+    return Moments().update({str(site): store.read(site) for site in store.sites})
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("products", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_they_are_those_of_the_stored_rows(llama, products, rtol):
+    options = {"sites": [0, 2, "resid_pre.1"], "tokens": "all"}
+    folds = profile_moments(llama, PROMPTS, folds=3, products=products, **options)
+    exact, found = of_store(profile_model(llama, PROMPTS, **options)), total(folds)
+    assert (len(folds), found.n, found.names) == (3, exact.n, exact.names)
+    for a in exact.names:
+        torch.testing.assert_close(found.mean(a), exact.mean(a), rtol=1e-9, atol=1e-9)
+        for b in exact.names:
+            scale = float(exact.cov(a, b).abs().max())
+            torch.testing.assert_close(found.cov(a, b), exact.cov(a, b), rtol=rtol, atol=rtol * scale)
+
+
+def test_folds_part_the_prompts_and_the_seed_deals_them(llama):
+    one, other = (profile_moments(llama, PROMPTS, folds=4, seed=seed, sites=[0]) for seed in (0, 1))
+    assert [m.n for m in one] == [3, 3, 3, 3]
+    assert not torch.equal(one[0].mean("resid_post.0"), other[0].mean("resid_post.0"))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_killed_and_started_again_ends_with_the_same_bytes(gpt2, tmp_path, monkeypatch, after):
+    options = {"tokens": "all", "folds": 2, "batch_tokens": 40, "pairs": [(0, 2)]}
+    profile_moments(gpt2, PROMPTS, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt_after(gpt2, patch, after)
+        with pytest.raises(Killed):
+            profile_moments(gpt2, PROMPTS, tmp_path / "again", **options)
+    again = profile_moments(gpt2, PROMPTS, tmp_path / "again", **options)
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "whole"]
+    for a, b in zip(load_moments(tmp_path / "whole"), again, strict=True):
+        assert torch.equal(a.cov("resid_post.0", "resid_post.2"), b.cov("resid_post.0", "resid_post.2"))
+    with pytest.raises(UserError, match="name the pair"):
+        again[0].cov("resid_post.0", "resid_post.1")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"folds": 0}, "folds=0 is not within 1 to 12"),
+        ({"folds": 13}, "folds=13 is not within 1 to 12"),
+        ({"sites": [0], "pairs": [(0, 1)]}, r"the pair names resid_post\.1, which is not profiled"),
+    ],
+)
+def test_bad_arguments_are_named(llama, options, said):
+    with pytest.raises(UserError, match=said):
+        profile_moments(llama, PROMPTS, **options)
+
+
+def test_a_folder_that_is_there_or_is_damaged_is_refused(llama, tmp_path):
+    profile_moments(llama, PROMPTS, tmp_path / "m", sites=[0])
+    with pytest.raises(UserError, match="exists already"):
+        profile_moments(llama, PROMPTS, tmp_path / "m", sites=[0])
+    file = tmp_path / "m" / "fold-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"fold-0\.safetensors changed since it was written"):
+        load_moments(tmp_path / "m")
+    with pytest.raises(UserError, match="holds no moments that can be read"):
+        load_moments(tmp_path)

@@ -1,0 +1,92 @@
+"""What a profile would cost, before it is made: rows, bytes, padding, and an estimate of its time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .plan import Block, Plan, make_plan
+from .run import BlockRunner
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a profile. `seconds` is an estimate, from timing a few of its batches; the rest is exact."""
+
+    prompts: int
+    rows: int
+    tokens: int
+    bytes: int
+    blocks: int
+    sites: list[str]
+    dtype: str
+    padding: float
+    """the share of what the model reads that is padding"""
+    free: int
+    """bytes free on the disk that would hold the store"""
+    seconds: float
+
+    def __str__(self) -> str:
+        room = "" if self.bytes <= self.free else " - TOO LITTLE"
+        return "\n".join([
+            f"{self.rows} rows of {self.prompts} prompts at {len(self.sites)} sites ({', '.join(self.sites[:6])}"
+            f"{', ...' if len(self.sites) > 6 else ''}) in {self.dtype}, {self.blocks} blocks",
+            f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
+            f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
+            f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches)",
+        ])  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def profile_cost(model: Model, prompts: Any, out: str | Path | None = None, **options: Any) -> Cost:
+    """What `profile_model(model, prompts, out, **options)` would cost; nothing is written.
+
+    options: sites, tokens, batch_tokens, dtype, max_length, stride. Raises what `profile_model` raises for them.
+    """
+    plan = make_plan(model, prompts, **options)
+    folder = Path(out).expanduser().absolute() if out is not None else Path.cwd()
+    folder = next(p for p in (folder, *folder.parents) if p.is_dir())
+    batches = [(block, batch) for block in plan.blocks for batch in plan.batches(block)]
+    sizes = [len(batch) * int(plan.spool.lengths[batch].max()) for _, batch in batches]
+    return Cost(
+        prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=plan.n_bytes, blocks=len(plan.blocks),
+        sites=[str(site) for site in plan.sites], dtype=plan.dtype, padding=1 - plan.n_tokens / sum(sizes),
+        free=shutil.disk_usage(folder).free, seconds=_estimate(model, plan, batches, sizes),
+    )  # fmt: skip
+
+
+def _estimate(model: Model, plan: Plan, batches: list[tuple[Block, list[int]]], sizes: list[int]) -> float:
+    """Seconds for all batches, by the time per token of a large, a middling and a small one (each run once before)."""
+    order = sorted(range(len(batches)), key=lambda i: sizes[i])
+    chosen = sorted({order[-1], order[len(order) // 2], order[0]}, key=lambda i: -sizes[i])
+    runner = BlockRunner(model, plan)
+    spent, read = 0.0, 0
+    for i in chosen:
+        for warm in (False, True):
+            start = time.perf_counter()
+            runner.run_batch(*batches[i])
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if warm:
+                spent, read = spent + time.perf_counter() - start, read + sizes[i]
+    return spent / read * sum(sizes)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(42.4), _duration(150), _duration(9000)
+    ('42 s', '2.5 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,156 @@
+"""Model x prompts -> Store: the activations at chosen sites and tokens, streamed to disk and resumable."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..interrupts import Stopped, first_interrupt_noted
+from ..progress import progress
+from ..sites import Site
+from ..store import Store
+from ..store.checks import DTYPES
+from ..store.writer import StoreWriter
+from ..tokens import Policy
+from .plan import Plan, make_plan
+from .run import BlockRunner, landed
+from .tables import write_tables
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+log = logging.getLogger("workbench")
+
+
+def profile_model(
+    model: Model,
+    prompts: Any,
+    out: str | Path | None = None,
+    *,
+    sites: Sequence[Site | str | int] | None = None,
+    tokens: Policy = "last",
+    batch_tokens: int = 8192,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    max_length: int | None = None,
+    stride: int | None = None,
+    allow_nonfinite: bool = False,
+) -> Store:
+    """Runs the prompts through the model up to the last wanted site, and keeps the rows asked for in a store at `out`.
+
+    prompts: a PromptSet, or whatever `PromptSet.load` reads.
+    out: the folder of the store; None keeps it in a temporary folder that goes when the store does.
+    sites: `Site`s or their names; every `resid_post` unless given.
+    tokens: `last` (the last prompt token), `all`, `first:n`, `last:n`, `every:n`, `response`, `assistant`, `user`,
+        `spans[:KEY]`, or a function of a `tokens.Token`; see `tokens.choose`. Special tokens are left out of all but
+        `last`, unless `+special` is appended.
+    batch_tokens: the most tokens, padding included, in one forward pass; the result depends on it by float noise only.
+    dtype: of the store: float32, float16, bfloat16, or auto (the model's).
+    max_length: longer prompts are cut, the assistant header kept; the model's context unless given.
+    stride: longer prompts are not cut but run as windows of max_length tokens, each `stride` tokens after the one
+        before and with the prompt's BOS again; every token's row comes from the first window that holds it, so that a
+        later token has at least max_length - stride tokens (BOS among them) before it. Positions and spans are the
+        prompt's. A chat is cut into windows like any text, after its template.
+    allow_nonfinite: NaN and Inf are refused unless True; each shard's manifest entry counts them.
+
+    A run that was killed and is started again with the same arguments goes on where it was, and ends with the same
+    bytes. The first Ctrl-C ends after the batch that runs, with the finished blocks kept. Where the device's memory
+    runs out, the block begins again with smaller batches: its rows then differ by float noise from those of another
+    batching, and a resumed run has the bytes of the one that was not stopped if memory runs out at the same batches.
+    Raises UserError for bad arguments, for no prompts, for a prompt of no tokens, for values that are not finite, and
+    for a folder that exists (unless `overwrite`), cannot be written, or is full; Stopped, a KeyboardInterrupt.
+    """
+    plan = make_plan(model, prompts, sites=sites, tokens=tokens, batch_tokens=batch_tokens, dtype=dtype,
+                     max_length=max_length, stride=stride)  # fmt: skip
+    _warn_of_rounding(model, plan)
+    temporary = Path(tempfile.mkdtemp(prefix="workbench-")) if out is None else None
+    try:
+        path = Path(out).expanduser() if out is not None else Path(temporary or "") / "profile"
+        _run(model, plan, path, overwrite, allow_nonfinite, keeps=out is not None)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Store.open(path).keep_until_closed(temporary)
+
+
+def run_blocks(
+    model: Model, plan: Plan, numbers: Iterable[int]
+) -> Iterator[tuple[int, dict[Site, Tensor], dict[Site, int]]]:
+    """Computes blocks of a plan (again): (number, rows [n, d] of each site, its values that are not finite).
+
+    >>> plan = make_plan(model, prompts)                                                  # doctest: +SKIP
+    >>> number, rows, nonfinite = next(run_blocks(model, plan, [3]))                       # doctest: +SKIP
+    """
+    return landed(BlockRunner(model, plan), numbers)
+
+
+def _run(model: Model, plan: Plan, path: Path, overwrite: bool, allow_nonfinite: bool, keeps: bool) -> None:
+    writer = StoreWriter(path, plan.hash, overwrite=overwrite)
+    try:
+        with writer:
+            if writer.blocks:
+                log.info("%s: going on after %d of %d blocks", path, len(writer.blocks), len(plan.blocks))
+            _check_room(path.parent, plan.n_bytes - writer.n_bytes)
+            _write_blocks(model, plan, writer, allow_nonfinite)
+            writer.finish(plan.manifest, partial(write_tables, plan, model.tokenizer))
+    except Stopped:
+        kept = f"{len(writer.blocks)} of {len(plan.blocks)} blocks are kept; run the same again to go on"
+        raise Stopped(f"stopped: {kept if keeps else 'nothing is kept of a profile without a folder'}") from None
+
+
+def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite: bool) -> None:
+    done = len(writer.blocks)
+    before = sum(plan.tokens_of(block) for block in plan.blocks[:done])
+    bar = progress(
+        total=plan.n_tokens, desc=f"profiling {Path(model.name).name}", unit="tok", initial=before, scale=True
+    )
+    with first_interrupt_noted() as stop, bar:
+        runner = BlockRunner(model, plan, bar, stop)
+        for number, rows, nonfinite in landed(runner, range(done, len(plan.blocks))):
+            if any(nonfinite.values()):
+                _refuse_nonfinite(plan, number, rows, nonfinite, allow_nonfinite)
+            writer.write(rows, nonfinite)
+            bar.set_postfix_str(f"{writer.n_bytes / 2**20:.0f} MiB on disk", refresh=False)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder} has {free / 2**20:.1f} MiB free and the profile needs {needed / 2**20:.1f} MiB more; "
+                        "make room, or choose another folder, fewer sites or tokens, or dtype bfloat16")  # fmt: skip
+
+
+def _warn_of_rounding(model: Model, plan: Plan) -> None:
+    dtype = DTYPES[plan.dtype]
+    if dtype.itemsize < 4 and dtype != model.dtype:
+        digits = "3 digits" if dtype == torch.float16 else "2 to 3 digits"
+        log.warning("the store keeps %s, about %s of each value: moments, R2 and all else that is taken from it are of "
+                    "rounded rows; float32 keeps them exact", plan.dtype, digits)  # fmt: skip
+
+
+def _refuse_nonfinite(
+    plan: Plan, number: int, rows: dict[Site, Tensor], counts: dict[Site, int], allowed: bool
+) -> None:
+    for site, count in counts.items():
+        if not count:
+            continue
+        if allowed:
+            log.warning("%s: %d values are NaN or infinite", site, count)
+            continue
+        row = int((~torch.isfinite(rows[site])).any(1).nonzero()[0])
+        prompt = plan.prompts[plan.prompt_of(plan.blocks[number].start + row)]
+        advice = "load the model in another dtype"
+        if plan.dtype == "float16":
+            advice = "float16 ends at 65504: store bfloat16 or float32"
+        raise UserError(f"{site}: {count} values are NaN or infinite in {plan.dtype}, first in prompt {prompt.id!r}; "
+                        f"{advice}, or pass allow_nonfinite=True (--allow-nonfinite)")  # fmt: skip

@@ -1,0 +1,230 @@
+"""Model x prompts -> Moments, accumulated where the model runs: everything linear, with no activation stored."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import make_parent, staged_folder, write_json
+from ..errors import UserError
+from ..hashes import file_hash, json_hash
+from ..interrupts import Stopped, first_interrupt_noted
+from ..maps.moments import Moments
+from ..progress import progress
+from ..sites import Site
+from ..tokens import Policy
+from .plan import Block, Plan, make_plan
+from .run import BlockRunner
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+log = logging.getLogger("workbench")
+MARKER = "moments.json"
+FORMAT = "workbench.profile_moments"
+SAVE_EVERY = 30.0  # seconds
+
+
+def profile_moments(
+    model: Model,
+    prompts: Any,
+    out: str | Path | None = None,
+    *,
+    sites: Sequence[Site | str | int] | None = None,
+    tokens: Policy = "last",
+    folds: int = 1,
+    pairs: Sequence[tuple[Site | str | int, Site | str | int]] | None = None,
+    seed: int = 0,
+    products: torch.dtype = torch.float32,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    stride: int | None = None,
+    overwrite: bool = False,
+) -> list[Moments]:
+    """The moments of the rows that `profile_model` would store, one for each fold of the prompts; their sum is of all.
+
+    out: a folder of fold-0.safetensors, ... and moments.json (where they are from); a run that was killed goes on
+        where its sums were last saved, and ends with the same bytes. None only returns them.
+    folds: prompts are dealt into so many equal parts, drawn with `seed`.
+    pairs: the two-site cross products to keep, as pairs of sites; None keeps all: L * (L + 1) / 2 matrices for L sites.
+    products: dtype of the matrix products, on the model's device; sums are float64. The rows are in the model's dtype.
+    Blocks are named like their sites (`resid_post.3`). The other arguments are those of `profile_model`. Raises what
+    that does, and UserError for folds that are fewer than 1 or more than the prompts, and for a pair of other sites.
+
+    >>> total(profile_moments(model, prompts, folds=5)).cov("resid_post.1", "resid_post.2")    # doctest: +SKIP
+    """
+    plan = make_plan(model, prompts, sites=sites, tokens=tokens, batch_tokens=batch_tokens, dtype="auto",
+                     max_length=max_length, stride=stride)  # fmt: skip
+    if not 1 <= folds <= len(plan.prompts):
+        raise UserError(f"folds={folds} is not within 1 to {len(plan.prompts)}, the number of prompts")
+    named = None if pairs is None else [(_name(model, plan, a), _name(model, plan, b)) for a, b in pairs]
+    about = {"folds": folds, "seed": seed, "pairs": named, "products": str(products).removeprefix("torch.")}
+    sums = _Sums(model, plan, folds, named, seed, products)
+    if out is None:
+        with first_interrupt_noted() as stop:
+            sums.run(stop, None)
+        return sums.folds
+    path = Path(out).expanduser()
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+    with _Saved.locked(path, json_hash([plan.hash, about])) as saved:
+        saved.restore(sums)
+        try:
+            with first_interrupt_noted() as stop:
+                sums.run(stop, saved)
+        except Stopped:
+            saved.save(sums)
+            raise Stopped(f"stopped: {sums.done} of {len(plan.blocks)} blocks are kept; run the same again to go "
+                          "on") from None  # fmt: skip
+        with staged_folder(path, marker=MARKER, overwrite=overwrite) as folder:
+            files = _write_folds(sums.folds, folder)
+            write_json(folder / MARKER, {**plan.manifest, "format": FORMAT, "schema": 1, **about, "files": files})
+        shutil.rmtree(saved.folder, ignore_errors=True)
+    return sums.folds
+
+
+def load_moments(path: str | Path) -> list[Moments]:
+    """Reads the folder that `profile_moments` made; UserError where it is none or a file is damaged."""
+    path = Path(path).expanduser()
+    try:
+        about = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise UserError(f"{path}: its {MARKER} is not that of profiled moments (format {FORMAT!r})")
+        names, hashes = [f"fold-{i}.safetensors" for i in range(about["folds"])], about["files"]
+        damaged = [name for name in names if file_hash(path / name) != hashes[name]]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f"{path}: holds no moments that can be read ({err}); make them with `workbench profile "
+                        "--moments`") from err  # fmt: skip
+    if damaged:
+        raise UserError(f"{path}: {', '.join(damaged)} changed since it was written; profile again")
+    return [Moments.load(path / name) for name in names]
+
+
+def _name(model: Model, plan: Plan, site: Site | str | int) -> str:
+    parsed = model.site(site)
+    if parsed not in plan.sites:
+        raise UserError(f"the pair names {parsed}, which is not profiled; sites: {', '.join(map(str, plan.sites))}")
+    return str(parsed)
+
+
+def _write_folds(folds: list[Moments], folder: Path) -> dict[str, str]:
+    for i, moments in enumerate(folds):
+        moments.save(folder / f"fold-{i}.safetensors")
+    return {f"fold-{i}.safetensors": file_hash(folder / f"fold-{i}.safetensors") for i in range(len(folds))}
+
+
+class _Sums:
+    """The running sums of each fold, after `done` blocks of the plan."""
+
+    def __init__(self, model: Model, plan: Plan, folds: int, pairs: list[tuple[str, str]] | None, seed: int,
+                 products: torch.dtype) -> None:  # fmt: skip
+        self.model, self.plan, self.pairs, self.products = model, plan, pairs, products
+        self.folds, self.done = [self.empty() for _ in range(folds)], 0
+        dealt = list(range(len(plan.prompts)))
+        random.Random(seed).shuffle(dealt)
+        self.fold_of = np.empty(len(dealt), dtype=np.int64)
+        self.fold_of[dealt] = np.arange(len(dealt)) % folds
+
+    def empty(self) -> Moments:
+        return Moments(pairs=self.pairs, products=self.products)
+
+    def run(self, stop: Any, saved: _Saved | None) -> None:
+        plan, last = self.plan, time.monotonic()
+        before = sum(plan.tokens_of(block) for block in plan.blocks[: self.done])
+        desc = f"moments of {Path(self.model.name).name}"
+        with progress(total=plan.n_tokens, desc=desc, unit="tok", initial=before, scale=True) as bar:
+            runner = BlockRunner(self.model, plan, bar, stop)
+            for block in plan.blocks[self.done :]:
+                self._add(block, runner.run(block))
+                self.done += 1
+                if saved is not None and time.monotonic() - last > SAVE_EVERY:
+                    saved.save(self)
+                    last = time.monotonic()
+
+    def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
+        device = self.model.device
+        fold = torch.from_numpy(self.fold_of[self.plan.spool.rows(block.start, block.n)[0]])
+        for i, moments in enumerate(self.folds):
+            mine = (fold == i).nonzero().flatten()
+            if len(mine) == 0:
+                continue
+            whole = len(mine) == block.n
+            moments.update({
+                str(site): (v if whole else v.index_select(0, mine.to(v.device))).to(device) for site, v in rows.items()
+            })  # fmt: skip
+
+
+class _Saved:
+    """The sums so far, in a hidden folder beside `out`; `now.json` names the last set that was written whole."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+
+    @classmethod
+    @contextmanager
+    def locked(cls, out: Path, key: str) -> Iterator[_Saved]:
+        """One run at a time for each `out`."""
+        make_parent(out)
+        folder = out.parent / f".{out.name}.partial"
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+        except OSError as err:
+            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as err:
+                raise UserError(f"{out} is being written by another run; wait or choose another folder") from err
+            yield cls(folder, key)
+        finally:
+            os.close(lock)
+
+    def save(self, sums: _Sums) -> None:
+        folder = self.folder / f"after-{sums.done}"
+        if not folder.exists():
+            with staged_folder(folder, marker=MARKER) as new:
+                _write_folds(sums.folds, new)
+        write_json(self.folder / "now.json", {"key": self.key, "done": sums.done})
+        self._clear(but=folder)
+
+    def restore(self, sums: _Sums) -> None:
+        """Takes up the sums of an earlier run with the same arguments; anything else is cleared away."""
+        try:
+            now = json.loads((self.folder / "now.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            now = {}
+        if now.get("key") != self.key:
+            return self._clear()
+        folder = self.folder / f"after-{now['done']}"
+        loaded = [Moments.load(folder / f"fold-{i}.safetensors") for i in range(len(sums.folds))]
+        sums.folds, sums.done = [_going_on(sums, m) for m in loaded], now["done"]
+        self._clear(but=folder)
+        log.info("going on after %d of %d blocks", sums.done, len(sums.plan.blocks))
+
+    def _clear(self, but: Path | None = None) -> None:
+        for found in self.folder.iterdir():
+            if found.is_dir() and found != but:
+                shutil.rmtree(found, ignore_errors=True)
+            elif but is None and found.name == "now.json":
+                found.unlink()
+
+
+def _going_on(sums: _Sums, loaded: Moments) -> Moments:
+    if not loaded.n:
+        return sums.empty()
+    loaded.products = sums.products
+    return loaded.to(sums.model.device)

@@ -1,0 +1,142 @@
+"""What stopped runs leave beside stores: found, told apart from what is in use, and removed where it is asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UserError
+from .checks import MANIFEST
+from .locks import LOCK, hold, is_held
+
+_PARTIAL = re.compile(r"\.(.+)\.partial")
+_STAGED = re.compile(r"\.(.+)\.partial-[A-Za-z0-9_]{8}")
+_TEMPORARY = re.compile(r"workbench-[A-Za-z0-9_]{8}")
+PARTIAL_FILES = {"journal.jsonl", "journal.new", LOCK, "store", "old"}
+_TEMPORARY_FILES = {"profile", ".profile.partial", LOCK}
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that a run of the workbench left behind. `kept`: why it must stay; empty where it can go."""
+
+    path: Path
+    kind: str  # unfinished store, interrupted replacement, unfinished export, temporary store
+    n_bytes: int
+    kept: str = ""
+
+
+def target_of(partial: Path) -> Path | None:
+    """The store that an unfinished folder `.NAME.partial` was to become; None where it is no such folder."""
+    match = _PARTIAL.fullmatch(partial.name)
+    if match is None or partial.is_symlink() or not partial.is_dir():
+        return None
+    names = {entry.name for entry in os.scandir(partial)}
+    ours = (names & {"journal.jsonl", LOCK}) and names <= PARTIAL_FILES
+    return partial.parent / match[1] if ours else None
+
+
+def find_leftovers(folder: str | Path, *, temporary: bool = True) -> list[Leftover]:
+    """The leftovers below a folder, and (with `temporary`) the temporary stores of this user's dead processes.
+
+    Links are not followed. Nothing is listed that the workbench did not make, by its name and by what it holds; what a
+    process holds, what is the last copy of a store, and what cannot be told is listed with the reason why it is kept.
+    Raises UserError where there is no such folder.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the one that holds your stores")
+    found, home = [], Path(tempfile.gettempdir())
+    for root, folders, _ in os.walk(folder):
+        if Path(root).resolve() == home.resolve():
+            folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]
+        for name in sorted(folders):
+            leftover = _leftover(Path(root, name))
+            if leftover is not None:
+                found.append(leftover)
+        folders[:] = sorted(n for n in folders if not (_PARTIAL.fullmatch(n) or _STAGED.fullmatch(n)))
+    if temporary:
+        found += [one for path in sorted(home.glob("workbench-*")) if (one := _temporary(path))]
+    return found
+
+
+def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
+    """Removes those that can go, each looked at again under its lock; returns what became of them, `kept` as it is."""
+    done = []
+    for one in leftovers:
+        now = one if one.kept else _temporary(one.path) if one.kind == "temporary store" else _leftover(one.path)
+        if now is None:
+            continue
+        done.append(now if now.kept else _remove(now))
+    return done
+
+
+def _remove(one: Leftover) -> Leftover:
+    locks = [place for place in (one.path, one.path / ".profile.partial") if (place / LOCK).is_file()]
+    handles = [hold(place) for place in locks]
+    try:
+        if None in handles:
+            return replace(one, kept="a process is using it")
+        # a name that no run looks for: who comes while this one is removed begins a folder of its own
+        gone = one.path.with_name(f"{one.path.name}.removed")
+        os.rename(one.path, gone)
+        shutil.rmtree(gone)
+        return one
+    except OSError as err:
+        return replace(one, kept=f"cannot be removed: {err.strerror}")
+    finally:
+        for handle in handles:
+            if handle is not None:
+                os.close(handle)
+
+
+def _leftover(path: Path) -> Leftover | None:
+    if path.is_symlink() or not path.is_dir():
+        return None
+    target = target_of(path)
+    if target is not None:
+        kind = "interrupted replacement" if (path / "old").exists() else "unfinished store"
+        return Leftover(path, kind, size_of(path), _why_kept(path, target))
+    if _STAGED.fullmatch(path.name) and (path / LOCK).is_file():
+        return Leftover(path, "unfinished export", size_of(path), "a process is using it" if is_held(path) else "")
+    return None
+
+
+def _why_kept(partial: Path, target: Path) -> str:
+    if is_held(partial):
+        return "a process is using it"
+    if not target.exists() and (partial / "old").exists():
+        return f"it holds the only copy of {target.name}: run `workbench stores repair {target}`"
+    if not target.exists() and (partial / "store" / MANIFEST).is_file():
+        return f"{target.name} is complete but for its name: run `workbench stores repair {target}`"
+    return ""
+
+
+def _temporary(path: Path) -> Leftover | None:
+    if not _TEMPORARY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return None
+    if path.stat().st_uid != os.getuid():
+        return None
+    names = {entry.name for entry in os.scandir(path)}
+    if not names or not names <= _TEMPORARY_FILES:
+        return None
+    places = [place for place in (path, path / ".profile.partial") if (place / LOCK).is_file()]
+    kept = "a process is using it" if any(map(is_held, places)) else "" if places else "no lock says whether it is used"
+    return Leftover(path, "temporary store", size_of(path), kept)
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files below a folder."""
+    total = 0
+    for root, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.lstat(Path(root, name)).st_size
+            except OSError:  # gone since it was listed
+                continue
+    return total

@@ -1,0 +1,164 @@
+"""The two tables of an open store: what each row is, and what each prompt was."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UserError
+from .checks import MANIFEST, TABLES
+from .folder import Folder
+
+if TYPE_CHECKING:
+    from ..prompts import PromptSet
+
+EXPANSION = 256  # no table of ours is packed tighter than this; a bomb is
+SMALL = 1 << 20  # of bytes unpacked: always allowed
+
+
+class Tables:
+    """Reads rows.parquet and prompts.parquet; refuses one that holds other than what the manifest counts."""
+
+    def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.counts = dict(zip(TABLES, (manifest["n_rows"], manifest["prompts"]["count"]), strict=True))
+        self._files: dict[str, Any] = {}
+
+    def _damaged(self, name: str, why: object) -> UserError:
+        return UserError(f"store {self.folder.path}: {name} is damaged ({str(why).splitlines()[0]:.120}); profile "
+                         "again or restore it from a copy")  # fmt: skip
+
+    def _bomb(self, name: str, unpacked: int) -> UserError:
+        return UserError(f"store {self.folder.path}: {name} says that its {self.manifest['tables'][name]['bytes']} "
+                         f"bytes unpack to {unpacked}, as only a zip bomb's do; refused")  # fmt: skip
+
+    def _file(self, name: str) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if name in self._files:
+            return self._files[name]
+        size = self.manifest["tables"][name]["bytes"]
+        stream = os.fdopen(self.folder.open(name, size), "rb")
+        try:
+            file = pq.ParquetFile(stream)
+            rows = file.metadata.num_rows
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            unpacked = sum(group.total_byte_size for group in groups)
+            inside = sum(group.num_rows for group in groups)
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
+            stream.close()
+            raise self._damaged(name, err) from err
+        if not rows == inside == self.counts[name]:
+            raise UserError(f"store {self.folder.path}: {name} says that it holds {rows} lines (in groups of {inside}),"
+                            f" its {MANIFEST} says {self.counts[name]}; refused")  # fmt: skip
+        if not 0 <= unpacked <= max(SMALL, EXPANSION * size):
+            raise self._bomb(name, unpacked)
+        strings = [field.name for field in file.schema_arrow if field.type == "string"]
+        self._files[name] = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=strings)
+        return self._files[name]
+
+    def read(self, name: str, columns: list[str] | None = None, group: int | None = None) -> Any:
+        """A table of pyarrow: these columns (all unless given) of a row group or of the whole."""
+        import pyarrow as pa
+
+        file = self._file(name)
+        unknown = set(columns or ()) - set(file.schema_arrow.names)
+        if unknown:
+            raise UserError(f"store {self.folder.path}: {name} has no column {', '.join(sorted(unknown))}; it has "
+                            f"{', '.join(file.schema_arrow.names)}")  # fmt: skip
+        try:
+            table = file.read(columns) if group is None else file.read_row_group(group, columns)
+            for i, field in enumerate(table.schema):
+                if hasattr(field.type, "value_type"):
+                    table = table.set_column(i, field.name, self._texts(name, table.column(i)))
+            return table
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
+            raise self._damaged(name, err) from err
+
+    def _texts(self, name: str, column: Any) -> Any:
+        """A column of strings that were read as numbers of distinct ones, one string for each line.
+
+        A string that a few bytes of the file name a million times is a bomb; so its size is known before it is made.
+        """
+        import pyarrow.compute as pc
+
+        size, total = self.manifest["tables"][name]["bytes"], 0
+        for chunk in column.chunks:
+            total += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        if total > max(SMALL, EXPANSION * size):
+            raise self._bomb(name, total)
+        return column.cast(column.type.value_type)
+
+    def _prompt_column(self, group: int | None = None) -> np.ndarray:
+        found = self.read(TABLES[0], ["prompt"], group)["prompt"].to_numpy()
+        wrong = found.dtype.kind not in "iu" or (len(found) and not 0 <= found.min() <= found.max() < self.n_prompts)
+        if wrong or (np.diff(found) < 0).any():
+            raise self._damaged(TABLES[0], f"its prompts are not rising numbers from 0 to {self.n_prompts - 1}")
+        return found.astype(np.int64, copy=False)
+
+    @property
+    def n_prompts(self) -> int:
+        return int(self.manifest["prompts"]["count"])
+
+    @cached_property
+    def prompt_index(self) -> np.ndarray:
+        """The prompt of each row."""
+        return self._prompt_column()
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, int, int]] | None:
+        """The first row, and the first and the last prompt, of each row group; None where the table does not say."""
+        meta = self._file(TABLES[0]).metadata
+        column = next(i for i in range(meta.num_columns) if meta.schema.column(i).name == "prompt")
+        found, start = [], 0
+        for i in range(meta.num_row_groups):
+            statistics = meta.row_group(i).column(column).statistics
+            if statistics is None or not statistics.has_min_max:
+                return None
+            found.append((start, statistics.min, statistics.max))
+            start += meta.row_group(i).num_rows
+        return found
+
+    def rows_of(self, prompt: int) -> range:
+        """The rows of a prompt; only the part of the table that holds it is read."""
+        if not 0 <= prompt < self.n_prompts:
+            raise UserError(f"store {self.folder.path} has prompts 0 to {self.n_prompts - 1}; got {prompt}")
+        if "prompt_index" in self.__dict__ or self._groups is None:
+            low, high = np.searchsorted(self.prompt_index, [prompt, prompt + 1]).tolist()
+            return range(low, high)
+        low, high = 0, 0
+        for group, (start, first, last) in enumerate(self._groups):
+            if first <= prompt <= last:
+                column = self._prompt_column(group)
+                here = [start + int(np.searchsorted(column, p)) for p in (prompt, prompt + 1)]
+                low, high = (here[0] if low == high else low), here[1]
+        return range(low, high)
+
+    def prompt_set(self) -> PromptSet:
+        """The prompts that were profiled, as they were given; UserError where they are not those of the manifest."""
+        from ..prompts import Prompt, PromptSet
+
+        table = self.read(TABLES[1], ["id", "label", "meta", "content"]).to_pylist()
+        if str(self.manifest["prompts"]["hash"]).startswith("unknown:"):
+            raise UserError(f"store {self.folder.path}: the prompts of these rows are unknown: their source did not say "
+                            "them; import it again with its prompts")  # fmt: skip
+        try:
+            found = []
+            for line in table:
+                content = json.loads(line["content"])
+                chat = None if isinstance(content, str) else tuple(dict(message) for message in content)
+                text = content if isinstance(content, str) else None
+                found.append(Prompt(chat, text, line["id"], line["label"], json.loads(line["meta"] or "{}")))
+        except (ValueError, TypeError, RecursionError) as err:
+            raise self._damaged(TABLES[1], err) from err
+        prompts = PromptSet(tuple(found), str(self.manifest["prompts"]["name"]))
+        if prompts.hash != self.manifest["prompts"]["hash"]:
+            raise self._damaged(TABLES[1], "its prompts are not those whose hash the manifest has")
+        return prompts

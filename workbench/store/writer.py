@@ -1,0 +1,185 @@
+"""Writing a store block by block, so that a run killed at any moment goes on where it was and ends with the same bytes.
+
+All of it happens in a hidden folder beside the store, `.NAME.partial`:
+
+    journal.jsonl   the hash of the plan, then one line for each finished block
+    store/          the shards so far; at the end the tables and the manifest; then it takes the place of NAME
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..atomic import make_parent, sync
+from ..errors import UserError
+from ..hashes import file_hash
+from ..sites import Site
+from .checks import MANIFEST, TABLES, check_manifest, manifest_text
+from .shards import write_shard, write_synced
+
+
+class StoreWriter:
+    """Writes the store at `out`; `blocks` are already there from an earlier run of the same plan.
+
+    Use as a context manager: `write` each further block in order, then `finish`. Writing happens in a thread of its
+    own, at most one block behind. Raises UserError where `out` exists (unless `overwrite`, and it is a store), cannot
+    be written, or is being written by another run.
+    """
+
+    def __init__(self, out: Path, plan_hash: str, *, overwrite: bool = False) -> None:
+        self.out, self.partial, self.overwrite = out, out.parent / f".{out.name}.partial", overwrite
+        self.store, self.journal = self.partial / "store", self.partial / "journal.jsonl"
+        self._check_target()
+        make_parent(out)
+        try:
+            self.partial.mkdir(exist_ok=True)
+            self._lock = os.open(self.partial / "lock", os.O_CREAT | os.O_RDWR)
+        except OSError as err:
+            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            os.close(self._lock)
+            raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
+        self._pending: Future[None] | None = None
+        try:
+            if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
+                os.rename(self.partial / "old", out)
+            self.blocks = self._resume(plan_hash)
+        except BaseException:
+            os.close(self._lock)  # or the place would be busy for as long as the error is kept
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        os.close(self._lock)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the finished blocks take on disk."""
+        return sum(block["bytes"] for block in self.blocks)
+
+    def _check_target(self) -> None:
+        if not self.out.exists():
+            return
+        if not self.overwrite:
+            raise UserError(f"{self.out} exists already; choose another folder or pass overwrite=True (--overwrite)")
+        if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
+            raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
+
+    def _resume(self, plan_hash: str) -> list[dict[str, Any]]:
+        """The blocks in the journal, up to the first whose shard is not whole; anything else is cleared away."""
+        first = json.dumps({"plan": plan_hash}) + "\n"
+        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.is_file() else []
+        blocks: list[dict[str, Any]] = []
+        # killed at the very end: what is in `store` may be the store that the new one had just changed places with
+        hashed = (self.store / MANIFEST).exists()
+        if lines and lines[0] == first:
+            for line in lines[1:]:
+                try:
+                    block = json.loads(line)
+                except ValueError:
+                    break  # the line that was being written when the run was killed
+                if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks)), hashed):
+                    break
+                blocks.append(block)
+        kept = {self.store / block["file"] for block in blocks}
+        try:
+            (self.store / "shards").mkdir(parents=True, exist_ok=True)
+            for file in [f for f in self.store.rglob("*") if not f.is_dir() and f not in kept]:
+                file.unlink()
+            write_synced(self.partial / "journal.new", (first + "".join(lines[1 : 1 + len(blocks)])).encode())
+            os.replace(self.partial / "journal.new", self.journal)
+        except OSError as err:
+            raise self._full(err, len(blocks)) from err
+        return blocks
+
+    def _whole(self, block: dict[str, Any], name: str, hashed: bool) -> bool:
+        file = self.store / name
+        same = block["file"] == name and file.is_file() and file.stat().st_size == block["bytes"]
+        return same and (not hashed or file_hash(file) == block["sha256"])
+
+    def _full(self, err: OSError, done: int) -> UserError:
+        return UserError(f"cannot write {self.out}: {err.strerror or err}; {done} blocks are kept in "
+                         f"{self.partial.name}: make room and run the same again, or choose another place")  # fmt: skip
+
+    def write(self, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
+        """Queues the next block: one tensor of rows per site, and how many of its values are not finite.
+
+        Waits for the block before it."""
+        self._settle()
+        self._pending = self._pool.submit(self._write_block, len(self.blocks), tensors, nonfinite)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write_block(self, number: int, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
+        name = _shard_name(number)
+        try:
+            entry = write_shard(self.store / name, {str(site): rows for site, rows in tensors.items()})
+            block = {"file": name, **entry, "nonfinite": {str(site): nonfinite[site] for site in tensors}}
+            with self.journal.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(block) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as err:
+            raise self._full(err, number) from err
+        self.blocks.append(block)
+
+    def finish(self, manifest: dict[str, Any], write_tables: Callable[[Path], None]) -> None:
+        """Writes the tables (by `write_tables(folder)`) and the manifest, and renames the store into its place.
+
+        manifest: all but the shards, the tables and the checksum, which are filled in here.
+        """
+        self._settle()
+        try:
+            write_tables(self.store)
+            tables = {name: self._entry(self.store / name) for name in TABLES}
+            whole = {**manifest, "shards": self.blocks, "tables": tables}
+            check_manifest(f"cannot write {self.out}", whole)
+            write_synced(self.store / MANIFEST, manifest_text(whole).encode())
+            for folder in (self.store / "shards", self.store):
+                sync(folder)
+            self._check_target()
+            if not (self.out.exists() and _exchange(self.store, self.out)):
+                if self.out.exists():
+                    shutil.rmtree(self.partial / "old", ignore_errors=True)
+                    os.rename(self.out, self.partial / "old")
+                os.rename(self.store, self.out)
+            sync(self.out.parent)
+        except OSError as err:
+            raise self._full(err, len(self.blocks)) from err
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    @staticmethod
+    def _entry(file: Path) -> dict[str, Any]:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+
+
+def _shard_name(number: int) -> str:
+    return f"shards/{number:05d}.safetensors"
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two names change places, so that neither is missing for a moment; False where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
