@@ -48,12 +48,14 @@ def _weights(model: Model) -> str:
     files = sorted(model.folder.glob("*.safetensors")) if model.folder else []
     if files:
         return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()
-    if all(p.is_meta for p in model.module.parameters()):
+    offloaded = any(hasattr(m, "_hf_hook") for m in model.module.modules())  # by accelerate: they are on this machine
+    if not offloaded and all(p.is_meta for p in model.module.parameters()):
         return _on_the_hub(model)
     digest = hashlib.sha256()
     for key, value in _tensors(model.module):
         digest.update(key.replace("_orig_mod.", "").encode())  # a compiled part is the same model
-        digest.update(b"".join(tensor_bytes(value)))
+        for part in tensor_bytes(value):
+            digest.update(part)
     return digest.hexdigest()
 
 
