@@ -35,6 +35,30 @@ def gpt2_small(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model
     return load(tf.GPT2LMHeadModel(config).to(device=device, dtype=dtype).eval(), tokenizer=word_tokenizer())
 
 
+def llama_8b() -> Model:
+    """A random model of Llama 3.1 8B's shape on the GPU, bfloat16."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            module = tf.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return load(module.eval(), tokenizer=word_tokenizer())
+
+
+def large_speed() -> dict[str, Any]:
+    """`speed` for the 8B shape on a GPU, with batches of a size that keeps it busy; rows are stored in bfloat16."""
+    return speed(
+        llama_8b(), n_prompts=256, batch_tokens=16384, shortest=128, longest=512, layers=(32,), dtype="bfloat16"
+    )
+
+
 def random_prompts(n: int, shortest: int, longest: int, seed: int = 0) -> PromptSet:
     """Plain texts of the test tokenizer's words, their lengths drawn evenly."""
     rng = np.random.default_rng(seed)
@@ -72,6 +96,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 def speed(
     model: Model | None = None, *, n_prompts: int = 48, batch_tokens: int = 2048, repeats: int = 5, others: bool = False,
     layers: tuple[int, ...] = (12, 4), tokens: tuple[str, ...] = ("all", "last"), shortest: int = 32, longest: int = 256,
+    dtype: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens per second of profiles (of all layers, of the first four) against plain `model(**batch)`, head and all.
 
@@ -93,7 +118,7 @@ def speed(
     ways: dict[str, Callable[[], Any]] = {"plain": plain}
     for count in layers:
         for policy in tokens:
-            options = {"sites": list(range(count)), "tokens": policy, "batch_tokens": batch_tokens}
+            options = {"sites": list(range(count)), "tokens": policy, "batch_tokens": batch_tokens, "dtype": dtype}
             ways[f"{count} layers, {policy}"] = lambda o=options: profile_model(model, prompts, **o).close()
     if others:
         ways |= _others(model, batches)

@@ -1,0 +1,175 @@
+"""The sections of docs/benchmarks.md: what is measured, and how the result is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = Sequence[object]
+MIB = 2**20
+
+HEAD = """# Benchmarks
+
+Every figure here was measured by `make bench` (`python -m tests.benchmarks SECTION` does one section again); a ratio is
+of two things measured in one run, in turns, as medians. A timing is never asserted in a test.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page."""
+
+    title: str
+    measure: Callable[[Path], dict[str, Any]]
+    """(an empty folder) -> numbers, as JSON values"""
+    tell: Callable[[dict[str, Any]], str]
+    """numbers -> markdown"""
+    gpu: bool = False
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def page(kept: dict[str, Any]) -> str:
+    """The whole page, of the sections that were measured."""
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        if name in kept:
+            on = kept[name]["on"]
+            where = ", ".join(str(v) if k in ("date", "device") else f"{k} {v}" for k, v in on.items())
+            parts.append(f"## {section.title}\n\n{section.tell(kept[name]['result'])}\n\n*{where}*\n")
+    return "\n".join(parts)
+
+
+def _speed(folder: Path) -> dict[str, Any]:
+    from . import profile_bench
+
+    return profile_bench.speed(others=True)
+
+
+def _tell_speed(found: dict[str, Any]) -> str:
+    ours = [(name, r) for name, r in found["ratio"].items() if "layers" in name]
+    others = [(name, r) for name, r in found["ratio"].items() if "layers" not in name]
+    rows = [(f"profile, {name}", f"{r:.2f}") for name, r in ours] + [(f"{name}", f"{r:.2f}") for name, r in others]
+    return (
+        "Tokens per second of a profile, written to disk and checksummed, over those of a plain `model(**batch)` with its "
+        f"head on the same batches ({found['padding']:.0%} padding), for a random model of GPT-2 small's shape (124M "
+        "parameters, 12 layers). The profile runs no head, stops after the last wanted layer, and gives attention no "
+        "mask that right-padding does not need. Below it, tools that keep every token's `resid_post` of all 12 layers in "
+        f"memory and write nothing. Medians of {found['repeats']}; plain: {found['plain']:.0f} tokens/s.\n\n"
+        + table(["what", "tokens/s, plain forward = 1"], rows)
+    )
+
+
+def _gpu_speed(folder: Path) -> dict[str, Any]:
+    from . import profile_bench
+
+    return profile_bench.large_speed()
+
+
+def _profile_memory(folder: Path) -> dict[str, Any]:
+    from . import profile_bench
+
+    return {str(n): profile_bench.memory(n) for n in (10_000, 100_000, 1_000_000)}
+
+
+def _tell_profile_memory(found: dict[str, Any]) -> str:
+    rows = [(f"{int(n):,}", f"{one['bytes'] / MIB:.0f}", f"{one['grown']:.0f}") for n, one in found.items()]
+    return (
+        "How far the peak memory of a process rises while it profiles so many rows of a tiny model (3 sites, 48 wide, "
+        "`tokens='all'`), over what it had after a first small profile. A block of rows is 16,384 rows.\n\n"
+        + table(["rows", "store, MiB", "memory, MiB"], rows)
+    )
+
+
+def _store(folder: Path) -> dict[str, Any]:
+    from . import store_bench
+
+    return {
+        "open": [store_bench.open_time(folder, n_sites=n, block=b) for n, b in ((1, 16384), (32, 4096), (32, 1024))],
+        "read": [store_bench.read_throughput(folder, n_sites=n) for n in (1, 4)],
+        "memory": store_bench.memory(folder),
+    }
+
+
+def _tell_store(found: dict[str, Any]) -> str:
+    opened = [(f"{o['rows']:,}", o["sites"], f"{o['shards']:,}", f"{1000 * o['open_s']:.0f}") for o in found["open"]]
+    read = []
+    for one in found["read"]:
+        for kind in ("cold", "warm"):
+            ratios = [f"{one[f'ratio_{way}_{kind}']:.2f}" for way in ("batches", "summed", "read")]
+            read.append((f"{one['sites']}, {kind}", f"{one[f'dd_{kind}_bytes_per_s'] / 1e9:.2f}", *ratios))
+    rise = found["memory"]
+    memory = [
+        (f"{n:,}", *(f"{rise[what][i] / MIB:.0f}" for what in ("write", "read", "shuffled")))
+        for i, n in enumerate(rise["rows"])
+    ]
+    return "\n\n".join(
+        [
+            "Opening: every file's name and size and every shard's header are checked, no activation is read.",
+            table(["rows", "sites", "shards", "open, ms"], opened),
+            f"Reading {found['read'][0]['bytes'] / 2**30:.0f} GiB of float32 rows back, over `dd bs=1M` of the same files; "
+            f"cold: the caches were dropped ({found['read'][0]['dropped_by']}) before. `batches` is `iter_batches`, every "
+            "page in memory when a batch is handed over; `summed` adds up every value too; `read` is `Store.read` of a whole "
+            "site into fresh memory, which page faults bound.",
+            table(["sites, caches", "dd, GB/s", "batches / dd", "summed / dd", "read / dd"], read),
+            f"Peak memory over what the process had before, MiB ({rise['width']} wide, float32):",
+            table(["rows", "writing", "reading in order", "reading shuffled"], memory),
+        ]
+    )
+
+
+def _faults(folder: Path) -> dict[str, Any]:
+    from . import store_faults
+
+    return {"kills": store_faults.kills(folder / "kills", 50), "races": store_faults.races(folder / "races", 10.0)}
+
+
+def _tell_faults(found: dict[str, Any]) -> str:
+    kills, races = found["kills"], found["races"]
+    return (
+        f"A profile killed with SIGKILL at {kills['kills']} seeded random moments ({kills['killed']} of them before it had "
+        f"ended) and started again: **{kills['equal']} of {kills['kills']}** end byte for byte as an undisturbed run; "
+        f"{kills['torn']} stores that were being overwritten could not be opened afterwards.\n\n"
+        f"Two readers beside a writer that replaces their store: {races['right']:,} reads were right, {races['replaced']:,} "
+        f"were told that the store was replaced, **{races['wrong']}** were wrong; exit codes {races['ended']}."
+    )
+
+
+def _maps(folder: Path) -> dict[str, Any]:
+    from . import maps_bench
+
+    one = maps_bench.one_pair(d=512, n=30_000)
+    return {"one": one, "many": maps_bench.all_pairs(layers=8, d=512, n=30_000, sklearn_s=one["sklearn_s"])}
+
+
+def _tell_maps(found: dict[str, Any]) -> str:
+    one, many = found["one"], found["many"]
+    rows = [
+        (f"one pair, 5-fold CV, d = {one['d']}, n = {one['n']:,}", f"{one['cv_s']:.1f}", f"{one['cv_ratio']:.1f}"),
+        ("the same, GCV", f"{one['gcv_s']:.1f}", f"{one['gcv_ratio']:.1f}"),
+        (f"all {many['pairs']} pairs of {many['layers']} layers, 5-fold CV", f"{many['moments_s'] + many['fit_s']:.1f}",
+         f"{many['ratio']:.1f}"),
+    ]  # fmt: skip
+    same = "the same penalty chosen" if one["same_alpha"] else "ANOTHER penalty chosen"
+    return (
+        "Ridge maps from moments (float32 products, float64 sums and solves), over scikit-learn's "
+        "`GridSearchCV(Ridge)` in float64 on the same arrays with the same 8 penalties and 5 folds (once a pair): "
+        f"{same}; scores differ by at most {one['largest_score_difference']:.0e}. One run each.\n\n"
+        + table(["what", "seconds", "scikit-learn's time / this"], rows)
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
+    "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
+    "profile-memory": Section("Memory of a profile", _profile_memory, _tell_profile_memory),
+    "store": Section("Stores: opening, reading, memory", _store, _tell_store),
+    "maps": Section("Fitting maps from moments", _maps, _tell_maps),
+    "faults": Section("Stores: kills and races", _faults, _tell_faults),
+}
