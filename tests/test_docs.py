@@ -18,13 +18,21 @@ from .conftest import ROOT
 
 README = ROOT / "README.md"
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+GUIDES = [ROOT / "docs" / name for name in ("profile.md", "store.md")]
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(text: str, *languages: str) -> list[str]:
     """The fenced code blocks in these languages."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [body for language, body in found if language in languages]
+    return [body for language, body in fences(text) if language in languages]
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """(language, body) of every fenced code block, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+SHELLS = ("console", "bash", "shell", "sh")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -32,12 +40,15 @@ def commands(text: str) -> list[list[str]]:
 
     A line whose comment speaks of minutes is left out: what takes so long has tests of its own.
     """
+    return [line for block in blocks(text, *SHELLS) for line in lines_of(block)]
+
+
+def lines_of(block: str) -> list[list[str]]:
     found = []
-    for block in blocks(text, "console", "bash", "shell", "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            if words[:1] == ["workbench"] and "minutes" not in line.partition("#")[2]:
-                found.append(words[1:])
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] == ["workbench"] and "minutes" not in line.partition("#")[2]:
+            found.append(words[1:])
     return found
 
 
@@ -91,6 +102,22 @@ def test_the_commands_of_the_readme_run(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.name)
+def test_a_guide_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """In one folder, each block going on with what those before it made."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "guide"}
+    shown = set()
+    for i, (language, body) in enumerate(fences(page.read_text(encoding="utf-8"))):
+        shown.add(language)
+        if language == "python":
+            exec(compile(body, f"{page.name}, block {i}", "exec"), namespace)
+        for line in lines_of(body) if language in SHELLS else []:
+            result = CliRunner().invoke(app, line)
+            assert result.exit_code == 0, f"{' '.join(line)}: {result.output}"
+    assert shown >= {"python", "console"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
