@@ -38,7 +38,7 @@ class Cost:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
         return "\n".join([
             f"{self.rows} rows of {self.prompts} prompts at {len(self.sites)} sites ({', '.join(self.sites[:6])}"
-            f"{', ...' if len(self.sites) > 6 else ''}) in {self.dtype}, {self.blocks} blocks",
+            f"{', ...' if len(self.sites) > 6 else ''}) in {self.dtype}, {self.blocks} block{'s' if self.blocks > 1 else ''}",
             f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
             f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
             f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches)",
