@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import tempfile
 from itertools import accumulate, pairwise
@@ -192,6 +193,21 @@ def test_every_kind_of_damage_is_named(store):
     assert find_damage(store, quick=True).damaged == []
 
 
+def test_every_flipped_bit_is_found(store):
+    draw = random.Random(0)
+    files = [f for f in sorted(store.rglob("*")) if f.is_file()]
+    for _ in range(25):
+        file = draw.choice(files)
+        data = bytearray(file.read_bytes())
+        kept = bytes(data)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        damage = find_damage(store)
+        assert damage.unreadable or str(file.relative_to(store)) in damage.damaged
+        file.write_bytes(kept)
+    assert not find_damage(store)
+
+
 def test_a_manifest_that_was_changed_or_names_other_files_is_told(store):
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps({**manifest, "tokens": "all"}))
@@ -248,6 +264,27 @@ def test_foreign_files_go_only_when_asked(store):
     assert (store / "deep" / "stray").exists()
     assert repair_store(store, remove_foreign=True).whole
     assert tree(store) == before
+
+
+def test_nothing_is_removed_where_the_manifest_is_what_is_damaged(store):
+    manifest = store / "manifest.json"
+    name = json.loads(manifest.read_text())["shards"][1]["file"]
+    manifest.write_text(manifest.read_text().replace(name, name.replace("0000", "0001")))
+    before = tree(store)
+    assert find_damage(store).foreign == [name]
+    with pytest.raises(UserError, match="was changed .*nothing else says what the store held"):
+        repair_store(store, remove_foreign=True)
+    assert tree(store) == before
+
+
+def test_a_link_in_place_of_the_shards_is_refused_and_stays(store, tmp_path):
+    (store / "shards").rename(tmp_path / "elsewhere")
+    (store / "shards").symlink_to(tmp_path / "elsewhere")
+    assert "its shards is a link or no folder; put the folder" in find_damage(store).unreadable
+    with pytest.raises(UserError, match="its shards is a link or no folder; put the folder of its shards in that place$"):
+        repair_store(store, remove_foreign=True)
+    assert (store / "shards").is_symlink()
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 7
 
 
 def test_a_damaged_manifest_is_not_mended(store):

@@ -14,7 +14,7 @@ from ..atomic import sync
 from ..errors import UserError
 from ..hashes import file_hash
 from ..store.checks import MANIFEST, TABLES
-from ..store.checkup import SHOWN, Damage, checked_manifest, find_damage
+from ..store.checkup import SHOWN, Damage, check_place, checked_manifest, find_damage
 from ..store.folder import Folder
 from ..store.leftovers import target_of
 from ..store.locks import hold
@@ -64,20 +64,20 @@ def repair_store(
     """
     path = Path(path).expanduser()
     done = _settle(path)
+    check_place(path)
     damage = find_damage(path)
-    if damage.foreign and remove_foreign:
-        _remove(path, damage.foreign)
-        done.append(f"removed {_names(damage.foreign)}, which were not the store's")
-        damage = Damage(path, damage.damaged, damage.missing)
-    if damage.unreadable or MANIFEST in damage.damaged:
+    if damage.unreadable or MANIFEST in damage.damaged:  # first: it alone says which files are the store's
         why = damage.unreadable or f"store {path}: its {MANIFEST} was changed (its checksum is another)"
         raise UserError(f"{why.split('; profile again')[0]}; nothing else says what the store held: restore it from a copy "
                         "or profile again")  # fmt: skip
+    if damage.foreign and remove_foreign:
+        _remove(path, damage.foreign)
+        done.append(f"removed {_names(damage.foreign)}, which were not the store's")
     broken = [*damage.damaged, *damage.missing]
     if broken and model is not None:
         done += _recompute(path, broken, model, prompts)
-        damage = Damage(path, foreign=damage.foreign)
-    return Repair(path, done, damage if damage else None)
+    left = find_damage(path) if done else damage
+    return Repair(path, done, left if left else None)
 
 
 # -- an interrupted commit --------------------------------------------------------------------------------------------

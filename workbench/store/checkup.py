@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..hashes import file_hash
-from ..progress import progress
-from .checks import MANIFEST, check_manifest, files_of, manifest_text, read_manifest
+from .checks import MANIFEST, check_manifest, read_manifest
+from .damage import damaged_files
 from .folder import Folder
 
 SHOWN = 5  # names in a message
@@ -55,22 +53,18 @@ def find_damage(path: str | Path, *, quick: bool = False) -> Damage:
     path = Path(path).expanduser()
     try:
         manifest = checked_manifest(path)
+        check_place(path)
+        damaged, missing, foreign = damaged_files(Folder(path), manifest, quick=quick)
     except UserError as err:
         return Damage(path, unreadable=str(err))
-    entries = dict(files_of(manifest))
-    damaged, missing = [], []
-    if (path / MANIFEST).read_bytes() != manifest_text(manifest).encode():
-        damaged.append(MANIFEST)
-    for name in progress(sorted(entries), desc=f"verifying {path.name}", unit="file"):
-        try:
-            found = os.lstat(path / name)
-        except OSError:
-            missing.append(name)
-            continue
-        whole = stat.S_ISREG(found.st_mode) and found.st_size == entries[name]["bytes"]
-        if not whole or not (quick or file_hash(path / name) == entries[name]["sha256"]):
-            damaged.append(name)
-    return Damage(path, damaged, missing, _foreign(path, {MANIFEST, *entries}))
+    return Damage(path, damaged, missing, foreign)
+
+
+def check_place(path: Path) -> None:
+    """Raises UserError where `shards` of a store is a link or a file: what lies behind it is not the store's to judge."""
+    shards = path / "shards"
+    if os.path.lexists(shards) and (shards.is_symlink() or not shards.is_dir()):
+        raise UserError(f"store {path}: its shards is a link or no folder; put the folder of its shards in that place")
 
 
 def verify_stores(paths: Iterable[str | Path]) -> list[Damage]:
@@ -89,16 +83,3 @@ def checked_manifest(path: Path) -> dict[str, Any]:
         what = f"{type(err).__name__}: {err}"
         raise UserError(f"store {path}: its {MANIFEST} is damaged ({what}); profile again") from err
     return manifest
-
-
-def _foreign(path: Path, known: set[str]) -> list[str]:
-    """Everything below a store's folder that its manifest does not name, links among it; none is followed."""
-    found = []
-    for root, folders, files in os.walk(path):
-        for name in folders + files:
-            entry = Path(root, name)
-            is_folder = entry.is_dir() and not entry.is_symlink()
-            relative = str(entry.relative_to(path))
-            if not is_folder and relative not in known:
-                found.append(relative)
-    return sorted(found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,23 +17,38 @@ from .folder import Folder
 THREADS = 8  # hashing lets other threads run; beyond this the disk is what is waited for
 
 
-def damaged_files(folder: Folder, manifest: dict[str, Any]) -> list[str]:
-    """The files, by name, that are damaged, missing or not the store's own; the manifest itself included.
+def damaged_files(
+    folder: Folder, manifest: dict[str, Any], *, quick: bool = False
+) -> tuple[list[str], list[str], list[str]]:
+    """The files that are damaged (the manifest among them), that are missing, and that are not the store's own.
 
-    Hashes every file, several at a time. Raises UserError where the store was replaced.
+    Hashes every file, several at a time; `quick` compares their sizes alone. Raises UserError where the store was
+    replaced.
     """
-    entries = dict(files_of(manifest))
-    found = set(folder.scan()) | {f"shards/{name}" for name in folder.scan("shards")}
+    entries = dict(sorted(files_of(manifest)))
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="store-verify") as pool:
-        digests = pool.map(lambda name: _digest(folder, name), entries)
-        shown = progress(digests, total=len(entries), desc=f"verifying {folder.path.name}", unit="file")
-        whole = [digest == entry["sha256"] for entry, digest in zip(entries.values(), shown, strict=True)]
-    if not all(whole) and folder.replaced():
+        states = pool.map(lambda name: _state(folder, name, entries[name], quick), entries)
+        shown = progress(states, total=len(entries), desc=f"verifying {folder.path.name}", unit="file")
+        found = dict(zip(entries, shown, strict=True))
+    if any(found.values()) and folder.replaced():
         raise folder.gone(MANIFEST)
-    bad = [name for name, good in zip(entries, whole, strict=True) if not good]
+    damaged = [name for name, state in found.items() if state == "damaged"]
     if _digest(folder, MANIFEST) != hashlib.sha256(manifest_text(manifest).encode()).hexdigest():
-        bad.insert(0, MANIFEST)
-    return bad + sorted(found - {*entries, MANIFEST, "shards"})
+        damaged.insert(0, MANIFEST)
+    foreign = sorted(set(_walk(folder, ".")) - {*entries, MANIFEST})
+    return damaged, [name for name, state in found.items() if state == "missing"], foreign
+
+
+def _state(folder: Folder, name: str, entry: dict[str, Any], quick: bool) -> str:
+    """`damaged`, `missing`, or empty where the file is whole."""
+    try:
+        found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return "missing"
+    except OSError:
+        return "damaged"
+    whole = stat.S_ISREG(found.st_mode) and found.st_size == entry["bytes"]
+    return "" if whole and (quick or _digest(folder, name) == entry["sha256"]) else "damaged"
 
 
 def _digest(folder: Folder, name: str) -> str | None:
@@ -41,3 +58,13 @@ def _digest(folder: Folder, name: str) -> str | None:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except (UserError, OSError):
         return None
+
+
+def _walk(folder: Folder, name: str) -> Iterator[str]:
+    """Everything below a folder of the store that is no folder itself, links among it; none is followed."""
+    for entry, found in folder.scan(name).items():
+        path = entry if name == "." else f"{name}/{entry}"
+        if stat.S_ISDIR(found.st_mode):
+            yield from _walk(folder, path)
+        else:
+            yield path

@@ -192,7 +192,8 @@ class Store:
 
     def verify(self) -> None:
         """Recomputes every checksum; raises UserError naming what is damaged, missing or not the store's own."""
-        bad = damaged_files(self._folder, self.manifest)
+        damaged, missing, foreign = damaged_files(self._folder, self.manifest)
+        bad = [*damaged, *missing, *foreign]
         if bad:
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise UserError(f"store {self.path}: {len(bad)} damaged, missing or foreign files "
