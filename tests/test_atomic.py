@@ -50,6 +50,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr("workbench.atomic.exchange", lambda *_: False)  # as where the system cannot
     with pytest.raises(UserError, match="No space left"):
         fill(tmp_path / "a", overwrite=True)
     assert (tmp_path / "a" / "mark.json").read_text() == "old"
@@ -61,3 +62,12 @@ def test_a_path_below_a_file_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot write to"):
         write_text(tmp_path / "file" / "below", "y")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_is_replaced_where_a_link_leads_and_leaves_nothing_beside(tmp_path):
+    fill(tmp_path / "disk" / "a", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "a")
+    fill(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "a" / "mark.json").read_text() == "new"
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["a"]

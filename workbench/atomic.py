@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
     written, or the disk is full; in each case what was at `path` is there still, and nothing else.
     """
     path = Path(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # the link stays, and leads to the new folder
     if path.exists():
         if not overwrite:
             raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
@@ -72,9 +74,11 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; what was there is put back should that fail."""
+    """Renames `new` to `path`; what was there is at `new` then, or is put back should that fail."""
     if not path.exists():
         os.rename(new, path)
+        return
+    if exchange(new, path):
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
     os.rename(path, old / "was")
@@ -86,6 +90,13 @@ def _replace(new: Path, path: Path) -> None:
     finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Lets two names change places, so that neither is missing for a moment; False where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -109,7 +109,7 @@ def _profiles(t: Transfer) -> dict[str, Any]:
         def make(model: Model = model, path: Path = path, size: int = table.batch_tokens) -> dict[str, Any]:
             start = time.perf_counter()
             shutil.rmtree(path, ignore_errors=True)  # of other inputs, or damaged: the run's own, made again
-            store = profile_model(model, t.profiled, path, batch_tokens=size)
+            store = profile_model(model, t.profiled, path, batch_tokens=size, overwrite=True)
             return {"seconds": time.perf_counter() - start, "rows": store.n_rows, "sites": [str(s) for s in store.sites],
                     "model": model.name, "width": model.width}  # fmt: skip
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from workbench.errors import UserError
 from workbench.profile import plan as profile_plan
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet
+from workbench.sites import Site
 from workbench.store import Store
 from workbench.store.writer import StoreWriter
 
@@ -109,3 +112,63 @@ def test_a_run_killed_just_after_the_stores_changed_places_does_not_take_the_old
     profile_model(new, PROMPTS[:20], tmp_path / "s", overwrite=True)
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
     assert torch.equal(Store.open(tmp_path / "s").read(0), Store.open(tmp_path / "whole").read(0))
+
+
+@pytest.mark.parametrize("where", ["", "store", "store/shards"])
+def test_a_link_in_the_unfinished_folder_is_refused_and_what_it_leads_to_is_left(tmp_path, where):
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    link = tmp_path / ".s.partial" / where
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link, and unfinished work lies in folders of its own; remove the link"):
+        StoreWriter(tmp_path / "s", "plan")
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {"sub", "thesis.tex"}
+
+
+def test_a_lock_that_is_a_link_is_not_opened(tmp_path):
+    (tmp_path / ".s.partial").mkdir()
+    (tmp_path / ".s.partial" / "lock").symlink_to(tmp_path / "made")
+    with pytest.raises(UserError, match="cannot write to"):
+        StoreWriter(tmp_path / "s", "plan")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_store_is_replaced_where_a_link_leads(tmp_path):
+    model = make_model("llama")
+    (tmp_path / "disk").mkdir()
+    profile_model(model, PROMPTS[:2], tmp_path / "disk" / "s")
+    (tmp_path / "s").symlink_to(tmp_path / "disk" / "s")
+    assert profile_model(model, PROMPTS[:3], tmp_path / "s", overwrite=True).n_rows == 3
+    assert (tmp_path / "s").is_symlink()
+    assert Store.open(tmp_path / "disk" / "s").n_rows == 3
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["s"]
+
+
+def test_finished_blocks_of_another_plan_are_not_discarded_without_a_word(tmp_path):
+    with StoreWriter(tmp_path / "s", "plan") as writer:
+        for _ in range(2):
+            writer.write({Site(0): torch.zeros(2, 3)}, {Site(0): 0})
+        writer._settle()
+        size = writer.n_bytes
+    with pytest.raises(
+        UserError, match=rf"holds 2 finished blocks \({size} bytes\) of a run with other arguments: the same"
+    ):
+        StoreWriter(tmp_path / "s", "other")
+    with StoreWriter(tmp_path / "s", "plan") as writer:
+        assert len(writer.blocks) == 2
+    with StoreWriter(tmp_path / "s", "other", overwrite=True) as writer:
+        assert writer.blocks == []
+    with StoreWriter(tmp_path / "s", "third") as writer:  # nothing was finished
+        assert writer.blocks == []
+
+
+def test_a_writer_outlasts_whoever_only_looks_at_its_lock(tmp_path):
+    with StoreWriter(tmp_path / "s", "plan") as writer:
+        folder = writer.partial
+    handle = os.open(folder / "lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    timer = threading.Timer(0.1, os.close, [handle])
+    timer.start()
+    with StoreWriter(tmp_path / "s", "plan"):
+        timer.join()

@@ -281,7 +281,9 @@ def test_a_link_in_place_of_the_shards_is_refused_and_stays(store, tmp_path):
     (store / "shards").rename(tmp_path / "elsewhere")
     (store / "shards").symlink_to(tmp_path / "elsewhere")
     assert "its shards is a link or no folder; put the folder" in find_damage(store).unreadable
-    with pytest.raises(UserError, match="its shards is a link or no folder; put the folder of its shards in that place$"):
+    with pytest.raises(
+        UserError, match="its shards is a link or no folder; put the folder of its shards in that place$"
+    ):
         repair_store(store, remove_foreign=True)
     assert (store / "shards").is_symlink()
     assert len(list((tmp_path / "elsewhere").iterdir())) == 7

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from ..interrupts import Stopped, first_interrupt_noted
 from ..maps.moments import Moments
 from ..progress import progress
 from ..sites import Site
+from ..store.locks import claim
 from ..tokens import Policy
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
@@ -78,6 +78,7 @@ def profile_moments(
             sums.run(stop, None)
         return sums.folds
     path = Path(out).expanduser()
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
     with _Saved.locked(path, json_hash([plan.hash, about])) as saved:
@@ -179,16 +180,8 @@ class _Saved:
         """One run at a time for each `out`."""
         make_parent(out)
         folder = out.parent / f".{out.name}.partial"
+        lock = claim(folder, out)
         try:
-            folder.mkdir(exist_ok=True)
-            lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-        except OSError as err:
-            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as err:
-                raise UserError(f"{out} is being written by another run; wait or choose another folder") from err
             yield cls(folder, key)
         finally:
             os.close(lock)

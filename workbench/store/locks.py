@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from ..errors import UserError
 
 LOCK = "lock"
+WAIT = 1.0  # seconds
 
 
 def hold(folder: Path) -> int | None:
@@ -22,6 +24,38 @@ def hold(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def claim(partial: Path, out: Path) -> int:
+    """Makes the unfinished folder of what becomes `out`, if it is not there, and takes its lock: a handle to be closed.
+
+    Whoever only looks whether a folder is used has its lock for an instant, so it is tried for a second. Raises
+    UserError where another run writes there, the folder is a link, or it cannot be made.
+    """
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            partial.mkdir(exist_ok=True)
+            check_no_link(partial)
+            handle = hold(partial)
+            if handle is not None:
+                if os.path.samestat(os.fstat(handle), os.lstat(partial / LOCK)):
+                    return handle
+                os.close(handle)  # removed in that instant: the lock is of a folder that nobody finds
+        except FileNotFoundError:
+            handle = None  # likewise
+        except OSError as err:
+            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
+        if time.monotonic() > end:
+            raise UserError(f"{out} is being written by another run; wait for it or choose another folder")
+        time.sleep(WAIT / 50)
+
+
+def check_no_link(*folders: Path) -> None:
+    """Raises UserError where one of these is a link: what it leads to is not ours to change."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link, and unfinished work lies in folders of its own; remove the link")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..progress import progress
 from ..sites import Site
 from .checks import TABLES
 from .store import Store
-from .writer import StoreWriter
+from .writer import StoreWriter, partial_of
 
 Tables = Iterable[Any]  # of pyarrow Tables
 GROUP_ROWS = 16384  # of a table that is read, changed and written at a time
@@ -43,6 +43,7 @@ def write_store(
     Where it fails (a full disk, a bad source), nothing is left behind, and what was at `out` is there still.
     """
     out = Path(out).expanduser()
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out
     try:
         with StoreWriter(out, key, overwrite=overwrite) as writer:
             before = _identity(out)
@@ -59,8 +60,8 @@ def write_store(
         reason = err if isinstance(err, OSError) else err.__cause__
         if not isinstance(reason, OSError) or reason.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EPERM):
             raise  # written by another run, or nothing that room would help
-        partial = out.parent / f".{out.name}.partial"
-        if not (partial / "old").exists():  # of a writer that had no room to begin
+        partial = partial_of(out)
+        if not partial.is_symlink() and not (partial / "old").exists():  # of a writer that had no room to begin
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {out}: {reason.strerror or reason}; nothing of it was kept: make room or choose "
                         "another folder, and run the same again") from err  # fmt: skip

@@ -8,8 +8,6 @@ All of it happens in a hidden folder beside the store, `.NAME.partial`:
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -20,11 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..atomic import make_parent, sync
+from ..atomic import exchange, make_parent, sync
 from ..errors import UserError
 from ..hashes import file_hash
 from ..sites import Site
 from .checks import MANIFEST, TABLES, check_manifest, manifest_text
+from .locks import check_no_link, claim
 from .shards import write_shard, write_synced
 
 
@@ -33,27 +32,21 @@ class StoreWriter:
 
     Use as a context manager: `write` each further block in order, then `finish`. Writing happens in a thread of its
     own, at most one block behind. Raises UserError where `out` exists (unless `overwrite`, and it is a store), cannot
-    be written, or is being written by another run.
+    be written, is being written by another run, or has finished blocks of another plan (unless `overwrite`). Where
+    `out` is a link, the store is written where it leads.
     """
 
     def __init__(self, out: Path, plan_hash: str, *, overwrite: bool = False) -> None:
-        self.out, self.partial, self.overwrite = out, out.parent / f".{out.name}.partial", overwrite
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # the link stays, and leads to the new store
+        self.out, self.partial, self.overwrite = out, partial_of(out), overwrite
         self.store, self.journal = self.partial / "store", self.partial / "journal.jsonl"
         self._check_target()
         make_parent(out)
-        try:
-            self.partial.mkdir(exist_ok=True)
-            self._lock = os.open(self.partial / "lock", os.O_CREAT | os.O_RDWR)
-        except OSError as err:
-            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            os.close(self._lock)
-            raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
+        self._lock = claim(self.partial, out)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: Future[None] | None = None
         try:
+            check_no_link(self.store, self.store / "shards")
             if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
                 os.rename(self.partial / "old", out)
             self.blocks = self._resume(plan_hash)
@@ -82,21 +75,20 @@ class StoreWriter:
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
 
     def _resume(self, plan_hash: str) -> list[dict[str, Any]]:
-        """The blocks in the journal, up to the first whose shard is not whole; anything else is cleared away."""
+        """The blocks in the journal, up to the first whose shard is not whole; anything else is cleared away.
+
+        Raises UserError where that would be finished blocks of another plan, unless they are to be overwritten.
+        """
         first = json.dumps({"plan": plan_hash}) + "\n"
         lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True) if self.journal.is_file() else []
-        blocks: list[dict[str, Any]] = []
-        # killed at the very end: what is in `store` may be the store that the new one had just changed places with
-        hashed = (self.store / MANIFEST).exists()
-        if lines and lines[0] == first:
-            for line in lines[1:]:
-                try:
-                    block = json.loads(line)
-                except ValueError:
-                    break  # the line that was being written when the run was killed
-                if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks)), hashed):
-                    break
-                blocks.append(block)
+        blocks = self._journalled(lines[1:])
+        if blocks and lines[0] != first:
+            if not self.overwrite:
+                size = sum(block["bytes"] for block in blocks)
+                raise UserError(f"{self.partial} holds {len(blocks)} finished blocks ({size} bytes) of a run with other "
+                                "arguments: the same arguments go on with them, overwrite=True (--overwrite) or removing "
+                                "that folder begins anew")  # fmt: skip
+            blocks = []
         kept = {self.store / block["file"] for block in blocks}
         try:
             (self.store / "shards").mkdir(parents=True, exist_ok=True)
@@ -106,6 +98,20 @@ class StoreWriter:
             os.replace(self.partial / "journal.new", self.journal)
         except OSError as err:
             raise self._full(err, len(blocks)) from err
+        return blocks
+
+    def _journalled(self, lines: list[str]) -> list[dict[str, Any]]:
+        # killed at the very end: what is in `store` may be the store that the new one had just changed places with
+        hashed = (self.store / MANIFEST).exists()
+        blocks: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                block = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was killed
+            if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks)), hashed):
+                break
+            blocks.append(block)
         return blocks
 
     def _whole(self, block: dict[str, Any], name: str, hashed: bool) -> bool:
@@ -157,7 +163,7 @@ class StoreWriter:
             for folder in (self.store / "shards", self.store):
                 sync(folder)
             self._check_target()
-            if not (self.out.exists() and _exchange(self.store, self.out)):
+            if not (self.out.exists() and exchange(self.store, self.out)):
                 if self.out.exists():
                     shutil.rmtree(self.partial / "old", ignore_errors=True)
                     os.rename(self.out, self.partial / "old")
@@ -174,12 +180,10 @@ class StoreWriter:
         return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
+def partial_of(out: Path) -> Path:
+    """The hidden folder in which what becomes `out` is written."""
+    return out.parent / f".{out.name}.partial"
+
+
 def _shard_name(number: int) -> str:
     return f"shards/{number:05d}.safetensors"
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Lets two names change places, so that neither is missing for a moment; False where the system has no such call."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
