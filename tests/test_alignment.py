@@ -20,6 +20,8 @@ from workbench.errors import UserError
 from workbench.offsets import Offsets
 from workbench.prompts import Prompt, PromptSet
 from workbench.rendering import encode_spans, render, special_ids
+from workbench.store.folder import Folder
+from workbench.store.tables import Tables
 from workbench.tokens import choose
 from workbench.turns import turn_spans
 
@@ -274,9 +276,15 @@ def tables(folder: Path, prompts: PromptSet, tok, tokens="all", **options):
     lines = [{"id": p.id, "text": shown, "content": json.dumps(p.content), "n_tokens": len(e.ids)}
              for p, shown, e in zip(prompts, rendered, found, strict=True)]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(lines), folder / "prompts.parquet", row_group_size=5)
-    kept = SimpleNamespace(path=folder, prompt_hash=prompts.hash, tokens=tokens, name="m",
-                           manifest={"prompts": {"name": "p"}})  # fmt: skip
+    kept = SimpleNamespace(path=folder, prompt_hash=prompts.hash, tokens=tokens, name="m")
+    kept.manifest = {"prompts": {"name": "p", "count": len(prompts)}, "n_rows": len(rows)}
+    read_again(kept)
     return kept, rendered, found, [(n, i) for n, i, *_ in rows]
+
+
+def read_again(store) -> None:
+    sizes = {name: {"bytes": (store.path / name).stat().st_size} for name in ("rows.parquet", "prompts.parquet")}
+    store.tables = Tables(Folder(store.path), {**store.manifest, "tables": sizes})
 
 
 SET = PromptSet.load([
@@ -323,10 +331,12 @@ def test_stores_that_do_not_pair_are_refused(tmp_path):
     table = pq.read_table(tmp_path / "c" / "rows.parquet")
     blind = table.set_column(4, "char_end", pa.array(np.full(len(table), -1, np.int32)))
     pq.write_table(blind, tmp_path / "c" / "rows.parquet")
+    read_again(c)
     with pytest.raises(UserError, match="the tokenizer of m gave no offsets"):
         pair_rows(a, c)
     pq.write_table(
         pq.read_table(tmp_path / "c" / "prompts.parquet").drop(["content"]), tmp_path / "c" / "prompts.parquet"
     )
+    read_again(c)
     with pytest.raises(UserError, match="keeps no contents"):
         pair_rows(a, c)

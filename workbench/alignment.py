@@ -156,14 +156,11 @@ def _parts(store: Store) -> Iterator[_Part]:
 
 
 def _lines(store: Store, columns: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(store.path / TABLES[1]) as file:
-        if "content" not in file.schema_arrow.names:
-            raise UserError(f"store {store.path} keeps no contents of its prompts: an earlier version wrote it; profile "
-                            "again")  # fmt: skip
-        for batch in file.iter_batches(PROMPTS, columns=columns):
-            yield from batch.to_pylist()
+    if "content" not in store.tables.columns(TABLES[1]):
+        raise UserError(f"store {store.path} keeps no contents of its prompts: an earlier version wrote it; profile "
+                        "again")  # fmt: skip
+    for batch in store.tables.batches(TABLES[1], columns, PROMPTS):
+        yield from batch.to_pylist()
 
 
 def _prompt(line: dict[str, Any]) -> Prompt:
@@ -178,9 +175,7 @@ class _Rows:
     columns = ("row", "prompt", "position", "char_start", "char_end")
 
     def __init__(self, store: Store) -> None:
-        import pyarrow.parquet as pq
-
-        self._batches = pq.ParquetFile(store.path / TABLES[0]).iter_batches(ROWS, columns=list(self.columns))
+        self._batches = store.tables.batches(TABLES[0], self.columns, ROWS)
         self._left: list[np.ndarray] = [np.empty(0, np.int64) for _ in self.columns]
 
     def until(self, prompt: int) -> list[np.ndarray]:
@@ -190,7 +185,7 @@ class _Rows:
             batch = next(self._batches, None)
             if batch is None:
                 break
-            parts.append([batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in self.columns])
+            parts.append([batch.column(name).to_numpy().astype(np.int64) for name in self.columns])
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         at = int(np.searchsorted(whole[1], prompt))
         self._left = [column[at:] for column in whole]

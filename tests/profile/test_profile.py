@@ -281,6 +281,18 @@ def test_a_profile_without_a_folder_goes_with_its_store(llama):
     assert not store.path.exists()
 
 
+def test_a_fork_that_ends_leaves_the_profile_to_its_parent(llama):
+    with profile_model(llama, PROMPTS) as store:
+        finalizer = store._remove
+        pid = os.fork()
+        if pid == 0:
+            finalizer()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert store.path.exists()
+    assert not store.path.exists()
+
+
 def test_two_models_pair_over_the_same_prompts_in_the_same_order_alone(llama, gpt2):
     a, b = profile_model(llama, PROMPTS), profile_model(gpt2, PROMPTS)
     check_pair(a, b)

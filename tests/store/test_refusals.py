@@ -13,10 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from workbench.alignment import _lines
 from workbench.errors import UserError
+from workbench.profile import profile_model
+from workbench.prompts import PromptSet
 from workbench.store import Store
 from workbench.store import checks as store_checks
+from workbench.store import tables as store_tables
+from workbench.store.exports import export_store
+from workbench.store.listing import describe_store
+from workbench.store.staging import row_groups
 
+from ..conftest import make_model
 from .test_store import N, edit_manifest, make
 
 
@@ -218,7 +226,8 @@ def test_a_table_of_more_lines_than_the_manifest_counts_is_not_read(store):
         forged.prompt_set()
 
 
-def test_a_zip_bomb_is_not_unpacked(store):
+def test_a_zip_bomb_is_not_unpacked(store, monkeypatch):
+    monkeypatch.setattr(store_tables, "SMALL", 1 << 20)
     text = ["0" * 4_000_000] * N
     plain = _table(store, "rows.parquet", pa.table({"prompt": [0] * N, "text": text}), compression="gzip",
                    use_dictionary=False)  # fmt: skip
@@ -228,6 +237,37 @@ def test_a_zip_bomb_is_not_unpacked(store):
     shared = _table(store, "rows.parquet", named_often, compression="gzip")
     with pytest.raises(UserError, match=r"unpack to \d+, as only a zip bomb"):
         shared.rows()
+    for read in (lambda: describe_store(store.path), lambda: list(row_groups(Store.open(store.path), "rows.parquet"))):
+        with pytest.raises(UserError, match=r"unpack to \d+, as only a zip bomb"):
+            read()
+
+
+def test_a_bomb_of_prompts_is_not_unpacked_by_what_reads_them_in_parts(store, monkeypatch):
+    monkeypatch.setattr(store_tables, "SMALL", 1 << 20)
+    named = {"index": range(6), "text": ["0" * 4_000_000] * 6, "label": ["0" * 4_000_000] * 6, "content": ['""'] * 6}
+    bomb = _table(store, "prompts.parquet", pa.table(named), compression="gzip")
+    for read in (lambda: describe_store(bomb.path, prompt=0), lambda: next(_lines(bomb, ["text"])),
+                 lambda: export_store(bomb, store.path.parent / "e", to="parquet")):  # fmt: skip
+        with pytest.raises(UserError, match=r"unpack to \d+, as only a zip bomb"):
+            read()
+
+
+def test_many_copies_of_one_long_prompt_are_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_tables, "SMALL", 1 << 10)
+    prompts = PromptSet.load(["w1 w2 " * 1400] * 300, chat=False)
+    found = profile_model(make_model("llama"), prompts, tmp_path / "s", sites=[0], max_length=8)
+    assert found.prompt_set() == prompts
+    assert len(found.prompts()) == 300
+
+
+@pytest.mark.parametrize(("start", "stop", "size"), [(0, None, 5), (3, 9, 2), (4, 5, 100), (11, 12, 1), (5, 5, 3)])
+def test_lines_of_a_table_are_read_in_parts_across_its_row_groups(store, start, stop, size):
+    words = [f"t{i % 3}" for i in range(N)]
+    table = pa.table({"prompt": [i // 2 for i in range(N)], "text": words})
+    batches = list(_table(store, "rows.parquet", table, row_group_size=4).tables.batches(
+        "rows.parquet", ["text"], size, start, stop))  # fmt: skip
+    assert [word for batch in batches for word in batch["text"].to_pylist()] == words[start:stop]
+    assert all(0 < len(batch) <= size for batch in batches)
 
 
 @pytest.mark.parametrize("prompt", [["a"] * N, [0.5] * N, [99] * N, [-1] * N, list(range(N))[::-1], [None] * N])

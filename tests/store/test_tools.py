@@ -272,7 +272,7 @@ def test_nothing_is_removed_where_the_manifest_is_what_is_damaged(store):
     manifest.write_text(manifest.read_text().replace(name, name.replace("0000", "0001")))
     before = tree(store)
     assert find_damage(store).foreign == [name]
-    with pytest.raises(UserError, match="was changed .*nothing else says what the store held"):
+    with pytest.raises(UserError, match=r"was changed .*nothing else says what the store held"):
         repair_store(store, remove_foreign=True)
     assert tree(store) == before
 
@@ -282,7 +282,7 @@ def test_a_link_in_place_of_the_shards_is_refused_and_stays(store, tmp_path):
     (store / "shards").symlink_to(tmp_path / "elsewhere")
     assert "its shards is a link or no folder; put the folder" in find_damage(store).unreadable
     with pytest.raises(
-        UserError, match="its shards is a link or no folder; put the folder of its shards in that place$"
+        UserError, match=r"its shards is a link or no folder; put the folder of its shards in that place$"
     ):
         repair_store(store, remove_foreign=True)
     assert (store / "shards").is_symlink()
@@ -413,6 +413,28 @@ def test_nothing_is_listed_that_only_looks_like_ours(tmp_path):
     (tmp_path / ".b.partial" / "thesis.doc").write_text("x")
     (tmp_path / ".l.partial").symlink_to(unfinished(tmp_path / "deep" / "s"))
     assert [one.path.name for one in find_leftovers(tmp_path, temporary=False)] == [".s.partial"]
+
+
+def test_what_killed_runs_of_every_kind_leave_is_found(tmp_path):
+    made = {".m.partial": ["lock", "now.json", "after-3/fold-0.safetensors"], ".s.repair-abcdefgh": ["lock", "shard"],
+            ".x.partial.removed-abcdefgh": ["store/shards/00001.safetensors"], ".e.partial-abcdefgh": ["export.json"],
+            ".e.old-abcdefgh": ["was/data.npy"], ".f.old-abcdefgh": ["was/data.npy"], "f": ["data.npy"],
+            ".t.old-abcdefgh": ["thesis.tex"], ".u.partial.removed-abcdefgh": ["thesis.tex"],
+            ".v.repair-abcdefgh": ["lock", "thesis.tex"], ".w.partial": ["lock", "now.json", "thesis.tex"]}  # fmt: skip
+    for folder, files in made.items():
+        for name in files:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text("x")
+    with held(tmp_path / ".m.partial"):
+        assert {one.path.name: one.kept for one in find_leftovers(tmp_path, temporary=False)}[".m.partial"]
+    (tmp_path / ".m.partial" / "lock").touch()
+    done = {one.path.name: (one.kind, one.kept) for one in remove_leftovers(find_leftovers(tmp_path, temporary=False))}
+    kept = {".e.old-abcdefgh", ".e.partial-abcdefgh"}
+    assert {name for name, (_, why) in done.items() if why} == kept
+    assert "holds the only copy of e: rename" in done[".e.old-abcdefgh"][1]
+    gone = {".m.partial", ".s.repair-abcdefgh", ".x.partial.removed-abcdefgh", ".f.old-abcdefgh"}
+    assert done.keys() == kept | gone
+    assert {p.name for p in tmp_path.iterdir()} == made.keys() - gone
 
 
 def test_temporary_stores_go_once_no_process_uses_them(tmp_path, model, monkeypatch):

@@ -17,7 +17,7 @@ from ..store.checks import MANIFEST, TABLES
 from ..store.checkup import SHOWN, Damage, check_place, checked_manifest, find_damage
 from ..store.folder import Folder
 from ..store.leftovers import target_of
-from ..store.locks import hold
+from ..store.locks import held, hold
 from ..store.tables import Tables
 
 if TYPE_CHECKING:
@@ -183,19 +183,20 @@ def _replaced(path: Path, manifest: dict[str, Any], broken: list[str], model: Mo
     (path / "shards").mkdir(exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.repair-", dir=path.parent))
     try:
-        for name, file in _made(beside, manifest, broken, model, plan):
-            if name not in broken:
-                continue
-            if file_hash(file) != sha256[name]:
-                wrong.append(name)
-                continue
-            os.chmod(file, 0o644)
-            sync(file)
-            if (path / name).is_dir() and not (path / name).is_symlink():
-                shutil.rmtree(path / name)
-            os.replace(file, path / name)
-            sync((path / name).parent)
-            yield name
+        with held(beside):
+            for name, file in _made(beside, manifest, broken, model, plan):
+                if name not in broken:
+                    continue
+                if file_hash(file) != sha256[name]:
+                    wrong.append(name)
+                    continue
+                os.chmod(file, 0o644)
+                sync(file)
+                if (path / name).is_dir() and not (path / name).is_symlink():
+                    shutil.rmtree(path / name)
+                os.replace(file, path / name)
+                sync((path / name).parent)
+                yield name
     except OSError as err:
         raise UserError(f"cannot write {path}: {err.strerror or err}; each file is as it was or whole: make room and run "
                         "the same again") from err  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..store.checks import TABLES
+from ..store.tables import dictionary_of
 from .plan import Plan
 
 PROMPTS_AT_ONCE = 4096  # of a row group of prompts.parquet
@@ -22,7 +24,7 @@ def write_tables(plan: Plan, tokenizer: Any, folder: Path) -> None:
     texts = _TokenText(plan, tokenizer)
     rows = pa.schema([("row", pa.int64()), ("prompt", pa.int64()), ("position", pa.int32()), ("token_id", pa.int32()),
                       ("text", pa.string()), ("char_start", pa.int32()), ("char_end", pa.int32())])  # fmt: skip
-    with pq.ParquetWriter(folder / "rows.parquet", rows) as writer:
+    with pq.ParquetWriter(folder / TABLES[0], rows) as writer:
         for block in plan.blocks:
             prompt, position, token, span = plan.spool.rows(block.start, block.n)
             row = np.arange(block.start, block.start + block.n)
@@ -32,7 +34,9 @@ def write_tables(plan: Plan, tokenizer: Any, folder: Path) -> None:
     prompts = pa.schema([("index", pa.int64()), ("id", pa.string()), ("text", pa.string()), ("label", pa.string()),
                          ("meta", pa.string()), ("content", pa.string()), ("n_tokens", pa.int32()),
                          ("cut", pa.int32())])  # fmt: skip
-    with pq.ParquetWriter(folder / "prompts.parquet", prompts) as writer:
+    with pq.ParquetWriter(
+        folder / TABLES[1], prompts, use_dictionary=dictionary_of(TABLES[1], prompts.names)
+    ) as writer:
         for first in range(0, len(plan.prompts), PROMPTS_AT_ONCE):
             some = range(first, min(first + PROMPTS_AT_ONCE, len(plan.prompts)))
             writer.write_table(pa.Table.from_pylist([_prompt_row(plan, i) for i in some], prompts))

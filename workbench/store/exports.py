@@ -118,26 +118,20 @@ def _schema(store: Store, sites: list[Site], labelled: bool) -> Any:
 
 def _labels(store: Store) -> Any:
     """The label of each prompt; None where no prompt has one."""
-    import pyarrow.parquet as pq
-
-    labels = pq.read_table(store.path / TABLES[1], columns=["label"])["label"].combine_chunks()
+    labels = store.tables.read(TABLES[1], ["label"])["label"].combine_chunks()
     return None if labels.null_count == len(labels) else labels
 
 
 def _tables(store: Store, sites: list[Site]) -> Iterator[Any]:
     """The rows as pyarrow tables, a batch at a time."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     labels = _labels(store)
     schema = _schema(store, sites, labels is not None)
     start = 0
-    with (
-        pq.ParquetFile(store.path / TABLES[0]) as file,
-        progress(total=store.n_rows, desc=f"exporting {store.path.name}", unit="row") as bar,
-    ):
-        for batch in file.iter_batches(batch_size=_batch_rows(store, sites), columns=list(COLUMNS)):
-            columns = [batch.column(name) for name in COLUMNS]
+    with progress(total=store.n_rows, desc=f"exporting {store.path.name}", unit="row") as bar:
+        for batch in store.tables.batches(TABLES[0], COLUMNS, _batch_rows(store, sites)):
+            columns = [batch.column(name).combine_chunks() for name in COLUMNS]
             if labels is not None:
                 columns.append(labels.take(batch.column("prompt")))
             for site in sites:

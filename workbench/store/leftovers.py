@@ -11,13 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .checks import MANIFEST
+from .checks import MANIFEST, TABLES
 from .locks import LOCK, hold, is_held
 
 _PARTIAL = re.compile(r"\.(.+)\.partial")
 _STAGED = re.compile(r"\.(.+)\.partial-[A-Za-z0-9_]{8}")
+_OLD = re.compile(r"\.(.+)\.old-[A-Za-z0-9_]{8}")
+_REPAIR = re.compile(r"\.(.+)\.repair-[A-Za-z0-9_]{8}")
+_REMOVED = re.compile(r"(\..+\.(partial|(partial|old|repair)-\w{8})|workbench-\w{8})\.removed-\w{8}")
+_MOMENTS = re.compile(r"lock|now\.json|after-\d+|\.(after-\d+|now\.json)\.(partial|old)-\w{8}")
 _TEMPORARY = re.compile(r"workbench-[A-Za-z0-9_]{8}")
+_OURS = (_PARTIAL, _STAGED, _OLD, _REPAIR, _REMOVED)
 PARTIAL_FILES = {"journal.jsonl", "journal.new", LOCK, "store", "old"}
+REPAIR_FILES = {*TABLES, "shard", LOCK}
+EXPORT_FILES = re.compile(r"lock|.+\.(npy|parquet|arrow|json)|README\.md")
 _TEMPORARY_FILES = {"profile", ".profile.partial", LOCK}
 
 
@@ -26,7 +33,9 @@ class Leftover:
     """A folder that a run of the workbench left behind. `kept`: why it must stay; empty where it can go."""
 
     path: Path
-    kind: str  # unfinished store, interrupted replacement, unfinished export, temporary store
+    kind: str
+    """unfinished store, unfinished moments, unfinished export, unfinished repair, interrupted replacement, interrupted
+    removal, or temporary store."""
     n_bytes: int
     kept: str = ""
 
@@ -59,9 +68,12 @@ def find_leftovers(folder: str | Path, *, temporary: bool = True) -> list[Leftov
             leftover = _leftover(Path(root, name))
             if leftover is not None:
                 found.append(leftover)
-        folders[:] = sorted(n for n in folders if not (_PARTIAL.fullmatch(n) or _STAGED.fullmatch(n)))
+        folders[:] = sorted(name for name in folders if not any(p.fullmatch(name) for p in _OURS))
     if temporary:
-        found += [one for path in sorted(home.glob("workbench-*")) if (one := _temporary(path))]
+        # a half-removed one below `folder` was found above
+        known = {one.path.resolve() for one in found}
+        found += [one for path in sorted(home.glob("workbench-*"))
+                  if path.resolve() not in known and (one := _temporary(path) or _removed(path))]  # fmt: skip
     return found
 
 
@@ -69,7 +81,7 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
     """Removes those that can go, each looked at again under its lock; returns what became of them, `kept` as it is."""
     done = []
     for one in leftovers:
-        now = one if one.kept else _temporary(one.path) if one.kind == "temporary store" else _leftover(one.path)
+        now = one if one.kept else _temporary(one.path) or _leftover(one.path)
         if now is None:
             continue
         done.append(now if now.kept else _remove(now))
@@ -83,8 +95,10 @@ def _remove(one: Leftover) -> Leftover:
         if None in handles:
             return replace(one, kept="a process is using it")
         # a name that no run looks for: who comes while this one is removed begins a folder of its own
-        gone = one.path.with_name(f"{one.path.name}.removed")
-        os.rename(one.path, gone)
+        gone = one.path
+        if one.kind != "interrupted removal":
+            gone = Path(tempfile.mkdtemp(prefix=f"{one.path.name}.removed-", dir=one.path.parent))
+            os.rename(one.path, gone)
         shutil.rmtree(gone)
         return one
     except OSError as err:
@@ -102,9 +116,32 @@ def _leftover(path: Path) -> Leftover | None:
     if target is not None:
         kind = "interrupted replacement" if (path / "old").exists() else "unfinished store"
         return Leftover(path, kind, size_of(path), _why_kept(path, target))
-    if _STAGED.fullmatch(path.name) and (path / LOCK).is_file():
-        return Leftover(path, "unfinished export", size_of(path), "a process is using it" if is_held(path) else "")
-    return None
+    names, used = {entry.name for entry in os.scandir(path)}, "a process is using it" if is_held(path) else ""
+    if _PARTIAL.fullmatch(path.name) and LOCK in names and all(map(_MOMENTS.fullmatch, names)):
+        return Leftover(path, "unfinished moments", size_of(path), used)
+    if _STAGED.fullmatch(path.name) and names & {LOCK, "export.json"}:  # the lock goes just before the last rename
+        unknown = "" if LOCK in names else "no lock says whether it is used"
+        return Leftover(path, "unfinished export", size_of(path), used or unknown)
+    if _REPAIR.fullmatch(path.name) and LOCK in names and names <= REPAIR_FILES:
+        return Leftover(path, "unfinished repair", size_of(path), used)
+    if (match := _OLD.fullmatch(path.name)) and names == {"was"}:
+        place = path.parent / match[1]
+        kept = (
+            "" if os.path.lexists(place) else f"it holds the only copy of {match[1]}: rename {path / 'was'} to {place}"
+        )
+        return Leftover(path, "interrupted replacement", size_of(path), kept)
+    return _removed(path)
+
+
+def _removed(path: Path) -> Leftover | None:
+    """What a removal that was killed left: a part of what it had already judged."""
+    if not _REMOVED.fullmatch(path.name) or path.is_symlink() or not path.is_dir() or path.stat().st_uid != os.getuid():
+        return None
+    names = {entry.name for entry in os.scandir(path)}
+    ours = PARTIAL_FILES | _TEMPORARY_FILES | REPAIR_FILES | {"was"}
+    if not all(name in ours or _MOMENTS.fullmatch(name) or EXPORT_FILES.fullmatch(name) for name in names):
+        return None
+    return Leftover(path, "interrupted removal", size_of(path), "a process is using it" if is_held(path) else "")
 
 
 def _why_kept(partial: Path, target: Path) -> str:

@@ -143,22 +143,17 @@ def describe_store(path: str | Path, *, prompt: int | None = None, rows: int = 5
 
 
 def _prompt(store: Store, prompt: int) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
     count = store.manifest["prompts"]["count"]
     if not 0 <= prompt < count:
         raise UserError(f"store {store.path} has prompts 0 to {count - 1}; got {prompt}")
-    return dict(pq.read_table(store.path / TABLES[1], filters=[("index", "==", prompt)]).to_pylist()[0])
+    return _lines(store, TABLES[1], range(prompt, prompt + 1))[0]
 
 
 def _rows(store: Store, prompt: int | None, most: int) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
+    return _lines(store, TABLES[0], (range(store.n_rows) if prompt is None else store.rows_of(prompt))[:most])
 
-    file = store.path / TABLES[0]
-    if prompt is not None:
-        table = pq.read_table(file, filters=[("prompt", "==", prompt)])
-        return [dict(row) for row in table.slice(0, most).to_pylist()]
-    with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(batch_size=max(most, 1)):
-            return [dict(row) for row in batch.slice(0, most).to_pylist()]
-    return []
+
+def _lines(store: Store, table: str, lines: range) -> list[dict[str, Any]]:
+    size = max(len(lines), 1)
+    batches = store.tables.batches(table, size=size, start=lines.start, stop=lines.stop) if lines else ()
+    return [dict(line) for batch in batches for line in batch.to_pylist()]

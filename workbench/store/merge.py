@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError
-from ..hashes import json_hash
-from ..prompts import PromptSet
+from ..hashes import json_hash, json_list_hash
 from ..sites import Site
 from .checks import TABLES
 from .staging import row_groups, write_store
@@ -128,16 +127,17 @@ def _check_rows(stores: list[Store]) -> None:
 def _row_manifest(stores: list[Store], allow_duplicates: bool) -> dict[str, Any]:
     manifests = [store.manifest for store in stores]
     prompts = {key: [m["prompts"].get(key) for m in manifests] for key in manifests[0]["prompts"]}
-    sets = [None if _unknown(store) else store.prompt_set() for store in stores]
-    known = [one for one in sets if one is not None]
     if not allow_duplicates:
-        _check_duplicates(stores, sets)
-    if len(known) == len(stores):
-        whole = sum(known[1:], start=known[0])
-        prompt_hash, name = whole.hash, whole.name
+        _check_duplicates(stores)
+    for store in stores:
+        if not _unknown(store):
+            store.tables.check_prompts()
+    name = "+".join(prompts["name"])
+    if any(map(_unknown, stores)):
+        prompt_hash = f"{UNKNOWN}:{json_hash(prompts['hash'])}"
     else:
-        prompt_hash, name = f"{UNKNOWN}:{json_hash(prompts['hash'])}", "+".join(prompts["name"])
-    rendered = [text for store in stores for text in store.prompts(["text"])["text"]]
+        prompt_hash = json_list_hash(prompt.content for store in stores for prompt in store.tables.prompts())
+    texts = (batch["text"].to_pylist() for store in stores for batch in row_groups(store, TABLES[1], ["text"]))
     unknown_text = any(str(value).startswith(UNKNOWN) for value in prompts["rendered_hash"])
     return {
         **_kept(stores[0]),
@@ -145,7 +145,8 @@ def _row_manifest(stores: list[Store], allow_duplicates: bool) -> dict[str, Any]
         "sites": manifests[0]["sites"],
         "prompts": {
             **manifests[0]["prompts"], "name": name, "count": sum(prompts["count"]), "hash": prompt_hash,
-            "rendered_hash": f"{UNKNOWN}:{json_hash(prompts['rendered_hash'])}" if unknown_text else json_hash(rendered),
+            "rendered_hash": f"{UNKNOWN}:{json_hash(prompts['rendered_hash'])}" if unknown_text 
+            else json_list_hash(chain.from_iterable(texts)),
             "truncated": sum(value or 0 for value in prompts.get("truncated", [0])),
         },
     }  # fmt: skip
@@ -155,14 +156,14 @@ def _unknown(store: Store) -> bool:
     return store.prompt_hash.startswith(UNKNOWN)
 
 
-def _check_duplicates(stores: list[Store], sets: list[PromptSet | None]) -> None:
+def _check_duplicates(stores: list[Store]) -> None:
     seen: dict[str, Store] = {}
-    for store, prompts in zip(stores, sets, strict=True):
-        if prompts is None:
+    for store in stores:
+        if _unknown(store):
             raise UserError(f"store {store.path}: its prompts are unknown, so nobody can tell whether they repeat those "
                             "of another; pass allow_duplicates=True (--allow-duplicates) to merge it")  # fmt: skip
         mine: dict[str, str] = {}
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(store.tables.prompts()):
             named = {f"content:{json_hash(prompt.content)}": f"prompt {prompt.id!r}"}
             if prompt.id != str(i):  # a number is the place in its source, and no name
                 named[f"id:{prompt.id}"] = f"the id {prompt.id!r}"

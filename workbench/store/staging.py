@@ -17,6 +17,7 @@ from ..progress import progress
 from ..sites import Site
 from .checks import TABLES
 from .store import Store
+from .tables import dictionary_of
 from .writer import StoreWriter, partial_of
 
 Tables = Iterable[Any]  # of pyarrow Tables
@@ -70,12 +71,7 @@ def write_store(
 
 def row_groups(store: Store, table: str, columns: list[str] | None = None) -> Iterator[Any]:
     """A table of a store in pieces of a fixed number of lines, whatever the row groups of its file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(store.path / table) as file:
-        for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=columns):
-            yield pa.Table.from_batches([batch])
+    return store.tables.batches(table, columns, GROUP_ROWS)
 
 
 def _write_tables(folder: Path, tables: tuple[Tables, Tables]) -> None:
@@ -85,7 +81,8 @@ def _write_tables(folder: Path, tables: tuple[Tables, Tables]) -> None:
         writer = None
         try:
             for group in groups:
-                writer = writer or pq.ParquetWriter(folder / name, group.schema)
+                plain = dictionary_of(name, group.schema.names)
+                writer = writer or pq.ParquetWriter(folder / name, group.schema, use_dictionary=plain)
                 writer.write_table(group)
         finally:
             if writer is not None:

@@ -178,6 +178,11 @@ class Store:
         """The prompts (content, id, label, meta) that were profiled, as they were given."""
         return self._tables.prompt_set()
 
+    @property
+    def tables(self) -> Tables:
+        """rows.parquet and prompts.parquet, batch by batch; whatever reads them reads them here."""
+        return self._tables
+
     @cached_property
     def prompt_index(self) -> Int[Tensor, " n"]:
         """The index of the prompt that each row comes from; it never falls."""
@@ -208,7 +213,7 @@ class Store:
         """This store, with `folder` removed once it is closed, forgotten, or the program ends."""
         if folder is not None:
             handle = hold(folder)  # so that others can tell a store that is used from one that was left behind
-            self._remove = weakref.finalize(self, _drop, folder, handle)
+            self._remove = weakref.finalize(self, _drop, folder, handle, os.getpid())
         return self
 
     def _site(self, site: Site | str | int) -> Site:
@@ -247,7 +252,9 @@ class Store:
         return torch.where(index < 0, index + self.n_rows, index)
 
 
-def _drop(folder: Path, handle: int | None) -> None:
+def _drop(folder: Path, handle: int | None, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork that ends; the store is its parent's
     shutil.rmtree(folder, ignore_errors=True)
     if handle is not None:
         os.close(handle)

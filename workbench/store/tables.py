@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..hashes import json_list_hash
 from .checks import MANIFEST, TABLES
 from .folder import Folder
 
 if TYPE_CHECKING:
-    from ..prompts import PromptSet
+    from ..prompts import Prompt, PromptSet
 
 EXPANSION = 256  # no table of ours is packed tighter than this; a bomb is
-SMALL = 1 << 20  # of bytes unpacked: always allowed
+SMALL = 256 << 20  # of bytes unpacked: always allowed, as two thousand copies of one long prompt are
+PLAIN = ("text", "content")  # of prompts.parquet: a dictionary would pack copies of a long text as tight as a bomb
 
 
 class Tables:
@@ -67,20 +71,55 @@ class Tables:
         import pyarrow as pa
 
         file = self._file(name)
-        unknown = set(columns or ()) - set(file.schema_arrow.names)
-        if unknown:
-            raise UserError(f"store {self.folder.path}: {name} has no column {', '.join(sorted(unknown))}; it has "
-                            f"{', '.join(file.schema_arrow.names)}")  # fmt: skip
+        self._check_columns(name, columns)
         try:
-            table = file.read(columns) if group is None else file.read_row_group(group, columns)
-            for i, field in enumerate(table.schema):
-                if hasattr(field.type, "value_type"):
-                    table = table.set_column(i, field.name, self._texts(name, table.column(i)))
-            return table
+            return self._spelt(name, file.read(columns) if group is None else file.read_row_group(group, columns))
         except UserError:
             raise
         except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
             raise self._damaged(name, err) from err
+
+    def columns(self, name: str) -> list[str]:
+        """The names of a table's columns."""
+        return list(self._file(name).schema_arrow.names)
+
+    def _check_columns(self, name: str, columns: Sequence[str] | None) -> None:
+        unknown = set(columns or ()) - set(self.columns(name))
+        if unknown:
+            raise UserError(f"store {self.folder.path}: {name} has no column {', '.join(sorted(unknown))}; it has "
+                            f"{', '.join(self.columns(name))}")  # fmt: skip
+
+    def batches(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        size: int = 16384,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[Any]:
+        """Lines [start, stop) as pyarrow tables of at most `size` lines; row groups without any of them are not read."""
+        import pyarrow as pa
+
+        file = self._file(name)
+        self._check_columns(name, columns)
+        ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)))
+        stop = self.counts[name] if stop is None else stop
+        spans = list(enumerate(zip([0, *ends], ends, strict=False)))
+        groups = [i for i, (low, high) in spans if low < stop and high > start]
+        at = spans[groups[0]][1][0] if groups else 0
+        try:
+            for batch in file.iter_batches(size, row_groups=groups, columns=None if columns is None else list(columns)):
+                low, high, at = max(start - at, 0), min(stop - at, len(batch)), at + len(batch)
+                if low < high:
+                    yield self._spelt(name, pa.Table.from_batches([batch.slice(low, high - low)]))
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
+            raise self._damaged(name, err) from err
+
+    def _spelt(self, name: str, table: Any) -> Any:
+        for i, field in enumerate(table.schema):
+            if hasattr(field.type, "value_type"):
+                table = table.set_column(i, field.name, self._texts(name, table.column(i)))
+        return table
 
     def _texts(self, name: str, column: Any) -> Any:
         """A column of strings that were read as numbers of distinct ones, one string for each line.
@@ -141,24 +180,39 @@ class Tables:
                 low, high = (here[0] if low == high else low), here[1]
         return range(low, high)
 
-    def prompt_set(self) -> PromptSet:
-        """The prompts that were profiled, as they were given; UserError where they are not those of the manifest."""
-        from ..prompts import Prompt, PromptSet
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompts, one by one, as they were given; UserError where one cannot be read."""
+        from ..prompts import Prompt
 
-        table = self.read(TABLES[1], ["id", "label", "meta", "content"]).to_pylist()
         if str(self.manifest["prompts"]["hash"]).startswith("unknown:"):
             raise UserError(f"store {self.folder.path}: the prompts of these rows are unknown: their source did not say "
                             "them; import it again with its prompts")  # fmt: skip
-        try:
-            found = []
-            for line in table:
-                content = json.loads(line["content"])
-                chat = None if isinstance(content, str) else tuple(dict(message) for message in content)
-                text = content if isinstance(content, str) else None
-                found.append(Prompt(chat, text, line["id"], line["label"], json.loads(line["meta"] or "{}")))
-        except (ValueError, TypeError, RecursionError) as err:
-            raise self._damaged(TABLES[1], err) from err
-        prompts = PromptSet(tuple(found), str(self.manifest["prompts"]["name"]))
-        if prompts.hash != self.manifest["prompts"]["hash"]:
-            raise self._damaged(TABLES[1], "its prompts are not those whose hash the manifest has")
+        for batch in self.batches(TABLES[1], ["id", "label", "meta", "content"]):
+            for line in batch.to_pylist():
+                try:
+                    content = json.loads(line["content"])
+                    chat = None if isinstance(content, str) else tuple(dict(message) for message in content)
+                    text = content if isinstance(content, str) else None
+                    found = Prompt(chat, text, line["id"], line["label"], json.loads(line["meta"] or "{}"))
+                except (ValueError, TypeError, RecursionError) as err:
+                    raise self._damaged(TABLES[1], err) from err
+                yield found
+
+    def prompt_set(self) -> PromptSet:
+        """The prompts that were profiled, as they were given; UserError where they are not those of the manifest."""
+        from ..prompts import PromptSet
+
+        prompts = PromptSet(tuple(self.prompts()), str(self.manifest["prompts"]["name"]))
+        self.check_prompts(prompts)
         return prompts
+
+    def check_prompts(self, prompts: Iterable[Prompt] | None = None) -> None:
+        """Raises UserError where these prompts (the table's, one by one, unless given) are not the manifest's."""
+        contents = (prompt.content for prompt in prompts or self.prompts())
+        if json_list_hash(contents) != self.manifest["prompts"]["hash"]:
+            raise self._damaged(TABLES[1], "its prompts are not those whose hash the manifest has")
+
+
+def dictionary_of(name: str, columns: Sequence[str]) -> list[str] | bool:
+    """Which columns of a table are written with a dictionary: what `use_dictionary` of pyarrow's writer takes."""
+    return [column for column in columns if name != TABLES[1] or column not in PLAIN] or False
