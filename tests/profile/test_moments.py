@@ -86,3 +86,29 @@ def test_a_folder_that_is_there_or_is_damaged_is_refused(llama, tmp_path):
         load_moments(tmp_path / "m")
     with pytest.raises(UserError, match="holds no moments that can be read"):
         load_moments(tmp_path)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_unfinished_store_of_the_same_name_is_left_alone(gpt2, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(gpt2, patch, 3)
+        with pytest.raises(Killed):
+            profile_model(gpt2, PROMPTS, tmp_path / "x", tokens="all")
+    (tmp_path / ".x.partial" / "old").mkdir()
+    (tmp_path / ".x.partial" / "old" / "manifest.json").write_text("the only copy")
+    before = contents(tmp_path / ".x.partial")
+    profile_moments(gpt2, PROMPTS, tmp_path / "x", tokens="all")
+    assert contents(tmp_path / ".x.partial") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.partial", "x"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_others_put_among_unfinished_sums_stays(llama, tmp_path):
+    (tmp_path / ".m.moments-partial" / "mine").mkdir(parents=True)
+    (tmp_path / ".m.moments-partial" / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / ".m.moments-partial" / "after-9").symlink_to(tmp_path / ".m.moments-partial" / "mine")
+    profile_moments(llama, PROMPTS, tmp_path / "m")
+    assert (tmp_path / ".m.moments-partial" / "mine" / "thesis.txt").exists()
+    (tmp_path / ".n.moments-partial").symlink_to(tmp_path / "m")
+    with pytest.raises(UserError, match="is a link, and unfinished moments are kept in a folder of their own"):
+        profile_moments(llama, PROMPTS, tmp_path / "n")

@@ -9,7 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def profile_moments(
         with staged_folder(path, marker=MARKER, overwrite=overwrite) as folder:
             files = _write_folds(sums.folds, folder)
             write_json(folder / MARKER, {**plan.manifest, "format": FORMAT, "schema": 1, **about, "files": files})
-        shutil.rmtree(saved.folder, ignore_errors=True)
+        saved.remove()
     return sums.folds
 
 
@@ -179,7 +179,7 @@ class _Saved:
     def locked(cls, out: Path, key: str) -> Iterator[_Saved]:
         """One run at a time for each `out`."""
         make_parent(out)
-        folder = out.parent / f".{out.name}.partial"
+        folder = out.parent / f".{out.name}.moments-partial"  # not a store's `.partial`, which may hold its only copy
         lock = claim(folder, out)
         try:
             yield cls(folder, key)
@@ -208,12 +208,19 @@ class _Saved:
         self._clear(but=folder)
         log.info("going on after %d of %d blocks", sums.done, len(sums.plan.blocks))
 
+    def remove(self) -> None:
+        self._clear()
+        (self.folder / "lock").unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what somebody else has put there
+            self.folder.rmdir()
+
     def _clear(self, but: Path | None = None) -> None:
-        for found in self.folder.iterdir():
-            if found.is_dir() and found != but:
+        """Removes what was made here, whole or while it was being written, and nothing else."""
+        for found in [*self.folder.glob("after-*"), *self.folder.glob(".after-*")]:
+            if found != but and found.is_dir() and not found.is_symlink():
                 shutil.rmtree(found, ignore_errors=True)
-            elif but is None and found.name == "now.json":
-                found.unlink()
+        for found in [*self.folder.glob(".now.json.*"), *([self.folder / "now.json"] if but is None else [])]:
+            found.unlink(missing_ok=True)
 
 
 def _going_on(sums: _Sums, loaded: Moments) -> Moments:

@@ -15,10 +15,11 @@ from .checks import MANIFEST, TABLES
 from .locks import LOCK, hold, is_held
 
 _PARTIAL = re.compile(r"\.(.+)\.partial")
+_SUMS = re.compile(r"\..+\.moments-partial")
 _STAGED = re.compile(r"\.(.+)\.partial-[A-Za-z0-9_]{8}")
 _OLD = re.compile(r"\.(.+)\.old-[A-Za-z0-9_]{8}")
 _REPAIR = re.compile(r"\.(.+)\.repair-[A-Za-z0-9_]{8}")
-_REMOVED = re.compile(r"(\..+\.(partial|(partial|old|repair)-\w{8})|workbench-\w{8})\.removed-\w{8}")
+_REMOVED = re.compile(r"(\..+\.((moments-)?partial|(partial|old|repair)-\w{8})|workbench-\w{8})\.removed-\w{8}")
 _MOMENTS = re.compile(r"lock|now\.json|after-\d+|\.(after-\d+|now\.json)\.(partial|old)-\w{8}")
 _TEMPORARY = re.compile(r"workbench-[A-Za-z0-9_]{8}")
 _OURS = (_PARTIAL, _STAGED, _OLD, _REPAIR, _REMOVED)
@@ -117,7 +118,7 @@ def _leftover(path: Path) -> Leftover | None:
         kind = "interrupted replacement" if (path / "old").exists() else "unfinished store"
         return Leftover(path, kind, size_of(path), _why_kept(path, target))
     names, used = {entry.name for entry in os.scandir(path)}, "a process is using it" if is_held(path) else ""
-    if _PARTIAL.fullmatch(path.name) and LOCK in names and all(map(_MOMENTS.fullmatch, names)):
+    if _SUMS.fullmatch(path.name) and LOCK in names and all(map(_MOMENTS.fullmatch, names)):
         return Leftover(path, "unfinished moments", size_of(path), used)
     if _STAGED.fullmatch(path.name) and names & {LOCK, "export.json"}:  # the lock goes just before the last rename
         unknown = "" if LOCK in names else "no lock says whether it is used"
