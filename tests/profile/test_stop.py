@@ -154,11 +154,68 @@ def test_memory_that_runs_out_halves_the_batches_and_changes_float_noise_alone(g
     failed = [i for i, (b, t) in enumerate(shapes) if b * t > 70]
     assert failed
     assert all(b * t <= 70 for b, t in shapes[failed[-1] + 1 :])  # what was halved stays so
+    assert sum(b for b, t in shapes if b * t <= 70) == len(PROMPTS)  # none is run again
     first = contents(tmp_path / "s")
     assert contents(profile_model(gpt2, PROMPTS, tmp_path / "t", tokens="all").path) == first
     monkeypatch.setattr(gpt2, "run", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
     with pytest.raises(UserError, match=r"of \d+ tokens does not fit the device's memory"):
         profile_model(gpt2, PROMPTS)
+
+
+def test_halving_costs_no_more_forwards_than_halvings(llama, monkeypatch):
+    """Memory that is linear in tokens: one failure for each halving, and batches that are no smaller than they must be."""
+    shapes, run = [], llama.run
+    prompts = [" ".join(f"w{(i + j) % 150}" for j in range(1 + i % 60)) for i in range(200)]
+    plan = make_plan(llama, prompts, sites=[0], batch_tokens=1024)
+    asked = [sum(1 for _ in plan.cut(list(range(200)), tokens)) for tokens in (1024, 512)]
+
+    def small(ids, mask, stop_after=None):
+        shapes.append(tuple(ids.shape))
+        if ids.numel() > 600:
+            raise torch.OutOfMemoryError("planted")
+        run(ids, mask, stop_after=stop_after)
+
+    monkeypatch.setattr(llama, "run", small)
+    store = profile_model(llama, prompts, sites=[0], batch_tokens=1024)
+    failed = [b * t for b, t in shapes if b * t > 600]
+    assert len(failed) == 1
+    assert asked[0] < len(shapes) <= asked[1] + 1 + 2  # a batch at the seam, and one for the rounding of b * t // 2
+    monkeypatch.setattr(llama, "run", run)
+    torch.testing.assert_close(store.read(0), profile_model(llama, prompts, sites=[0]).read(0), atol=1e-4, rtol=1e-4)
+
+
+def test_memory_that_runs_out_within_a_batch_leaves_no_trace_of_it(llama, monkeypatch):
+    with torch.no_grad():
+        llama.module.get_input_embeddings().weight[100] *= 1e6
+    prompts = [f"w{i} {llama.tokenizer.decode([100])}" for i in range(8)]
+    options = {"sites": [0, 1], "dtype": "float16", "tokens": "all", "allow_nonfinite": True}
+    whole = profile_model(llama, prompts, **options)
+    assert whole.shards[0]["nonfinite"]["resid_post.0"] == int((~torch.isfinite(whole.read(0))).sum()) > 0
+    take = profile_run.BlockRunner._take
+
+    def failing(self, site, h):
+        if site.layer == 1 and len(h) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return take(self, site, h)
+
+    monkeypatch.setattr(profile_run.BlockRunner, "_take", failing)
+    assert profile_model(llama, prompts, **options).shards[0]["nonfinite"] == whole.shards[0]["nonfinite"]
+    assert profile_cost(llama, prompts, sites=[0, 1], tokens="all").seconds > 0  # a dry run halves as well
+
+
+def test_a_prompt_that_is_larger_than_a_block_gathers_on_the_host(llama, monkeypatch):
+    whole = profile_model(llama, PROMPTS, tokens="all")
+    monkeypatch.setattr(profile_plan, "BLOCK_BYTES", 10 * make_plan(llama, PROMPTS).row_bytes)
+    plan, hosted = make_plan(llama, PROMPTS, tokens="all"), []
+    runner = profile_run.BlockRunner(llama, plan)
+    for block in plan.blocks:
+        for site, rows in runner.run(block).items():
+            stored = whole.read(site, slice(block.start, block.start + block.n))
+            torch.testing.assert_close(rows, stored, atol=1e-4, rtol=1e-4)
+        kept = plan.spool.sequences["n_rows"][block.first : block.last]
+        hosted.append((runner._on_host, block.n > 10, int((kept > 0).sum())))
+    assert {large for _, large, _ in hosted} == {True, False}
+    assert all(on_host == large and (n == 1 or not large) for on_host, large, n in hosted)
 
 
 def test_blocks_can_be_computed_again(llama, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -89,20 +89,18 @@ class Plan:
             n += kept
         return [*blocks, Block(first, len(rows), start, n)]
 
-    def batches(self, block: Block, budget: Callable[[int], int] | None = None) -> Iterator[list[int]]:
-        """The sequences of a block in batches of like length, longest first, each padded to at most `batch_tokens`.
-
-        budget: the tokens of a batch as a function of its width, where that is less than `batch_tokens`.
-        """
+    def batches(self, block: Block) -> Iterator[list[int]]:
+        """The sequences of a block in batches of like length, longest first, each padded to at most `batch_tokens`."""
         part = slice(block.first, block.last)
-        lengths = dict(enumerate(self.spool.lengths[part].tolist(), block.first))
         rows = self.spool.sequences["n_rows"][part].tolist()
-        order = [i for i, kept in enumerate(rows, block.first) if kept]
-        order.sort(key=lambda i: (-lengths[i], i))
+        return self.cut([i for i, kept in enumerate(rows, block.first) if kept], self.batch_tokens)
+
+    def cut(self, sequences: list[int], tokens: int) -> Iterator[list[int]]:
+        """Sequences in batches of like length, longest first, each padded to at most so many tokens, or of one alone."""
+        lengths = dict(zip(sequences, self.spool.lengths[sequences].tolist(), strict=True))
         batch: list[int] = []
-        for i in order:
-            width = lengths[batch[0]] if batch else 0
-            if batch and (len(batch) + 1) * width > (self.batch_tokens if budget is None else budget(width)):
+        for i in sorted(sequences, key=lambda i: (-lengths[i], i)):
+            if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
                 yield batch
                 batch = []
             batch.append(i)

@@ -64,8 +64,9 @@ def profile_model(
 
     A run that was killed and is started again with the same arguments goes on where it was, and ends with the same
     bytes. The first Ctrl-C ends after the batch that runs, with the finished blocks kept. Where the device's memory
-    runs out, the block begins again with smaller batches: its rows then differ by float noise from those of another
-    batching, and a resumed run has the bytes of the one that was not stopped if memory runs out at the same batches.
+    runs out, the batch that failed and all after it run with half as many tokens at a time: the rows then differ by float
+    noise from those of the planned batching, and a run that was stopped after that and resumed begins with whole batches
+    again, so that its bytes are those of the other only if memory runs out nowhere.
     Raises UserError for bad arguments, for no prompts, for a prompt of no tokens, for values that are not finite, and
     for a folder that exists (unless `overwrite`), cannot be written, or is full; Stopped, a KeyboardInterrupt.
     """

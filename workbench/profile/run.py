@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..interrupts import Asked, Stopped
 from ..sites import Site, text_config
 from ..store.checks import DTYPES
+from . import plan as plans
 from .plan import Block, Plan
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ Rows = dict[Site, Tensor]
 class _Batch:
     """Padded ids [b, t], where the kept tokens lie in them (b * t + column), and their rows in the block."""
 
-    def __init__(self, plan: Plan, block: Block, sequences: list[int], pad_id: int) -> None:
+    def __init__(self, plan: Plan, block: Block, sequences: list[int], pad_id: int, device: torch.device) -> None:
         spool = plan.spool
         self.n_tokens, width = int(spool.lengths[sequences].sum()), int(spool.lengths[sequences].max())
         ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
@@ -39,15 +40,19 @@ class _Batch:
             kept.append(spool.columns(sequence).astype(np.int64) + j * width)
             first = int(spool.sequences["first_row"][sequence]) - block.start
             target.append(np.arange(first, first + len(kept[-1])))
-        self.ids, self.mask = torch.from_numpy(ids), torch.from_numpy(mask)
-        self._index = torch.from_numpy(np.concatenate(kept)), torch.from_numpy(np.concatenate(target))
+        # pinned, so that no copy to the device waits for what runs there
+        made = (torch.from_numpy(x) for x in (ids, mask, np.concatenate(kept), np.concatenate(target)))
+        self.ids, self.mask, *index = (x.pin_memory() if device.type == "cuda" else x for x in made)
+        self.where, self.target = index
+        self.bad: dict[Site, Tensor] = {}
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.index(device)  # before the pass, not within it
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(where the kept tokens lie in [b * t], their rows in the block), on a device."""
         if device not in self._on:
-            where, target = self._index
-            self._on[device] = where.to(device), target.to(device)
+            fast = self.where.is_pinned()
+            self._on[device] = tuple(x.to(device, non_blocking=fast) for x in (self.where, self.target))  # type: ignore[assignment]
         return self._on[device]
 
 
@@ -55,19 +60,21 @@ class BlockRunner:
     """Runs blocks of a plan on its model.
 
     The rows of a block gather on the device where each site lies, in the store's dtype; a batch never holds more than
-    that of what passes the sites. Where memory runs out, the block begins again with batches of half as many tokens
-    for sequences of that length, and so do all blocks after it.
+    that of what passes the sites. Those of a single prompt that is too large for a block gather on the host. Where
+    memory runs out, the batch that failed and all after it are cut to half as many tokens; what was taken before stays.
+
+    nonfinite: how many values of each site were not finite in the last block, counted where they are.
     """
 
     def __init__(self, model: Model, plan: Plan, bar: Any = None, stop: Asked | None = None) -> None:
         self.model, self.plan, self.bar, self.stop = model, plan, bar, stop or Asked()
         self.dtype = DTYPES[plan.dtype]
         self.stop_after = max(site.layer for site in plan.sites)
-        self._limits: list[tuple[int, int]] = []  # (width, tokens): batches at least so wide have at most so many
+        self.tokens = plan.batch_tokens  # of a batch at most; less once memory ran out
+        self.nonfinite: Rows = {}
         self._batch: _Batch | None = None
         self._rows: Rows = {}
-        self._taken: set[Site] = set()
-        self._n = 0
+        self._n, self._on_host = 0, False
         # padding stands on the right, where no real token sees it: without its mask attention takes the fast path
         config = text_config(model.module)
         self._causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", None)
@@ -75,45 +82,45 @@ class BlockRunner:
         self._stops_in_hook = model.backend.name == "hooks"
 
     def run(self, block: Block) -> Rows:
-        """The rows [n, d] of a block at each site, in the order of the prompts, on the site's device."""
-        while True:
-            try:
-                with self.model.read(self.plan.sites, take=self._take), torch.inference_mode():
-                    return self._attempt(block)
-            except torch.OutOfMemoryError:
-                failed = self._batch
-            finally:
-                self._rows, self._batch = {}, None
-            assert failed is not None
-            self._halve(block, failed)  # here, where the exception no longer holds what the failed pass had made
+        """The rows [n, d] of a block at each site, in the order of the prompts, on the site's device or the host."""
+        return self._run(block, [i for batch in self.plan.batches(block) for i in batch])
 
     def run_batch(self, block: Block, sequences: list[int]) -> None:
-        """Runs one batch of a block and lets its rows go: to time it."""
-        with self.model.read(self.plan.sites, take=self._take), torch.inference_mode():
-            self._rows, self._n = {}, block.n
-            self._forward(block, sequences)
-        self._rows, self._batch = {}, None
+        """Runs some sequences of a block and lets their rows go: to time them."""
+        self._run(block, sequences)
 
-    def _forward(self, block: Block, sequences: list[int]) -> int:
-        self._batch, self._taken = _Batch(self.plan, block, sequences, self.model.pad_id), set()
-        mask = torch.ones_like(self._batch.mask) if self._causal else self._batch.mask
-        self.model.run(self._batch.ids, mask, stop_after=self.stop_after)
-        return self._batch.n_tokens
-
-    def _attempt(self, block: Block) -> Rows:
-        self._rows, self._n, done = {}, block.n, 0
+    def _run(self, block: Block, left: list[int]) -> Rows:
+        self._n, self._on_host = block.n, block.n * self.plan.row_bytes > plans.BLOCK_BYTES
+        self._rows, self.nonfinite = {}, {}
         try:
-            for sequences in self.plan.batches(block, self._budget):
-                n_tokens = self._forward(block, sequences)
-                done += n_tokens
-                if self.bar is not None:
-                    self.bar.update(n_tokens)
-                self.stop.check()
+            while left:
+                left = self._until_full(block, left)
+                if left:
+                    self._halve(left)  # here, where no exception holds what the failed pass had made
+            return {site: self._rows[site] for site in self.plan.sites} if block.n else self._empty()
+        finally:
+            self._rows, self._batch = {}, None
+
+    def _until_full(self, block: Block, left: list[int]) -> list[int]:
+        """Runs sequences, longest first, until memory runs out; those that are still to do."""
+        done = 0
+        try:
+            with self.model.read(self.plan.sites, take=self._take), torch.inference_mode():
+                for sequences in self.plan.cut(left, self.tokens):
+                    self._forward(block, sequences)
+                    done += len(sequences)
+                    self.stop.check()
         except torch.OutOfMemoryError:
-            if self.bar is not None:
-                self.bar.update(-done)
-            raise
-        return {site: self._rows[site] for site in self.plan.sites} if block.n else self._empty()
+            return left[done:]
+        return []
+
+    def _forward(self, block: Block, sequences: list[int]) -> None:
+        batch = self._batch = _Batch(self.plan, block, sequences, self.model.pad_id, self.model.device)
+        self.model.run(batch.ids, batch.mask.fill_(1) if self._causal else batch.mask, stop_after=self.stop_after)
+        for site, bad in batch.bad.items():  # not before all of it ran: a batch that fails is run again
+            self.nonfinite[site] = self.nonfinite[site] + bad if site in self.nonfinite else bad
+        if self.bar is not None:
+            self.bar.update(batch.n_tokens)
 
     def _take(self, site: Site, h: Tensor) -> Tensor:
         """Keeps the wanted rows of what passes a site; inside the hook, so that nothing else is held."""
@@ -121,42 +128,44 @@ class BlockRunner:
         assert batch is not None, "a site was read outside a batch"
         if site not in self._rows:
             with torch.inference_mode(False):
-                self._rows[site] = torch.empty((self._n, h.shape[-1]), dtype=self.dtype, device=h.device)
+                device = torch.device("cpu") if self._on_host else h.device
+                self._rows[site] = torch.empty((self._n, h.shape[-1]), dtype=self.dtype, device=device)
         where, target = batch.index(h.device)
-        picked = h.reshape(-1, h.shape[-1]).index_select(0, where)
-        self._rows[site].index_copy_(0, target, picked.to(self.dtype))
-        self._taken.add(site)
-        if self._stops_in_hook and len(self._taken) == len(self.plan.sites):
+        picked = h.reshape(-1, h.shape[-1]).index_select(0, where).to(self.dtype)
+        batch.bad[site] = (~torch.isfinite(picked)).sum()
+        if self._on_host:  # one sequence is all of such a block: its rows stand one after another
+            self._rows[site][: len(picked)].copy_(picked)
+        else:
+            self._rows[site].index_copy_(0, target, picked)
+        if self._stops_in_hook and len(batch.bad) == len(self.plan.sites):
             raise Stop
         return self._rows[site]
 
     def _empty(self) -> Rows:
         return {site: torch.empty((0, width), dtype=self.dtype) for site, width in self.plan.widths.items()}
 
-    def _budget(self, width: int) -> int:
-        return min([tokens for at_least, tokens in self._limits if width >= at_least], default=self.plan.batch_tokens)
-
-    def _halve(self, block: Block, failed: _Batch) -> None:
+    def _halve(self, left: list[int]) -> None:
+        self._batch = None
         torch.cuda.empty_cache()
-        b, t = failed.ids.shape
+        failed, spool = next(self.plan.cut(left, self.tokens)), self.plan.spool
+        b, t = len(failed), int(spool.lengths[failed[0]])
         if b == 1:
-            prompt = self.plan.prompts[self.plan.prompt_of(block.start + int(failed.index(torch.device("cpu"))[1][0]))]
+            prompt = self.plan.prompts[int(spool.sequences["prompt"][failed[0]])]
             raise UserError(f"prompt {prompt.id!r} of {t} tokens does not fit the device's memory; give max_length, "
                             "fewer sites or another device") from None  # fmt: skip
-        log.warning("out of memory with %d prompts of up to %d tokens; going on with half", b, t)
-        self._limits.append((t, b // 2 * t))
+        self.tokens = min(self.tokens, b * t) // 2
+        log.warning("out of memory with %d prompts of up to %d tokens; going on with %d tokens at a time", b, t,
+                    self.tokens)  # fmt: skip
 
 
 class _Landing:
     """The rows of a block on their way to the host; from a GPU they are copied while the next block runs."""
 
-    def __init__(self, number: int, rows: Rows) -> None:
+    def __init__(self, number: int, rows: Rows, nonfinite: Rows) -> None:
         self.number, self._events = number, list[torch.cuda.Event]()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        # counted where the rows are, and before they are copied: asking for the number later would wait for all that
-        # was sent to the device since
-        bad = {site: (~torch.isfinite(values)).sum() for site, values in rows.items()}
-        self._bad = {site: self._start(count) for site, count in bad.items()}
+        # begun with the rows: asking for the number later would wait for all that was sent to the device since
+        self._bad = {site: self._start(nonfinite[site]) if site in nonfinite else torch.tensor(0) for site in rows}
         self._rows = {site: self._start(values) for site, values in rows.items()}
 
     @property
@@ -193,7 +202,9 @@ def landed(runner: BlockRunner, numbers: Iterable[int]) -> Iterator[tuple[int, R
     waiting: _Landing | None = None
     for number in numbers:
         try:
-            new = _Landing(number, runner.run(runner.plan.blocks[number]))
+            rows = runner.run(runner.plan.blocks[number])
+            new = _Landing(number, rows, runner.nonfinite)
+            del rows  # the landing alone says how long they are held
         except (Exception, Stopped):
             if waiting is not None:
                 yield waiting.settle()
