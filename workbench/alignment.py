@@ -175,6 +175,7 @@ class _Rows:
     columns = ("row", "prompt", "position", "char_start", "char_end")
 
     def __init__(self, store: Store) -> None:
+        self._path = store.path
         self._batches = store.tables.batches(TABLES[0], self.columns, ROWS)
         self._left: list[np.ndarray] = [np.empty(0, np.int64) for _ in self.columns]
 
@@ -185,7 +186,10 @@ class _Rows:
             batch = next(self._batches, None)
             if batch is None:
                 break
-            parts.append([batch.column(name).to_numpy().astype(np.int64) for name in self.columns])
+            if any(batch.column(name).null_count for name in self.columns):
+                raise UserError(f"store {self._path}: an imported store does not say which characters its rows stand for, "
+                                "so they cannot be aligned; profile the model again")  # fmt: skip
+            parts.append([batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in self.columns])
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         at = int(np.searchsorted(whole[1], prompt))
         self._left = [column[at:] for column in whole]

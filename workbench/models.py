@@ -149,24 +149,31 @@ class Model:
         return short_hash({k: v for k, v in self.fingerprint.items() if k not in ("name", "revision")})
 
     def _positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """position_ids for left-padded batches: without them learned positions are wrong."""
+        """position_ids for left-padded batches: without them learned positions are wrong.
+
+        mask: as it was given, on the host most often: asked on a GPU it would wait for all that runs there.
+        """
         if "position_ids" not in self._accepts or bool(mask[:, 0].all()):
             return {}
-        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(self.device)}
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """On the model's device; without waiting for it where that is safe."""
+        return values.to(self.device, non_blocking=values.is_pinned())
 
     def run(self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], stop_after: int | None = None) -> None:
         """A forward pass without the LM head, ending after block `stop_after`; for what hooks read on the way."""
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        options = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **self._positions(mask)}
+        options = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask), "use_cache": False,
+                   **self._positions(mask)}  # fmt: skip
         self.backend.call(self, "decoder", options, self.n_layers - 1 if stop_after is None else stop_after)
 
     def logits(
         self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], last_only: bool = False
     ) -> Float[Tensor, "b kept v"]:
         """The logits of a batch, padded on either side; of its last column alone with `last_only`."""
-        ids, mask = ids.to(self.device), mask.to(self.device)
         keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in self._head_accepts else {}
-        options = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **self._positions(mask), **keep}
+        options = {"input_ids": self._moved(ids), "attention_mask": self._moved(mask), "use_cache": False,
+                   **self._positions(mask), **keep}  # fmt: skip
         out = self.backend.call(self, "module", options).logits
         return out[:, -1:] if last_only else out
 

@@ -16,7 +16,7 @@ import torch
 from workbench.errors import UserError
 from workbench.models import load
 from workbench.profile import plan as profile_plan
-from workbench.profile import profile_model
+from workbench.profile import profile_model, spool
 from workbench.profile.plan import make_plan
 from workbench.prompts import PromptSet, encode
 from workbench.sites import Site
@@ -354,3 +354,48 @@ def test_a_real_model_with_a_real_tokenizer(shared):
 def test_the_result_does_not_depend_on_what_ran_before():
     one, other = (profile_model(make_model("gpt2"), PROMPTS) for _ in range(2))
     assert contents(one.path) == contents(other.path)
+
+
+def test_rows_of_other_tokens_do_not_pair(llama):
+    long = [" ".join(f"w{(7 * i + 3 * j) % 150}" for j in range(60)) for i in range(4)]
+    options = {"sites": [0], "tokens": "first:3"}
+    a, cut = profile_model(llama, long, **options), profile_model(llama, long, max_length=20, **options)
+    check_pair(a, profile_model(llama, long, batch_tokens=70, **{**options, "sites": [1]}))
+    with pytest.raises(UserError, match=r"differ in rows, with tokens=first:3: row i of one is not the token"):
+        check_pair(a, cut)
+    spans = [[{"text": text, "spans": [[at, at + 2]]} for text in long] for at in (0, 12)]
+    with pytest.raises(UserError, match=r"differ in rows, with tokens=spans"):
+        check_pair(*(profile_model(llama, part, sites=[0], tokens="spans") for part in spans))
+
+
+def test_a_model_in_float64_is_kept_in_float32(caplog):
+    model = load(make_model("llama").module.double(), tokenizer=make_model("llama").tokenizer)
+    with caplog.at_level("WARNING", "workbench"):
+        store = profile_model(model, PROMPTS, dtype="auto", sites=[0])
+    assert store.dtype == "float32"
+    assert "the model is in float64, which a store cannot hold" in caplog.text
+    with pytest.raises(UserError, match="unknown dtype 'float64'"):
+        profile_model(model, PROMPTS, dtype="float64")
+
+
+def test_no_room_for_temporary_files_is_one_line(llama, tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"tokens to /.*: No space left on device; make room there, or set TMPDIR"):
+        profile_model(llama, PROMPTS, tmp_path / "s")
+    monkeypatch.undo()
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **k: open("/dev/full", "r+b", buffering=0))
+    with pytest.raises(UserError, match="No space left on device"):
+        profile_model(llama, PROMPTS, tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_point_that_is_not_there_is_told_before_the_prompts_are_read(llama, tmp_path, monkeypatch):
+    parts = [part.without(["resid_mid"], "planted") for part in llama.anatomy]
+    monkeypatch.setattr(llama, "anatomy", parts)
+    monkeypatch.setattr(profile_plan, "_spool", lambda *_: pytest.fail("the prompts were read"))
+    with pytest.raises(UserError, match=r"has no resid_mid\.0: planted"):
+        profile_model(llama, PROMPTS, tmp_path / "s", sites=["resid_mid.0"])
+    assert list(tmp_path.iterdir()) == []

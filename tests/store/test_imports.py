@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from workbench.alignment import pair_rows
 from workbench.errors import UserError
 from workbench.prompts import PromptSet
 from workbench.sites import Site
@@ -83,6 +84,8 @@ def test_with_its_prompts_a_profile_pairs_and_without_them_it_does_not(tmp_path)
         profile(tmp_path / f"{name}.safetensors", n, model_name=name)
     a, b = (import_store(tmp_path / f"{name}.safetensors", tmp_path / name, prompts=TEXTS) for name in "ab")
     check_pair(a, b)
+    with pytest.raises(UserError, match="an imported store does not say which characters its rows stand for"):
+        pair_rows(a, b)
     c, d = (import_store(tmp_path / f"{name}.safetensors", tmp_path / f"{name}2") for name in "ab")
     with pytest.raises(UserError, match=r"differ in prompts \(a\.safetensors, unknown:.*unknown:"):
         check_pair(c, d)

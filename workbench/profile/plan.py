@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..anatomy import check as check_sites
 from ..errors import UserError
 from ..hashes import json_hash, json_list_hash
 from ..progress import progress
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 log = logging.getLogger("workbench")
+ROW_DTYPES = {**DTYPES, "float64": torch.float64}  # of the rows of a model that runs in float64, on their way to sums
 BLOCK_ROWS = 16384
 BLOCK_BYTES = 512 << 20  # of one block, all sites together: what is held in memory, twice
 CHUNK_CHARACTERS = 1 << 22  # of the texts that are tokenised at once
@@ -74,7 +78,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        return sum(self.widths.values()) * DTYPES[self.dtype].itemsize
+        return sum(self.widths.values()) * ROW_DTYPES[self.dtype].itemsize
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -127,14 +131,19 @@ def make_plan(
     dtype: str = "float32",
     max_length: int | None = None,
     stride: int | None = None,
+    for_store: bool = True,
 ) -> Plan:
-    """Reads, renders and encodes the prompts and chooses the rows; see `profile_model` for the arguments and errors."""
+    """Reads, renders and encodes the prompts and chooses the rows; see `profile_model` for the arguments and errors.
+
+    for_store: False allows rows of float64, which no store holds.
+    """
     prompts = PromptSet.load(prompts)
     check_tokens(tokens)
     if not len(prompts):
         raise UserError(f"{prompts.name}: no prompts to profile; give at least one")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r} of a profile; allowed: auto, {', '.join(DTYPES)}")
+    allowed = DTYPES if for_store else ROW_DTYPES
+    if dtype != "auto" and dtype not in allowed:
+        raise UserError(f"unknown dtype {dtype!r} of a profile; allowed: auto, {', '.join(allowed)}")
     if batch_tokens < 1:
         raise UserError(f"batch_tokens={batch_tokens}: give at least 1 (8192, say)")
     context = model.max_length
@@ -144,7 +153,8 @@ def make_plan(
     chosen = sorted({model.site(s) for s in wanted}, key=lambda s: (s.point, s.layer))
     if not chosen:
         raise UserError("no sites to profile; give at least one, or leave sites out for every resid_post")
-    dtype = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    check_sites(model, chosen)  # before the prompts are read
+    dtype = _auto(model, allowed) if dtype == "auto" else dtype
     spool, rendered_hash = _spool(model, prompts, tokens, max_length or context, stride)
     lost = int((spool.prompts["cut"] > 0).sum())
     if lost:
@@ -162,6 +172,14 @@ def make_plan(
     manifest = _manifest(model, about, widths, dtype, options, spool.n_rows)
     manifest["plan"] = json_hash([manifest, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
     return Plan(prompts, spool, chosen, widths, dtype, batch_tokens, manifest)
+
+
+def _auto(model: Model, allowed: Mapping[str, torch.dtype]) -> str:
+    name = str(model.dtype).removeprefix("torch.")
+    if name in allowed:
+        return name
+    log.warning("the model is in %s, which a store cannot hold: its rows are kept in float32", name)
+    return "float32"
 
 
 def _spool(model: Model, prompts: PromptSet, tokens: Policy, max_length: int, stride: int | None) -> tuple[Spool, str]:

@@ -14,7 +14,6 @@ from ..backends.torch_hooks import Stop
 from ..errors import UserError
 from ..interrupts import Asked, Stopped
 from ..sites import Site, text_config
-from ..store.checks import DTYPES
 from . import plan as plans
 from .plan import Block, Plan
 
@@ -68,7 +67,7 @@ class BlockRunner:
 
     def __init__(self, model: Model, plan: Plan, bar: Any = None, stop: Asked | None = None) -> None:
         self.model, self.plan, self.bar, self.stop = model, plan, bar, stop or Asked()
-        self.dtype = DTYPES[plan.dtype]
+        self.dtype = plans.ROW_DTYPES[plan.dtype]
         self.stop_after = max(site.layer for site in plan.sites)
         self.tokens = plan.batch_tokens  # of a batch at most; less once memory ran out
         self.nonfinite: Rows = {}

@@ -7,14 +7,36 @@ import os
 import tempfile
 import weakref
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from ..rendering import Encoded
 
 Numbers = NDArray[np.integer]
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:  # there is none that can be written
+            folder = "the folder for temporary files"
+        raise UserError(f"cannot write the prompts' tokens to {folder}: {err.strerror or err}; make room there, or set "
+                        "TMPDIR to a folder that has some") from err  # fmt: skip
+
+
+def _close(stream: IO[bytes]) -> None:
+    with suppress(OSError):  # what is left in the buffer is of no use any more
+        stream.close()
 
 
 class Column:
@@ -31,20 +53,23 @@ class Column:
     def __init__(self, dtype: str) -> None:
         self.dtype, self.n = np.dtype(dtype), 0
         self._digest = hashlib.sha256()
-        self._stream = tempfile.TemporaryFile(prefix="workbench-", buffering=1 << 20)  # noqa: SIM115 (closed below)
+        with _room():
+            self._stream = tempfile.TemporaryFile(prefix="workbench-", buffering=1 << 20)  # noqa: SIM115 (closed below)
         self._dirty = False
-        weakref.finalize(self, self._stream.close)
+        weakref.finalize(self, _close, self._stream)
 
     def append(self, values: Numbers) -> None:
         data = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
-        self._stream.write(data)
+        with _room():
+            self._stream.write(data)
         self._digest.update(data)
         self.n += len(data) // self.dtype.itemsize
         self._dirty = True
 
     def read(self, start: int, stop: int) -> Numbers:
         if self._dirty:
-            self._stream.flush()
+            with _room():
+                self._stream.flush()
             self._dirty = False
         size = self.dtype.itemsize
         # not a memory map: its pages would count as the process's own, more of them with each block

@@ -266,7 +266,7 @@ def check_pair(a: Store, b: Store) -> None:
     They do when both hold the same prompts in the same order, by the same token policy; one that keeps more than the
     last token pairs rows only between models of one tokenizer and one template.
     """
-    differ = []
+    differ, advice = [], "profile both models over the same prompts with the same options"
     if a.prompt_hash != b.prompt_hash:
         names = [f"{s.manifest['prompts']['name']}, {s.prompt_hash[:12]}" for s in (a, b)]
         differ.append(f"prompts ({names[0]} and {names[1]})")
@@ -278,9 +278,22 @@ def check_pair(a: Store, b: Store) -> None:
         differ.append(f"basis ({a.manifest['basis']} and {b.manifest['basis']})")
     if not differ and a.tokens != "last":
         if a.fingerprint.get("tokenizer") != b.fingerprint.get("tokenizer"):
-            differ.append(f"tokenizers, with tokens={a.tokens}: only the last tokens of two tokenizers pair")
+            differ.append(f"tokenizers, with tokens={a.tokens}: their rows do not answer one to one")
+            advice = "take the rows that do with workbench.alignment.pair_rows(a, b)"
         elif a.rendered_hash != b.rendered_hash or not torch.equal(a.prompt_index, b.prompt_index):
             differ.append(f"rendered prompts, with tokens={a.tokens}")
+        elif not _same_tokens(a, b):
+            differ.append(f"rows, with tokens={a.tokens}: row i of one is not the token of row i of the other")
     if differ:
-        raise UserError(f"stores {a.path} and {b.path} do not pair: they differ in {'; '.join(differ)}; profile both "
-                        "models over the same prompts with the same options")  # fmt: skip
+        raise UserError(f"stores {a.path} and {b.path} do not pair: they differ in {'; '.join(differ)}; {advice}")
+
+
+def _same_tokens(a: Store, b: Store) -> bool:
+    """Whether row i is the same token of the same prompt in both; read in batches."""
+    from .staging import row_groups
+
+    if a.manifest["tables"][TABLES[0]]["sha256"] == b.manifest["tables"][TABLES[0]]["sha256"]:
+        return True
+    columns = ["prompt", "position", "token_id"]
+    groups = zip(row_groups(a, TABLES[0], columns), row_groups(b, TABLES[0], columns), strict=True)
+    return all(x.equals(y) for x, y in groups)
