@@ -22,7 +22,7 @@ from workbench.cli_values import layer_list
 from workbench.converter_files import load_converters
 from workbench.errors import UserError
 from workbench.paste import paste_adapter
-from workbench.profile.sums import load_moments
+from workbench.profile.sums import load_moments, moments_bytes
 from workbench.sites import Site
 from workbench.store import Store
 
@@ -103,7 +103,10 @@ def test_profile_tells_its_cost_and_writes_nothing(home, tmp_path):
     assert said["prompts"] == PROMPTS
     assert said["bytes"] == said["rows"] * LAYERS * WIDTH * 4
     assert tree(tmp_path) == set()
-    told(workbench(*line, "--dry-run", "--moments"), "leave --moments out")
+    sums = json.loads(good(*line, "--dry-run", "--moments", "--folds", 2, "--pairs", "none", "--json").stdout)
+    assert sums["bytes"] == moments_bytes(dict.fromkeys(said["sites"], WIDTH), [], 2)
+    assert "MiB of sums to hold" in good(*line, "--dry-run", "--moments").stdout
+    assert tree(tmp_path) == set()
 
 
 def test_profile_keeps_moments_alone(home, tmp_path):
@@ -111,7 +114,13 @@ def test_profile_keeps_moments_alone(home, tmp_path):
     said = json.loads(good(*line, "--moments", "--folds", 4, "--seed", 1, "--json").stdout)
     assert (len(said["folds"]), sum(said["folds"])) == (4, said["rows"])
     assert [m.n for m in load_moments(tmp_path / "m")] == said["folds"]
+    good(*profile_line(home, tmp_path / "p"), "--moments", "--pairs", "0:2")
+    assert len(load_moments(tmp_path / "p")[0].product) == LAYERS + 1
     told(workbench(*profile_line(home, tmp_path / "n"), "--folds", 4), "--folds is of --moments alone")
+    told(workbench(*profile_line(home, tmp_path / "n"), "--pairs", "none"), "--pairs is of --moments alone")
+    told(
+        workbench(*profile_line(home, tmp_path / "n"), "--moments", "--pairs", "0-2"), "cannot read '0-2' in the pairs"
+    )
 
 
 def test_profile_reads_prompts_as_it_is_told(home, tmp_path):

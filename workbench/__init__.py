@@ -21,6 +21,7 @@ _HOME = {
     "profile_model": "profile",
     "profile_moments": "profile.sums",
     "load_moments": "profile.sums",
+    "moments_bytes": "profile.sums",
     "profile_cost": "profile.cost",
     "repair_store": "profile.repair",
     "Store": "store",

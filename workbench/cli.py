@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from .cli_errors import FLAGS, guarded, stops_told
 from .cli_stores import stores
-from .cli_values import alpha_value, layer_list, site_list
+from .cli_values import alpha_value, layer_list, pair_list, site_list
 from .cli_values import printed_json as _json
 from .cli_values import printed_table as _table
 from .errors import UserError
@@ -191,6 +191,7 @@ def profile(
         bool, typer.Option("--moments", help="keep sums and cross products only, no activation")
     ] = False,
     folds: Annotated[int, typer.Option(min=1, help="of --moments: parts of the prompts, each with its own")] = 1,
+    pairs: Annotated[str, typer.Option(help="of --moments: products of two sites to keep: all, none, 0:6,1:7")] = "all",
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="keep NaN and Inf, and count them")
     ] = False,
@@ -205,8 +206,9 @@ def profile(
     wanted = site_list(sites, layers)
     if folds > 1 and not moments:
         raise UserError("--folds is of --moments alone; a store can be split by prompt whenever it is read")
-    if dry_run and moments:
-        raise UserError("--dry-run tells the cost of a store; leave --moments out, whose forward passes are the same")
+    if pairs != "all" and not moments:
+        raise UserError("--pairs is of --moments alone; a store keeps the rows themselves")
+    kept = pair_list(pairs)
     from .models import load
     from .prompts import PromptSet
 
@@ -218,11 +220,13 @@ def profile(
     if dry_run:
         from .profile.cost import profile_cost
 
-        cost = profile_cost(loaded, read, out, dtype=store_dtype, **options)
+        of = {"moments": True, "folds": folds, "pairs": kept, "dtype": "auto"} if moments else {"dtype": store_dtype}
+        cost = profile_cost(loaded, read, out, **of, **options)
         return _json(cost.as_dict()) if as_json else typer.echo(str(cost))
     with stops_told():
         if moments:
-            made = _moments(loaded, read, out, folds=folds, seed=seed or 0, overwrite=overwrite, **options)
+            made = _moments(loaded, read, out, folds=folds, pairs=kept, seed=seed or 0, overwrite=overwrite,
+                            **options)  # fmt: skip
         else:
             made = _store(loaded, read, out, dtype=store_dtype, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
                           **options)  # fmt: skip

@@ -64,6 +64,24 @@ def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def pair_list(text: str) -> list[tuple[int | str, int | str]] | None:
+    """Which products of two sites to keep: None stands for all of them.
+
+    >>> pair_list("all"), pair_list("none"), pair_list("0:6, resid_pre.1:7")
+    (None, [], [(0, 6), ('resid_pre.1', 7)])
+    """
+    if text in ("all", "none"):
+        return None if text == "all" else []
+    found: list[tuple[int | str, int | str]] = []
+    for item in text.split(","):
+        ends = [end.strip() for end in item.split(":")]
+        if len(ends) != 2 or not all(ends):
+            raise UserError(f"cannot read {item!r} in the pairs {text!r}; write all, none, or two sites each: 0:6,1:7")
+        first, second = (int(end) if re.fullmatch(r"-?\d{1,9}", end) else end for end in ends)
+        found.append((first, second))
+    return found
+
+
 def alpha_value(text: str) -> float | Literal["cv"]:
     """A ridge strength, or the word that leaves it to cross-validation.
 

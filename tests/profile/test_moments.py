@@ -7,11 +7,16 @@ import torch
 
 from workbench.errors import UserError
 from workbench.maps.moments import Moments, total
+from workbench.models import load
 from workbench.profile import plan as profile_plan
 from workbench.profile import profile_model
 from workbench.profile import sums as profile_sums
-from workbench.profile.sums import load_moments, profile_moments
+from workbench.profile.cost import profile_cost
+from workbench.profile.plan import make_plan
+from workbench.profile.sums import load_moments, moments_bytes, profile_moments
+from workbench.prompts import encode
 
+from ..conftest import make_model
 from .test_profile import PROMPTS, Killed, contents, interrupt_after
 
 
@@ -112,3 +117,49 @@ def test_what_others_put_among_unfinished_sums_stays(llama, tmp_path):
     (tmp_path / ".n.moments-partial").symlink_to(tmp_path / "m")
     with pytest.raises(UserError, match="is a link, and unfinished moments are kept in a folder of their own"):
         profile_moments(llama, PROMPTS, tmp_path / "n")
+
+
+@pytest.mark.parametrize("pairs", [None, [], [("resid_post.0", "resid_post.2"), ("resid_post.1", "resid_post.1")]])
+def test_the_bytes_are_those_that_are_then_held(llama, pairs):
+    folds = profile_moments(llama, PROMPTS, folds=3, pairs=pairs)
+    held = sum(t.nbytes for m in folds for part in (m.shift, m.sum, m.product) for t in part.values())
+    widths = {name: folds[0].width(name) for name in folds[0].names}
+    assert moments_bytes(widths, pairs, folds=3) == held
+    assert profile_cost(llama, PROMPTS, moments=True, folds=3, pairs=pairs).bytes == held
+
+
+def test_sums_that_do_not_fit_are_refused_before_any_pass(llama, tmp_path, monkeypatch):
+    size = moments_bytes({f"resid_post.{i}": llama.width for i in range(llama.n_layers)})
+    monkeypatch.setattr(profile_sums, "memory_free", lambda _: 2 * size)
+    profile_moments(llama, PROMPTS, tmp_path / "m")
+    monkeypatch.setattr(llama, "run", lambda *_, **__: pytest.fail("the model was run"))
+    with pytest.raises(UserError, match=r"of 3 sites in 2 folds need .* GiB on cpu, which has .*; give fewer sites"):
+        profile_moments(llama, PROMPTS, tmp_path / "n", folds=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_the_memory_that_is_free_is_told():
+    assert profile_sums.memory_free(torch.device("cpu")) > 0
+
+
+def test_a_model_in_float64_keeps_its_rows():
+    model = load(make_model("llama").module.double(), tokenizer=make_model("llama").tokenizer)
+    found = profile_moments(model, PROMPTS, sites=[0], products=torch.float64)[0]
+    seen = []
+    with model.read([model.site(0)]) as states, torch.inference_mode():
+        for ids in encode(PROMPTS, model.tokenizer):
+            model.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), stop_after=0)
+            seen.append(states[model.site(0)][0, -1])
+    torch.testing.assert_close(found.mean("resid_post.0"), torch.stack(seen).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_a_prompt_that_is_larger_than_a_block_is_summed_in_parts(llama, monkeypatch):
+    whole = profile_moments(llama, PROMPTS, tokens="all")[0]
+    monkeypatch.setattr(profile_plan, "BLOCK_BYTES", 7 * make_plan(llama, PROMPTS).row_bytes)
+    parts, update = [], Moments.update
+    monkeypatch.setattr(Moments, "update", lambda m, b: (parts.extend(map(len, b.values())), update(m, b))[1])
+    found = profile_moments(llama, PROMPTS, tokens="all")[0]
+    assert max(parts) == 7
+    scale = float(whole.cov("resid_post.0", "resid_post.2").abs().max())
+    torch.testing.assert_close(found.cov("resid_post.0", "resid_post.2"), whole.cov("resid_post.0", "resid_post.2"),
+                               rtol=1e-4, atol=1e-4 * scale)  # fmt: skip

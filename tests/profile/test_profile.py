@@ -386,7 +386,7 @@ def test_no_room_for_temporary_files_is_one_line(llama, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tokens to /.*: No space left on device; make room there, or set TMPDIR"):
         profile_model(llama, PROMPTS, tmp_path / "s")
     monkeypatch.undo()
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **k: open("/dev/full", "r+b", buffering=0))
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
     with pytest.raises(UserError, match="No space left on device"):
         profile_model(llama, PROMPTS, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import torch
 
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
+from .sums import Pairs, checked_pairs, memory_free, sums_bytes
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -33,13 +34,24 @@ class Cost:
     free: int
     """bytes free on the disk that would hold the store"""
     seconds: float
+    moments: bool = False
+    """whether this is what moments cost: `bytes` are those of the sums"""
+    memory: int = 0
+    """bytes free where the sums of moments are held"""
 
     def __str__(self) -> str:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
+        held = []
+        if self.moments:
+            short = "" if self.bytes <= self.memory else " - TOO LITTLE"
+            held = [
+                f"{self.bytes / 2**20:.1f} MiB of sums to hold, {self.memory / 2**20:.0f} MiB of memory free{short}"
+            ]
         return "\n".join([
             f"{self.rows} rows of {self.prompts} prompts at {len(self.sites)} sites ({', '.join(self.sites[:6])}"
             f"{', ...' if len(self.sites) > 6 else ''}) in {self.dtype}, {self.blocks} block{'s' if self.blocks > 1 else ''}",
             f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
+            *held,
             f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
             f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches)",
         ])  # fmt: skip
@@ -48,20 +60,35 @@ class Cost:
         return asdict(self)
 
 
-def profile_cost(model: Model, prompts: Any, out: str | Path | None = None, **options: Any) -> Cost:
+def profile_cost(
+    model: Model,
+    prompts: Any,
+    out: str | Path | None = None,
+    *,
+    moments: bool = False,
+    folds: int = 1,
+    pairs: Pairs | None = None,
+    **options: Any,
+) -> Cost:
     """What `profile_model(model, prompts, out, **options)` would cost; nothing is written.
 
     options: sites, tokens, batch_tokens, dtype, max_length, stride. Raises what `profile_model` raises for them.
+    moments: what `profile_moments` would cost, with its `folds` and `pairs`. Its sums are held where the model is.
     """
-    plan = make_plan(model, prompts, **options)
+    plan = make_plan(model, prompts, for_store=not moments, **options)
+    size, memory = plan.n_bytes, 0
+    if moments:
+        size = sums_bytes(plan, checked_pairs(model, plan, folds, pairs), folds)
+        memory = memory_free(model.device)
     folder = Path(out).expanduser().absolute() if out is not None else Path.cwd()
     folder = next(p for p in (folder, *folder.parents) if p.is_dir())
     batches = [(block, batch) for block in plan.blocks for batch in plan.batches(block)]
     sizes = [len(batch) * int(plan.spool.lengths[batch].max()) for _, batch in batches]
     return Cost(
-        prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=plan.n_bytes, blocks=len(plan.blocks),
+        prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=size, blocks=len(plan.blocks),
         sites=[str(site) for site in plan.sites], dtype=plan.dtype, padding=1 - plan.n_tokens / sum(sizes),
         free=shutil.disk_usage(folder).free, seconds=_estimate(model, plan, batches, sizes),
+        moments=moments, memory=memory,
     )  # fmt: skip
 
 

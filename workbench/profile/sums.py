@@ -8,8 +8,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ..progress import progress
 from ..sites import Site
 from ..store.locks import claim
 from ..tokens import Policy
+from . import plan as plans
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
 
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from ..models import Model
 
 log = logging.getLogger("workbench")
+Pairs = Sequence[tuple[Site | str | int, Site | str | int]]
 MARKER = "moments.json"
 FORMAT = "workbench.profile_moments"
 SAVE_EVERY = 30.0  # seconds
+SAVE_SHARE = 20  # and at least so many times what the last save took
 
 
 def profile_moments(
@@ -46,7 +50,7 @@ def profile_moments(
     sites: Sequence[Site | str | int] | None = None,
     tokens: Policy = "last",
     folds: int = 1,
-    pairs: Sequence[tuple[Site | str | int, Site | str | int]] | None = None,
+    pairs: Pairs | None = None,
     seed: int = 0,
     products: torch.dtype = torch.float32,
     batch_tokens: int = 8192,
@@ -59,18 +63,19 @@ def profile_moments(
     out: a folder of fold-0.safetensors, ... and moments.json (where they are from); a run that was killed goes on
         where its sums were last saved, and ends with the same bytes. None only returns them.
     folds: prompts are dealt into so many equal parts, drawn with `seed`.
-    pairs: the two-site cross products to keep, as pairs of sites; None keeps all: L * (L + 1) / 2 matrices for L sites.
+    pairs: the two-site cross products to keep, as pairs of sites; None keeps all: L * (L + 1) / 2 matrices for L sites;
+        those of each site with itself are always kept, and an empty list keeps no other.
     products: dtype of the matrix products, on the model's device; sums are float64. The rows are in the model's dtype.
     Blocks are named like their sites (`resid_post.3`). The other arguments are those of `profile_model`. Raises what
-    that does, and UserError for folds that are fewer than 1 or more than the prompts, and for a pair of other sites.
+    that does, and UserError for folds that are fewer than 1 or more than the prompts, for a pair of other sites, and for
+    sums that do not fit the memory where they are held (see `moments_bytes`).
 
     >>> total(profile_moments(model, prompts, folds=5)).cov("resid_post.1", "resid_post.2")    # doctest: +SKIP
     """
     plan = make_plan(model, prompts, sites=sites, tokens=tokens, batch_tokens=batch_tokens, dtype="auto",
-                     max_length=max_length, stride=stride)  # fmt: skip
-    if not 1 <= folds <= len(plan.prompts):
-        raise UserError(f"folds={folds} is not within 1 to {len(plan.prompts)}, the number of prompts")
-    named = None if pairs is None else [(_name(model, plan, a), _name(model, plan, b)) for a, b in pairs]
+                     max_length=max_length, stride=stride, for_store=False)  # fmt: skip
+    named = checked_pairs(model, plan, folds, pairs)
+    _check_room(model, plan, named, folds, saved=out is not None)
     about = {"folds": folds, "seed": seed, "pairs": named, "products": str(products).removeprefix("torch.")}
     sums = _Sums(model, plan, folds, named, seed, products)
     if out is None:
@@ -114,6 +119,60 @@ def load_moments(path: str | Path) -> list[Moments]:
     return [Moments.load(path / name) for name in names]
 
 
+def moments_bytes(widths: Mapping[str, int], pairs: Iterable[tuple[str, str]] | None = None, folds: int = 1) -> int:
+    """The bytes of moments: of float64 sums and products of blocks with these widths, for each fold.
+
+    pairs: as of `Moments`: None keeps the products of all blocks with each other, an empty list those within each.
+
+    >>> moments_bytes({"a": 2, "b": 3}), moments_bytes({"a": 2, "b": 3}, [], folds=2)   # 8 * (2*2 + 2*3 + 3*3 + 2*(2+3))
+    (232, 368)
+    """
+    if pairs is None:
+        kept = set(combinations(sorted(widths), 2))
+    else:
+        kept = {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}
+    products = sum(width**2 for width in widths.values()) + sum(widths[a] * widths[b] for a, b in kept)
+    return 8 * folds * (products + 2 * sum(widths.values()))
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that are free on a device, or on the host."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(told.split("MemAvailable:")[1].split()[0]) << 10
+    except (OSError, IndexError, ValueError):  # a system that does not say what is free, only what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def checked_pairs(model: Model, plan: Plan, folds: int, pairs: Pairs | None) -> list[tuple[str, str]] | None:
+    """The pairs by name; UserError for one of other sites, and for folds that the prompts do not make."""
+    if not 1 <= folds <= len(plan.prompts):
+        raise UserError(f"folds={folds} is not within 1 to {len(plan.prompts)}, the number of prompts")
+    return None if pairs is None else [(_name(model, plan, a), _name(model, plan, b)) for a, b in pairs]
+
+
+def sums_bytes(plan: Plan, pairs: list[tuple[str, str]] | None, folds: int) -> int:
+    return moments_bytes({str(site): width for site, width in plan.widths.items()}, pairs, folds)
+
+
+def _check_room(model: Model, plan: Plan, pairs: list[tuple[str, str]] | None, folds: int, saved: bool) -> None:
+    """Refuses sums that do not fit where they are held; a fold that is saved stands in the host's memory once more."""
+    one, device = sums_bytes(plan, pairs, 1), model.device
+    host = one if saved else 0
+    rooms = {device: folds * one + (host if device.type == "cpu" else 0)}
+    if device.type == "cuda":
+        rooms[torch.device("cpu")] = 2 * host
+    for where, needed in rooms.items():
+        if needed > memory_free(where):
+            raise UserError(f"the moments of {len(plan.sites)} sites in {folds} fold{'s' if folds > 1 else ''} need "
+                            f"{needed / 2**30:.1f} GiB on {where}, which has {memory_free(where) / 2**30:.1f} GiB free; "
+                            "give fewer sites, fewer folds, or the pairs to keep: pairs=[...] (--pairs none keeps "
+                            "products within each site only)")  # fmt: skip
+
+
 def _name(model: Model, plan: Plan, site: Site | str | int) -> str:
     parsed = model.site(site)
     if parsed not in plan.sites:
@@ -143,7 +202,7 @@ class _Sums:
         return Moments(pairs=self.pairs, products=self.products)
 
     def run(self, stop: Any, saved: _Saved | None) -> None:
-        plan, last = self.plan, time.monotonic()
+        plan, last, wait = self.plan, time.monotonic(), SAVE_EVERY
         before = sum(plan.tokens_of(block) for block in plan.blocks[: self.done])
         desc = f"moments of {Path(self.model.name).name}"
         with progress(total=plan.n_tokens, desc=desc, unit="tok", initial=before, scale=True) as bar:
@@ -151,9 +210,10 @@ class _Sums:
             for block in plan.blocks[self.done :]:
                 self._add(block, runner.run(block))
                 self.done += 1
-                if saved is not None and time.monotonic() - last > SAVE_EVERY:
+                if saved is not None and (begin := time.monotonic()) - last > wait:
                     saved.save(self)
                     last = time.monotonic()
+                    wait = max(SAVE_EVERY, SAVE_SHARE * (last - begin))
 
     def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
         device = self.model.device
@@ -162,10 +222,13 @@ class _Sums:
             mine = (fold == i).nonzero().flatten()
             if len(mine) == 0:
                 continue
-            whole = len(mine) == block.n
-            moments.update({
-                str(site): (v if whole else v.index_select(0, mine.to(v.device))).to(device) for site, v in rows.items()
-            })  # fmt: skip
+            step = max(1, plans.BLOCK_BYTES // self.plan.row_bytes)  # less than all of it for a prompt beyond a block
+            whole = len(mine) == block.n and block.n <= step
+            for part in mine.split(step):
+                moments.update({
+                    str(site): (v if whole else v.index_select(0, part.to(v.device))).to(device)
+                    for site, v in rows.items()
+                })  # fmt: skip
 
 
 class _Saved:
