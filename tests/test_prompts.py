@@ -247,7 +247,7 @@ def test_limit_seed_labels_and_system():
             [[{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]],
             "no user's turn, only system, assist",
         ),
-        ([3], "is a int"),
+        ([3], "is an int"),
         (["half \ud83d"], "surrogate"),
         ("missing.jsonl", "no such file"),
         ("bundled:nothing-of-the-kind", "not bundled"),
@@ -417,3 +417,53 @@ def test_openers_that_the_tokenizer_cuts_are_named():
     prompt = PromptSet.load(["bundled prompts do"])[0]
     tok = load("bundled:recipient", prove=False).tokenizer
     assert partial_openers(["sorry", "let me think"], tok, prompt) == {"sorry": "s"}
+
+
+def test_a_system_prompt_is_refused_or_told_where_texts_are_plain(caplog):
+    plain, chat = {"text": "a"}, {"prompt": "b"}
+    with pytest.raises(UserError, match="no prompt is a chat, and plain texts keep no system prompt"):
+        PromptSet.load([plain]).with_system("x")
+    assert PromptSet.load([plain, chat]).with_system("x")[0].text == "a"
+    assert "1 of 2 are plain texts and keep no system prompt" in caplog.text
+
+
+def test_chats_are_not_read_as_plain_texts():
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(UserError, match=r"prompt 1: its messages is no text but a list, and chat=False \(--plain\)"):
+        PromptSet.load([{"prompt": "a"}, chat], chat=False)
+
+
+def test_turns_that_are_left_out_are_counted(caplog):
+    caplog.set_level("INFO")
+    assert [p.user for p in PromptSet.load([["a", "b"], ["c"], "d"])] == ["a", "c", "d"]
+    assert "1 of 3 prompts are lists of strings, of which only the first is read" in caplog.text
+
+
+def test_splits_of_a_saved_dataset(tmp_path, caplog):
+    from datasets import Dataset, DatasetDict
+
+    caplog.set_level("INFO")
+    splits = {name: Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    splits["test"].save_to_disk(tmp_path / "one@x")
+    assert PromptSet.load(tmp_path / "both")[0].user == "train"
+    assert "the split train of train, test is read; choose another with @split" in caplog.text
+    named = PromptSet.load(f"{tmp_path}/both@test")
+    assert (named.name, named[0].user) == ("both@test", "test")
+    assert PromptSet.load(tmp_path / "one@x")[0].user == "test"
+    for name, said in (("both@dev", "no split 'dev'; allowed: train, test"), ("one@x@test", "leave @test out")):
+        with pytest.raises(UserError, match=said):
+            PromptSet.load(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ([{"text": None, "n": 1}], r"prompt 0: its column 'text' is empty \(null\)"),
+        ([{"messages": []}], "is an empty list; a prompt is a string"),
+        ("", "the name is empty; give a file"),
+    ],
+)
+def test_what_is_empty_or_no_prompt_is_called_so(source, said):
+    with pytest.raises(UserError, match=said):
+        PromptSet.load(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from .bundled import PREFIX, bundled_path
 from .errors import UserError
 
+log = logging.getLogger("workbench")
 HUB = "hub:"
 ENCODING = "utf-8-sig"  # Excel puts a byte order mark in front, which must not become part of the first column's name
 LONGEST_CELL = 2**26  # characters; the csv module's own limit of 2**17 is less than a long transcript
@@ -34,7 +36,8 @@ def read_rows(source: str | Path) -> Rows:
     """The rows of a source and its name; nothing but a .json list is held in memory whole.
 
     source: a .txt (one prompt a line, blank lines left out), .jsonl, .json (a list), .csv or .parquet file; a folder
-    written by `datasets`' `save_to_disk`; `hub:owner/name[:config][@split]`; or `bundled:NAME`.
+    written by `datasets`' `save_to_disk` (`folder@split` for a split of it); `hub:owner/name[:config][@split]`; or
+    `bundled:NAME`. Of several splits `train` is read unless one is named, and the log says so.
     Raises UserError naming what cannot be read.
     """
     text = str(source)
@@ -44,16 +47,26 @@ def read_rows(source: str | Path) -> Rows:
     if text.startswith(PREFIX):
         bundled = bundled_path(text, "prompts", ".jsonl")
         return Rows(text, lambda: _jsonl(bundled))
-    path = Path(source).expanduser()
+    if not text.strip():
+        raise UserError("prompts: the name is empty; give a file, a folder of a dataset, "
+                        f"{HUB}owner/name or {PREFIX}NAME")  # fmt: skip
+    path, split = _folder_and_split(Path(source).expanduser())
     if path.is_dir():
-        saved = _saved(path)
-        return Rows(path.name, lambda: iter(saved))
+        saved = _saved(path, split)
+        return Rows(path.name if split is None else f"{path.name}@{split}", lambda: iter(saved))
     if not path.exists():
         raise UserError(f"prompts {text!r}: no such file; give {', '.join(SUFFIXES)}, {HUB}owner/name or {PREFIX}NAME")
     readers = {".txt": _lines, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise UserError(f"prompts {text!r}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
     return Rows(path.stem, lambda: _checked(path, readers[path.suffix.lower()]))
+
+
+def _folder_and_split(path: Path) -> tuple[Path, str | None]:
+    """`folder@split` in two, where `folder` is one and nothing has the whole name."""
+    name, at, split = path.name.rpartition("@")
+    folder = path.parent / name
+    return (folder, split) if at and not path.exists() and folder.is_dir() else (path, None)
 
 
 def _checked(path: Path, reader: Callable[[Path], Iterator[Any]]) -> Iterator[Any]:
@@ -162,14 +175,14 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise UserError(f"prompts {path}: not a parquet file ({str(err).splitlines()[0][:120]})") from err
 
 
-def _saved(path: Path) -> Any:
+def _saved(path: Path, split: str | None) -> Any:
     import datasets
 
     try:
         found = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as err:
         raise UserError(f"prompts {path}: a folder, but not one that datasets' save_to_disk made; give a file") from err
-    return _split(found, str(path), None)
+    return _split(found, str(path), split)
 
 
 def _hub(text: str) -> Any:
@@ -187,10 +200,14 @@ def _hub(text: str) -> Any:
 
 
 def _split(found: Any, name: str, split: str | None) -> Any:
+    if split is not None and not hasattr(found, "keys"):
+        raise UserError(f"prompts {name!r}: is one dataset without splits; leave @{split} out")
     if hasattr(found, "keys"):
         if split is None and "train" not in found and len(found) > 1:
             raise UserError(f"prompts {name!r}: has splits {', '.join(found)}; choose one with @split")
-        split = split or ("train" if "train" in found else next(iter(found)))
+        if split is None and len(found) > 1:
+            log.info("prompts %s: the split train of %s is read; choose another with @split", name, ", ".join(found))
+        split = split if split is not None else "train" if "train" in found else next(iter(found))
         if split not in found:
             raise UserError(f"prompts {name!r}: no split {split!r}; allowed: {', '.join(found)}")
         found = found[split]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ __all__ = [
     "Prompt", "PromptSet", "encode", "encode_spans", "opener_ids", "pad", "partial_openers", "render", "response_ids",
 ]  # fmt: skip
 
+log = logging.getLogger("workbench")
 MESSAGES = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "text", "question", "instruction")
 ROLES = {
@@ -108,7 +110,16 @@ class PromptSet(Sequence[Prompt]):
         return PromptSet(found, f"{self.name}[{label}]")
 
     def with_system(self, system: str) -> PromptSet:
-        """The same chats with this system prompt (in place of any that they had); plain texts stay as they are."""
+        """The same chats with this system prompt (in place of any that they had); plain texts stay as they are.
+
+        How many these are is told in a warning. Raises UserError where no prompt is a chat.
+        """
+        plain = sum(p.messages is None for p in self.prompts)
+        if plain == len(self):
+            raise UserError(f"{self.name}: no prompt is a chat, and plain texts keep no system prompt; leave it out, or make "
+                            "them user's turns with chat=True (--chat)")  # fmt: skip
+        if plain:
+            log.warning("%s: %d of %d are plain texts and keep no system prompt", self.name, plain, len(self))
         head: dict[str, Any] = {"role": "system", "content": system}
         changed = [
             p if p.messages is None
@@ -138,20 +149,25 @@ class PromptSet(Sequence[Prompt]):
             the source.
         chat: True makes every string a user's turn, False a plain text that no template touches. Unless given, strings
             are user's turns, but for a column that is named `text`.
+        Of a list of strings (turns without roles) the first is read, as the user's; how many are cut so is logged.
         Raises UserError for a source that cannot be read, an empty set, and (naming its row) an empty prompt, a chat
-            with an unknown role or without a user's turn.
+            with an unknown role or without a user's turn, or any chat where `chat` is False.
         """
         if limit is not None and limit < 1:
             raise UserError(f"limit={limit}: the number of prompts to read must be at least 1")
         rows, name = _rows_of(source)
+        cut: list[int] = []
         if limit is not None and seed is not None:
             total = len(rows) if isinstance(rows, Sized) else sum(1 for _ in rows)
             kept = set(random.Random(seed).sample(range(total), limit)) if limit < total else range(total)
-            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(rows) if i in kept]
+            found = [_prompt(row, i, column, chat, name, cut) for i, row in enumerate(rows) if i in kept]
         else:
-            found = [_prompt(row, i, column, chat, name) for i, row in enumerate(islice(rows, limit))]
+            found = [_prompt(row, i, column, chat, name, cut) for i, row in enumerate(islice(rows, limit))]
         if not found:
             raise UserError(f"{name}: no prompts in it; give at least one")
+        if cut:
+            log.info("%s: %d of %d prompts are lists of strings, of which only the first is read, as the user's turn",
+                     name, len(cut), len(found))  # fmt: skip
         return cls(tuple(found), name)
 
 
@@ -169,7 +185,8 @@ def _rows_of(source: Any) -> tuple[Iterable[Any], str]:
     return (list(source) if isinstance(source, Iterator) else source), "prompts"
 
 
-def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: str) -> Prompt:
+def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: str, cut: list[int]) -> Prompt:
+    """The prompt of a row, whose index is added to `cut` where turns of it are left out."""
     where = f"{name}, prompt {index}"
     if isinstance(row, Prompt):
         return row
@@ -178,11 +195,19 @@ def _prompt(row: Any, index: int, column: str | None, chat: bool | None, name: s
     else:
         key = column or next((k for k in (*MESSAGES, *TEXTS) if row.get(k) is not None), "")
         if row.get(key) is None:
+            null = [k for k in ([column] if column else (*MESSAGES, *TEXTS)) if k in row]
+            if null:
+                raise UserError(f"{where}: its column {null[0]!r} is empty (null); fill it in or leave the row out")
             wanted = f"no column {column!r}" if column else f"none of the columns {', '.join((*MESSAGES, *TEXTS))}"
             raise UserError(f"{where}: {wanted}; it has {', '.join(map(str, row))}; choose one with column=")
         value, rest = row[key], {k: v for k, v in row.items() if k not in (key, "id", "label")}
     if key in MESSAGES and isinstance(value, str):
         value = _chat_of(value, f"{where}, column {key!r}")
+    if chat is False and not isinstance(value, str):
+        raise UserError(f"{where}: its {key} is no text but {_kind_of(value)}, and chat=False (--plain) reads texts; leave "
+                        "that out, or choose a column of texts with column=")  # fmt: skip
+    if _is_turns(value) and len(value) > 1:
+        cut.append(index)
     messages, text = _content(value, key == "text" if chat is None else not chat, where)
     record = row if isinstance(row, Mapping) else {}
     identity, label = record.get("id"), record.get("label")
@@ -207,14 +232,25 @@ def _content(value: Any, plain: bool, where: str) -> tuple[tuple[dict[str, Any],
         _check_unicode(value, where)
         return (None, value) if plain else (({"role": "user", "content": value},), None)
     if isinstance(value, Mapping) or not isinstance(value, Sequence) or not value:
-        raise UserError(f"{where}: is a {type(value).__name__}; a prompt is a string or a list of messages")
-    if all(isinstance(turn, str) for turn in value):  # LIMA and its kin: turns without roles; the first is the user's
+        raise UserError(f"{where}: is {_kind_of(value)}; a prompt is a string or a list of messages")
+    if _is_turns(value):  # LIMA and its kin: turns without roles; the first is the user's
         return _content(value[0], False, where)
     messages = tuple(_message(turn, where) for turn in value)
     if not any(message["role"] == "user" for message in messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise UserError(f"{where}: the chat has no user's turn, only {roles}; give it one or leave the prompt out")
     return messages, None
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether a prompt is a list of strings."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(turn, str) for turn in value)
+
+
+def _kind_of(value: Any) -> str:
+    name = type(value).__name__
+    empty = "empty " if isinstance(value, Sequence) and not value else ""
+    return f"{'an' if (empty or name)[0] in 'aeiou' else 'a'} {empty}{name}"
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
