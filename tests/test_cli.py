@@ -308,6 +308,37 @@ def test_bad_input_of_profile(home, tmp_path, case):
     assert tree(tmp_path) == before
 
 
+def test_a_profile_that_cannot_be_made_is_refused_before_its_model_is_loaded(home, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    for out, options, word in (
+        (home / "donor-store", {}, "--overwrite"),
+        (tmp_path / "file" / "out", {}, "is not a folder; choose another"),
+        (tmp_path / "out", {"tokens": "middle"}, "'middle'"),
+        (tmp_path / "out", {"store-dtype": "int8"}, "'int8'"),
+        (tmp_path / "out", {"sites": "resid_post.1,nonsense"}, "'nonsense'"),
+        (tmp_path / "out", {"batch-tokens": 0}, "batch_tokens=0"),
+    ):
+        told(workbench(*profile_line(home, out, model="no/model", **options)), word)
+    told(workbench(*profile_line(home, tmp_path / "other", model="no/model"), "--overwrite"), "holds no manifest.json")
+    told(workbench(*profile_line(home, home / "donor-store", model="no/model"), "--moments", "--overwrite"),
+         "holds no moments.json")  # fmt: skip
+
+
+def test_options_that_would_do_nothing_are_refused(home, tmp_path):
+    line = profile_line(home, tmp_path / "out", model="no/model")
+    told(workbench(*line, "--moments", "--store-dtype", "float32"), "--store-dtype is of a store")
+    told(workbench(*line, "--moments", "--allow-nonfinite"), "--allow-nonfinite is of a store")
+    told(workbench(*line, "--plain", "--system", "be brief"), "no prompt is a chat")
+
+
+def test_a_dry_run_says_that_its_folder_exists(home):
+    result = good(*profile_line(home, home / "donor-store"), "--dry-run", "--json")
+    assert json.loads(result.stdout)["prompts"] == PROMPTS
+    assert f"warning: {home / 'donor-store'} exists already" in result.stderr
+
+
 @pytest.mark.parametrize(("name", "text"), [("p.txt", ""), ("p.jsonl", "\n"), ("p.csv", "prompt\n"), ("p.json", "[]")])
 def test_empty_prompts(home, tmp_path, name, text):
     (tmp_path / name).write_text(text)

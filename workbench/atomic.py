@@ -36,6 +36,18 @@ def make_parent(path: Path) -> None:
         raise UserError(f"cannot write to {path.parent}: {_reason(err)}; choose another output folder") from err
 
 
+def check_free(path: Path, *, marker: str, overwrite: bool) -> None:
+    """Raises UserError where a folder that `staged_folder` makes would be in the place of something."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+        raise UserError(
+            f"{path} is not overwritten: it holds no {marker}, so it is something else; choose another folder"
+        )
+
+
 @contextmanager
 def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without an exception.
@@ -46,13 +58,7 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
     """
     path = Path(path)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path  # the link stays, and leads to the new folder
-    if path.exists():
-        if not overwrite:
-            raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
-        if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
-            raise UserError(
-                f"{path} is not overwritten: it holds no {marker}, so it is something else; choose another folder"
-            )
+    check_free(path, marker=marker, overwrite=overwrite)
     make_parent(path)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))

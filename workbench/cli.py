@@ -171,7 +171,9 @@ def profile(
     tokens: Annotated[
         str, typer.Option(help="last, all, first:n, last:n, every:n, response, assistant, user, spans:KEY")
     ] = "last",
-    store_dtype: Annotated[str, typer.Option(help="of the store: float32, float16, bfloat16, auto")] = "float32",
+    store_dtype: Annotated[
+        str | None, typer.Option(help="of the store: float32, float16, bfloat16, auto [float32]")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "hooks",
@@ -208,7 +210,19 @@ def profile(
         raise UserError("--folds is of --moments alone; a store can be split by prompt whenever it is read")
     if pairs != "all" and not moments:
         raise UserError("--pairs is of --moments alone; a store keeps the rows themselves")
-    kept = pair_list(pairs)
+    if moments and (store_dtype is not None or allow_nonfinite):
+        raise UserError(f"{'--allow-nonfinite' if store_dtype is None else '--store-dtype'} is of a store, and --moments "
+                        "keeps none; leave one of the two out")  # fmt: skip
+    wanted_pairs, kept = pair_list(pairs), store_dtype or "float32"
+    from .profile.arguments import check_arguments, check_target
+
+    check_arguments(sites=wanted, tokens=tokens, dtype=kept, batch_tokens=batch_tokens)
+    try:
+        check_target(out, moments=moments, overwrite=overwrite)
+    except UserError as err:
+        if not dry_run:
+            raise
+        typer.echo(f"warning: {err}", err=True)  # whatever it costs, it could not be written there
     from .models import load
     from .prompts import PromptSet
 
@@ -220,15 +234,15 @@ def profile(
     if dry_run:
         from .profile.cost import profile_cost
 
-        of = {"moments": True, "folds": folds, "pairs": kept, "dtype": "auto"} if moments else {"dtype": store_dtype}
+        of = {"moments": True, "folds": folds, "pairs": wanted_pairs, "dtype": "auto"} if moments else {"dtype": kept}
         cost = profile_cost(loaded, read, out, **of, **options)
         return _json(cost.as_dict()) if as_json else typer.echo(str(cost))
     with stops_told():
         if moments:
-            made = _moments(loaded, read, out, folds=folds, pairs=kept, seed=seed or 0, overwrite=overwrite,
+            made = _moments(loaded, read, out, folds=folds, pairs=wanted_pairs, seed=seed or 0, overwrite=overwrite,
                             **options)  # fmt: skip
         else:
-            made = _store(loaded, read, out, dtype=store_dtype, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
+            made = _store(loaded, read, out, dtype=kept, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
                           **options)  # fmt: skip
     if as_json:
         return _json(made)

@@ -158,8 +158,8 @@ def make_plan(
     spool, rendered_hash = _spool(model, prompts, tokens, max_length or context, stride)
     lost = int((spool.prompts["cut"] > 0).sum())
     if lost:
-        log.warning("%d of %d prompts are longer than %d tokens; the left of their last turn was cut", lost,
-                    len(prompts), max_length or context)  # fmt: skip
+        log.warning("%d of %d prompts are longer than %d tokens and were cut on the left (a chat: of its last turn); "
+                    "stride=N (--stride) keeps every token", lost, len(prompts), max_length or context)  # fmt: skip
     if not spool.n_rows:
         raise UserError(
             f"tokens={policy_name(tokens)!r} keeps no token of any prompt in {prompts.name}; choose another policy"
