@@ -118,10 +118,14 @@ class Model:
         return self.backend.anatomy(self)
 
     def read(
-        self, sites: Sequence[Site], take: torch_hooks.Take | None = None
+        self, sites: Sequence[Site | str | int] | Site | str | int, take: torch_hooks.Take | None = None
     ) -> AbstractContextManager[dict[Site, Tensor]]:
-        """What passes `sites` in each forward pass inside the block; see `backends.Backend.read`."""
-        return self.backend.read(self, sites, take)
+        """What passes `sites` in each forward pass inside the block; see `backends.Backend.read`.
+
+        sites: `Site`s or their names, or one of them; what is read is found under its `Site`.
+        """
+        several = [sites] if isinstance(sites, (Site, str, int)) else sites
+        return self.backend.read(self, [self.site(site) for site in several], take)
 
     def edit(
         self, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None

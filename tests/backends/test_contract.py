@@ -190,3 +190,11 @@ def test_points_that_a_family_lacks_are_refused_on_every_backend(family, point, 
 def test_families_that_a_backend_does_not_take_are_refused(family, backend):
     with pytest.raises(UserError, match=NOT_SUPPORTED[family, backend]):
         load(make_module(family), tokenizer=word_tokenizer(), backend=backend)
+
+
+def test_one_site_or_its_name_is_read(llama):
+    ids = torch.arange(3, 9)[None]
+    for sites in (Site(1), "resid_post.1", 1, ["resid_post.1"]):
+        with torch.inference_mode(), llama.read(sites) as seen:
+            llama.run(ids, torch.ones_like(ids))
+        assert set(seen) == {Site(1)}

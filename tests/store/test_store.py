@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import random
 import shutil
 import threading
 import time
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -316,3 +318,32 @@ def test_pairs(tmp_path):
         match=r"differ in tokenizers, with .* take the rows that do with workbench\.alignment\.pair_rows",
     ):
         check_pair(*wordy)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s: wild(s.read)("0", 5), r"a mask; got 5; one row is \[5\]"),
+        (lambda s: wild(s.read)("0", "abc"), "one list of whole numbers, or a mask; got 'abc'"),
+        (lambda s: wild(s.read)("0", slice("a", 2)), r"a mask; got slice\('a', 2, None\)"),
+        (lambda s: s.read("0", torch.ones(2, 12, dtype=torch.bool)), "2 dimensions of torch.bool"),
+        (lambda s: s.read("0", dtype="int8"), "unknown dtype 'int8' of rows; allowed: float32"),
+        (lambda s: s.read("0", device="cuda:99"), "device 'cuda:99' is not there: this machine shows"),
+        (lambda s: s.read("0", device="abacus"), "unknown device 'abacus'; give cpu"),
+        (lambda s: wild(s.rows_of)("0"), "the index of a prompt must be a whole number; got '0'"),
+        (lambda s: wild(s.iter_batches)("0", 100.5), "the size of a batch must be a whole number; got 100.5"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_told(store, call, said):
+    with pytest.raises(UserError, match=said):
+        call(store)
+
+
+def wild(method):
+    """A method without the type checks that only the tests put around it."""
+    return partial(inspect.unwrap(method.__func__), method.__self__)
+
+
+def test_dtypes_have_names(store):
+    assert store.read("0", dtype="float16").dtype == torch.float16
+    assert {b.dtype for b in store.iter_batches("0", 5, dtype="bfloat16")} == {torch.bfloat16}

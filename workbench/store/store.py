@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..sites import Site
+from .arguments import device_of, dtype_of, index_of, number_of, span_of
 from .batches import Batches
-from .checks import DTYPES, MANIFEST, TABLES, check_folder, read_manifest
+from .checks import MANIFEST, TABLES, check_folder, read_manifest
 from .damage import damaged_files
 from .folder import Folder
 from .locks import hold
@@ -110,28 +111,28 @@ class Store:
         site: Site | str | int,
         rows: Rows = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Float[Tensor, "n d"]:
         """The rows of a site: all, or those of a slice, a range, indices, or a boolean mask, in the order given.
 
         Rows that lie in one shard, taken by a slice, are memory-mapped (writing to them changes no file); others are
-        copied. dtype, device: converted where given. Raises UserError for a site or a row that the store does not have.
+        copied. dtype (of torch, or its name), device: converted where given. Raises UserError for a site or a row that
+        the store does not have, and a device that is not there.
         """
-        name, kind = str(self._site(site)), dtype or DTYPES[self.dtype]
-        target = torch.device(device or "cpu")
-        if (span := self._span(rows)) is not None:
+        name, kind, target = str(self._site(site)), dtype_of(dtype, self.dtype), device_of(device)
+        if (span := span_of(rows, self.n_rows)) is not None:
             return self._files.slice(name, span.start, span.stop, kind, target)
-        return self._files.gather(name, self._index(rows), kind, target)
+        return self._files.gather(name, index_of(rows, self.n_rows, self.path), kind, target)
 
     @overload
     def iter_batches(
-        self, sites: SiteName, size: int, rows: Rows = None, *, dtype: torch.dtype | None = None,
+        self, sites: SiteName, size: int, rows: Rows = None, *, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, seed: int | None = None,
     ) -> Iterator[Tensor]: ...  # fmt: skip
     @overload
     def iter_batches(
-        self, sites: SiteNames, size: int, rows: Rows = None, *, dtype: torch.dtype | None = None,
+        self, sites: SiteNames, size: int, rows: Rows = None, *, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, seed: int | None = None,
     ) -> Iterator[dict[Site, Tensor]]: ...  # fmt: skip
     def iter_batches(
@@ -140,31 +141,32 @@ class Store:
         size: int,
         rows: Rows = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor] | Iterator[dict[Site, Tensor]]:
         """Rows `size` at a time (the last batch may be smaller), the next ones read while the present one is in use.
 
-        sites: one site gives tensors [n, d]; a list gives dicts from `Site` to them, row for row beside one another.
+        sites: one site gives tensors [n, d]; a list gives dicts from `Site` (not its name) to them, row for row
+            beside one another.
         rows: as in `read`; all unless given. seed: shuffles them, the same way every time.
         dtype, device: converted where given; a GPU is fed from pinned memory, beside what it computes.
         Memory stays flat. Closing the iterator, or an exception, ends the reading. Raises UserError as `read` does.
 
         `for x in store.iter_batches("resid_post.5", 4096, device="cuda"): moments.update(x)`
         """
+        size = number_of(size, "the size of a batch")
         if size < 1:
             raise UserError(f"size={size}: a batch has at least one row")
         chosen = self._site(sites) if isinstance(sites, (Site, str, int)) else [self._site(s) for s in sites]
         if not chosen:
             raise UserError(f"no sites to iterate; store {self.path} has {', '.join(map(str, self.sites))}")
-        span = self._span(rows)
-        index: range | Tensor = self._index(rows) if span is None else span
+        span = span_of(rows, self.n_rows)
+        index: range | Tensor = index_of(rows, self.n_rows, self.path) if span is None else span
         if seed is not None:
             order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
             index = index[order] if isinstance(index, Tensor) else order.add_(index.start)
-        target = torch.device(device or "cpu")
-        return iter(Batches(self._files, chosen, size, index, dtype or DTYPES[self.dtype], target))
+        return iter(Batches(self._files, chosen, size, index, dtype_of(dtype, self.dtype), device_of(device)))
 
     def rows(self, columns: list[str] | None = None) -> pd.DataFrame:
         """One line per row: row, prompt (index), position, token_id, text, char_start, char_end (of the prompt)."""
@@ -193,7 +195,7 @@ class Store:
 
         `store.read(site, store.rows_of(3))` are its activations. Raises UserError for a prompt that is not there.
         """
-        return self._tables.rows_of(prompt)
+        return self._tables.rows_of(number_of(prompt, "the index of a prompt"))
 
     def verify(self) -> None:
         """Recomputes every checksum; raises UserError naming what is damaged, missing or not the store's own."""
@@ -221,35 +223,6 @@ class Store:
         if str(parsed) not in self._files.layout.widths:
             raise UserError(f"store {self.path} has no {parsed}; it has {', '.join(map(str, self.sites))}")
         return parsed
-
-    def _span(self, rows: Any) -> range | None:
-        """Rows as a range of step 1 within the store; None where they are no such thing."""
-        if isinstance(rows, range) and rows.step == 1 and rows.start >= 0:
-            rows = slice(rows.start, rows.stop)
-        if rows is None or (isinstance(rows, slice) and rows.step in (None, 1)):
-            start, stop, _ = (rows or slice(None)).indices(self.n_rows)
-            return range(start, max(start, stop))
-        return None
-
-    def _index(self, rows: Any) -> Tensor:
-        """Rows as indices from 0, on the CPU."""
-        if rows is None or isinstance(rows, slice):
-            rows = range(*(rows or slice(None)).indices(self.n_rows))
-        if isinstance(rows, range):
-            index = torch.arange(rows.start, rows.stop, rows.step) if len(rows) else torch.empty(0)
-        else:
-            index = torch.as_tensor(rows).contiguous()
-        if index.dtype == torch.bool:
-            if len(index) != self.n_rows:
-                raise UserError(f"a mask of {len(index)} rows does not fit store {self.path} of {self.n_rows}")
-            index = index.nonzero().flatten()
-        if len(index) and (index.is_floating_point() or index.ndim != 1):
-            raise UserError(f"rows must be one list of whole numbers; got {index.ndim} dimensions of {index.dtype}")
-        index = index.long().cpu()
-        if len(index) and not (-self.n_rows <= int(index.min()) and int(index.max()) < self.n_rows):
-            got = f"{int(index.min())} to {int(index.max())}"
-            raise UserError(f"store {self.path} has rows 0 to {self.n_rows - 1}; got {got}")
-        return torch.where(index < 0, index + self.n_rows, index)
 
 
 def _drop(folder: Path, handle: int | None, owner: int) -> None:
