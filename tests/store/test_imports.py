@@ -326,8 +326,14 @@ def test_folders_that_are_no_caches_are_refused(tmp_path):
     cache(tmp_path / "config", model_name="gpt2")
     (tmp_path / "config" / "cache_activations_runner_cfg.json").write_text("{")
     saved(tmp_path / "none", {"blocks.0.hook_resid_post": []})
+    for file in ("shards/a.safetensors", "shards/b.safetensors", "store/manifest.json", "moments/moments.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
     for name, said in (
-        ("empty", r"has no readable state\.json"),
+        ("empty", r"has no state\.json, .* and holds no \.safetensors file"),
+        ("shards", r"is a folder of a\.safetensors, b\.safetensors; .* give .*/shards/a\.safetensors"),
+        ("store", r"is a store already, as its manifest\.json says; open it with workbench\.Store\.open"),
+        ("moments", r"is a folder of moments already, .* workbench\.load_moments"),
         ("outside", r"names the file '\.\./\.\./secret\.arrow', which is not in the folder"),
         ("gone", "datasets cannot open it"),
         ("config", r"cfg\.json is damaged"),

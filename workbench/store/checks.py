@@ -19,6 +19,7 @@ from .shards import DTYPES, Layout
 FORMAT = "workbench.store"
 SCHEMA = 2
 MANIFEST = "manifest.json"
+MOMENTS = "moments.json"  # in its place in a folder that `profile_moments` made
 TABLES = ("rows.parquet", "prompts.parquet")
 MANIFEST_BYTES = 256 << 20  # of a manifest at most: a hundred thousand shards
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".dill")
@@ -41,6 +42,9 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest of a folder; raises UserError where there is none, or none that this version reads."""
     path, found = folder.path, folder.scan()
     pickles = sorted(name for name in found if name.endswith(PICKLES))
+    if MANIFEST not in found and MOMENTS in found:
+        raise UserError(f"store {path}: holds moments ({MOMENTS}), which keep no rows, and is no store; open it with "
+                        "workbench.load_moments")  # fmt: skip
     if MANIFEST not in found:
         more = f" ({pickles[0]} in it is a pickle, which is never loaded)" if pickles else ""
         raise UserError(f"store {path}: has no {MANIFEST}, so it is no store{more}; give one that `workbench profile` "

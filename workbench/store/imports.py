@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..hashes import file_hash, json_hash
 from ..prompts import PromptSet
 from ..sites import Site
-from .checks import FORMAT, SCHEMA
+from .checks import FORMAT, MANIFEST, MOMENTS, SCHEMA
 from .shards import DTYPES
 from .staging import GROUP_ROWS, TARGET_BYTES, write_store
 from .store import Store
@@ -104,12 +104,31 @@ def import_store(
 
 def _kind(path: Path) -> str:
     if path.is_dir():
+        _check_folder(path)
         return "saelens"
     check_no_pickle(path)
     if path.suffix == ".safetensors":
         return "command-v"
     raise UserError(f"{path}: is neither a .safetensors file (a Command-V profile) nor a folder (a SAELens cache); give "
                     "one of these")  # fmt: skip
+
+
+def _check_folder(path: Path) -> None:
+    """Says of a folder that holds no dataset what it is instead."""
+    names = sorted(entry.name for entry in path.iterdir())
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    if "state.json" in names:
+        return
+    if MANIFEST in names or MOMENTS in names:
+        what, do = ("a store", "Store.open") if MANIFEST in names else ("a folder of moments", "load_moments")
+        raise UserError(f"{path}: is {what} already, as its {MANIFEST if MANIFEST in names else MOMENTS} says; open it "
+                        f"with workbench.{do}")  # fmt: skip
+    if tensors:
+        more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+        raise UserError(f"{path}: is a folder of {', '.join(tensors[:3])}{more}; a Command-V profile is one such file: "
+                        f"give {path / tensors[0]}")  # fmt: skip
+    raise UserError(f"{path}: has no state.json, so it is no dataset that SAELens saved, and holds no .safetensors file; "
+                    "give the folder or the file that holds the activations")  # fmt: skip
 
 
 def check_no_pickle(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..sites import Site
-from .checks import FORMAT, MANIFEST, TABLES
+from .checks import FORMAT, MANIFEST, MOMENTS, TABLES
 from .leftovers import size_of, target_of
 from .locks import is_held
 from .store import Store
@@ -21,7 +21,7 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Listed:
-    """A line of `find_stores`. `state`: whole (it opens; checksums are for `verify`), unfinished or damaged."""
+    """A line of `find_stores`. `state`: whole (it opens; checksums are for `verify`), unfinished, damaged, or moments."""
 
     path: Path
     state: str
@@ -57,7 +57,7 @@ def _runs(layers: list[int]) -> str:
 
 
 def find_stores(folder: str | Path = ".") -> list[Listed]:
-    """The stores below a folder, by path; also unfinished and damaged ones. Links are not followed.
+    """The stores below a folder, by path; also unfinished and damaged ones, and folders of moments. Links are not followed.
 
     Raises UserError where there is no such folder.
     """
@@ -78,6 +78,8 @@ def _listed(path: Path, names: set[str]) -> Listed | None:
     target = target_of(path)
     if target is not None:
         return _unfinished(path, target)
+    if MANIFEST not in names and MOMENTS in names:
+        return _moments(path)
     if MANIFEST not in names:
         if {"shards", *TABLES} <= names:
             return Listed(path, "damaged", f"has no {MANIFEST}", n_bytes=size_of(path), age=_age(path))
@@ -97,6 +99,19 @@ def _listed(path: Path, names: set[str]) -> Listed | None:
         path, "whole", "", store.name, str(store.manifest["prompts"]["name"]), store.n_rows,
         [str(s) for s in store.sites], store.tokens, store.dtype, size_of(path), _age(path / MANIFEST),
     )  # fmt: skip
+
+
+def _moments(path: Path) -> Listed | None:
+    """A folder of `profile_moments`; None where its file says that it is something else."""
+    try:
+        about = json.loads((path / MOMENTS).read_text(encoding="utf-8"))
+        if about["format"] != "workbench.profile_moments":
+            return None
+        told = (about["model"]["name"], about["prompts"]["name"], about["n_rows"], sorted(about["sites"]),
+                about["tokens"], "moments")  # fmt: skip
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
+    return Listed(path, "moments", "open it with workbench.load_moments", *told, size_of(path), _age(path / MOMENTS))
 
 
 def _unfinished(path: Path, target: Path) -> Listed:

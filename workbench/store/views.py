@@ -47,7 +47,7 @@ def stores_table(found: Sequence[Listed], folder: Path) -> Any:
     for one in found:
         name = str(one.path.relative_to(folder)) if one.path.is_relative_to(folder) else str(one.path)
         cells = [_shown(name if name != "." else str(one.path)), _shown(one.model), _shown(one.prompts)]
-        if one.state == "whole":
+        if one.state in ("whole", "moments"):
             cells += [str(one.rows), compact_sites(one.sites), _shown(one.tokens), one.dtype]
         else:
             cells += ["", one.state, "", ""]
