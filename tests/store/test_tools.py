@@ -526,7 +526,7 @@ def test_the_order_of_the_rows_is_that_of_the_stores(home, tmp_path, order):
         (["a", "a"], {}, "both have prompt 'p0'; leave one of them out"),
         (["whole", "b"], {}, "both have prompt 'p5'"),
         (["a", "half"], {}, r"differ in dtype \(float32 and float16\)"),
-        (["a", "last"], {}, r"differ in tokens \(first:2 and last\)"),
+        (["a", "last"], {}, r"differ in tokens \(first:2 and last\); options: tokens \(first:2 and last\)$"),
         (["a", "low"], {}, "neither the same sites .* nor the same prompts"),
         (["a", "b"], {"by": "sites"}, r"cannot be merged by sites: they differ in prompts .*; rows \(10 and 2\)"),
         (["low", "high"], {"by": "rows"}, r"cannot be merged by rows: they differ in sites"),

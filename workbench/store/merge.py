@@ -18,6 +18,8 @@ from .store import Store
 
 WAYS = ("auto", "rows", "sites")
 UNKNOWN = "unknown"
+SHOWN = 5  # entries in a message
+_NONE = "none"
 
 
 def merge_stores(
@@ -90,8 +92,7 @@ def _check_same(stores: list[Store], by: str) -> None:
     first = _alike(stores[0], by)
     for store in stores[1:]:
         other = _alike(store, by)
-        differ = [f"{name} ({_short(first[name])} and {_short(other[name])})"
-                  for name in first if first[name] != other[name]]  # fmt: skip
+        differ = [_difference(name, first[name], other[name]) for name in first if first[name] != other[name]]
         if differ:
             raise UserError(f"stores {stores[0].path} and {store.path} cannot be merged by {by}: they differ in "
                             f"{'; '.join(differ)}")  # fmt: skip
@@ -104,6 +105,19 @@ def _check_same(stores: list[Store], by: str) -> None:
                                     f"{site}; give stores of other sites, or of other prompts to merge by rows")  # fmt: skip
                 seen[site] = store
         _check_rows(stores)
+
+
+def _difference(name: str, a: Any, b: Any) -> str:
+    """What differs; of two dicts only the entries that do.
+
+    >>> _difference("options", {"stride": 1, "max_length": 9}, {"stride": 2, "max_length": 9})
+    'options: stride (1 and 2)'
+    """
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return f"{name} ({_short(a)} and {_short(b)})"
+    keys = [key for key in {**a, **b} if a.get(key, _NONE) != b.get(key, _NONE)]
+    shown = [f"{key} ({_short(a.get(key, _NONE))} and {_short(b.get(key, _NONE))})" for key in keys[:SHOWN]]
+    return f"{name}: {', '.join(shown)}{f' and {len(keys) - SHOWN} more' if len(keys) > SHOWN else ''}"
 
 
 def _short(value: Any) -> str:
