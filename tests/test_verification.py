@@ -98,6 +98,10 @@ def test_the_verb_prints_every_layer_and_what_each_backend_costs(folder):
     ):
         assert text in result.stdout
     assert "resid_post.1" not in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[1].split() == ["what", "norm", *("max", "rel") * 3]
+    assert next(line for line in lines if line.startswith("mlp_act.2")).split()[2] == "="
+    assert "shown there as =" in result.stdout
 
 
 def test_half_precision_has_a_tolerance_of_its_own():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def agreement_table(found: Agreement) -> Table:
-    """The differences of each backend, layer by layer: largest absolute, and relative to the residual stream."""
+    """The differences of each backend, layer by layer: `max`, the largest, and `rel`, relative to the residual stream."""
     from rich.table import Table
     from rich.text import Text
 
@@ -22,17 +22,22 @@ def agreement_table(found: Agreement) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("norm", justify="right")
     for one in tried:
-        table.add_column(one.name, justify="right", no_wrap=True)
+        table.add_column(f"{one.name}\n{'max':>5} {'rel':>6}", justify="right", no_wrap=True)
     by_name = {(d.backend, d.what): d for d in found.differences}
     names = list(dict.fromkeys(d.what for d in found.differences))
     for name in sorted(names, key=_place):
         shown = [by_name.get((one.name, name)) for one in tried]
         norm = "" if LOGITS in name or name.startswith(EDITED) else f"{found.norms[Site.parse(name).layer]:.3g}"
-        cells = [Text(_cell(d), style="" if d is None or d.agrees else "red") for d in shown]
+        against = {d.against for d in shown if d is not None}
+        cells = [
+            Text("=" if one.name in against else "-") if d is None else Text(_cell(d), style="" if d.agrees else "red")
+            for one, d in zip(tried, shown, strict=True)
+        ]
         table.add_row(Text(name), norm, *cells)
     table.caption = Text(
-        "resid_post and logits against Hugging Face's own, the\nrest against the first backend. The largest of an element;\n"
-        "and of a token, in units of the norm of the residual\nstream there (of its own: mlp_act, logits, edited).", style="dim"
+        "resid_post and logits against Hugging Face's own, the\nrest against the first backend, shown there as =; a\n"
+        "point that a backend does not have is shown as -.\nmax: the largest of an element; rel: of a token, in\n"
+        "units of the norm of the residual stream there (of\nits own: mlp_act, logits, edited).", style="dim"
     )  # fmt: skip
     table.caption_justify = "left"
     return table
@@ -56,8 +61,8 @@ def _line(found: Agreement, one: Tried) -> str:
             f"a pass costs {one.cost:.2f} of a plain one")  # fmt: skip
 
 
-def _cell(difference: Difference | None) -> str:
-    return "" if difference is None else f"{_figure(difference.largest)} {_figure(difference.relative):>6}"
+def _cell(difference: Difference) -> str:
+    return f"{_figure(difference.largest)} {_figure(difference.relative):>6}"
 
 
 def _figure(value: float) -> str:
