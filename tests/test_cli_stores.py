@@ -54,6 +54,26 @@ def test_ls_looks_in_the_working_folder_and_takes_no_name_for_markup(home, monke
     assert "[red]x[/red]" in good("stores", "ls").stdout
 
 
+def test_a_table_in_a_pipe_has_no_padding(home):
+    lines = good("stores", "ls", home).stdout.splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert max(map(len, lines)) < 200
+
+
+def test_moments_are_told_from_stores(home):
+    about = {"format": "workbench.profile_moments", "model": {"name": "mine"}, "prompts": {"name": "p"}, "n_rows": 77,
+             "sites": {"resid_post.1": {"width": 3}}, "tokens": "last"}  # fmt: skip
+    (home / "m").mkdir()
+    (home / "m" / "moments.json").write_text(json.dumps(about))
+    (one,) = (one for one in json.loads(good("stores", "ls", home, "--json").stdout) if one["state"] == "moments")
+    assert (one["rows"], one["sites"], one["model"]) == (77, ["resid_post.1"], "mine")
+    assert f"moments: {home / 'm'}: open it with workbench.load_moments" in good("stores", "ls", home).stdout
+    told(workbench("stores", "show", home / "m"), "holds moments (moments.json)", "workbench.load_moments")
+    assert "workbench.load_moments" in workbench("stores", "verify", home / "m").stdout
+    (home / "m" / "moments.json").write_text("{}")
+    assert "moments" not in good("stores", "ls", home).stdout
+
+
 def test_show(home):
     shown = good("stores", "show", home / "s").stdout
     for word in ("m (f, 3 layers), basis raw", "tokenizer: t", "p: 6", "18, tokens all", "mlp_act.1, resid_post.0,2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -108,4 +109,9 @@ def printed_table(table: Any) -> None:
     """A rich table on stdout; where that is no terminal no cell is broken, so that a line can be searched."""
     from rich.console import Console
 
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else NO_TERMINAL).print(table)
+    if sys.stdout.isatty():
+        return Console(file=sys.stdout).print(table)
+    console = Console(file=io.StringIO(), width=NO_TERMINAL)
+    with console.capture() as capture:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
