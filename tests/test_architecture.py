@@ -164,3 +164,9 @@ def test_every_public_name_is_there():
         assert callable(value), f"workbench.{name} is a {type(value).__name__}"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         workbench.nonsense  # noqa: B018
+
+
+def test_the_package_shows_its_public_names_alone():
+    import workbench
+
+    assert [name for name in dir(workbench) if not name.startswith("__")] == workbench.__all__
