@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -78,6 +79,7 @@ def make_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
                          show_progress=False)  # fmt: skip
     tok.train_from_iterator(texts, trainer)
     if recipe.family == "llama":
+        tok = without_special_bytes(tok)
         names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tok, additional_special_tokens=["<|user|>", "<|assistant|>"], **names
@@ -89,6 +91,14 @@ def make_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
         fast.chat_template = GPT2_TEMPLATE
     fast.model_max_length = 256
     return fast
+
+
+def without_special_bytes(tok: Tokenizer) -> Tokenizer:
+    """The same tokenizer with its byte tokens as plain vocabulary: the trainer knows no other way to reserve them, and a
+    special token stands for no text."""
+    raw = json.loads(tok.to_str())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(raw))
 
 
 def make_model(recipe: Recipe, tok: PreTrainedTokenizerFast) -> PreTrainedModel:
