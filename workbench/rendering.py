@@ -26,6 +26,7 @@ __all__ = [
     "prompt_frame", "render", "response_ids", "special_ids", "turn_spans",
 ]  # fmt: skip
 
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 DATE = "26 Jul 2024"  # the date that Llama's own template falls back to; any fixed one would do
 CHUNK = 1024  # prompts tokenised in one call
@@ -249,8 +250,15 @@ def _special_added(tokenizer: Any) -> set[int]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Every token that stands for no text: BOS, EOS, padding, and the markers of the chat template."""
-    return {int(i) for i in tokenizer.all_special_ids} | _special_added(tokenizer)
+    """Every token that stands for no text: BOS, EOS, padding, and the markers of the chat template.
+
+    The bytes of a byte fallback (<0x41>) and the unknown token stand for text, also where a tokenizer calls them special.
+    """
+    found = {int(i) for i in tokenizer.all_special_ids} | _special_added(tokenizer)
+    pieces = zip(sorted(found), tokenizer.convert_ids_to_tokens(sorted(found)), strict=True)
+    text = {i for i, piece in pieces if _BYTE.fullmatch(str(piece))}
+    frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return found - text - ({tokenizer.unk_token_id} - frame)
 
 
 def _check_plain_start(prompt: Prompt, opener: str, tokenizer: Any) -> None:
