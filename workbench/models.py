@@ -279,7 +279,7 @@ def load(
     config, tok = open_config(source, folder), tokenizer or open_tokenizer(source, folder)
     placed, device_map = place(device)
     wanted = DTYPES.get(dtype) or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-    if placed == "cpu" and wanted == torch.float16:
+    if placed == "cpu" and wanted == torch.float16 and dtype == "auto":
         wanted = torch.float32  # half precision is slow and lossy on a CPU
     # straight to its place: by way of the host's memory a large model would need it twice
     module = open_weights(source, folder, wanted, device_map or (None if placed == "cpu" else placed))
