@@ -391,3 +391,37 @@ def test_packed_weights_have_a_fingerprint():
     first = model.fingerprint_id
     module.packed[0] = 9
     assert load(module, tokenizer=word_tokenizer(), prove=False).fingerprint_id != first
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "opt", "falcon"])
+def test_what_is_changed_in_place_is_changed(family, point):
+    model, site = model_of(family), Site(1, point)
+    if point not in model.anatomy[1].points:
+        pytest.skip("no such point")
+
+    def in_place(h, where):
+        h[:, -1] += torch.linspace(-1, 1, h.shape[-1])  # a LayerNorm would not see a constant
+        return h
+
+    def apart(h, where):
+        return in_place(h.clone(), where)
+
+    ids, mask = torch.tensor([[1, 20, 21, 22]]), torch.ones(1, 4, dtype=torch.long)
+    with torch.inference_mode():
+        plain = model.logits(ids, mask)
+        with model.edit({site: in_place}):
+            one = model.logits(ids, mask)
+        with model.edit({site: apart}):
+            other = model.logits(ids, mask)
+    torch.testing.assert_close(one, other)
+    assert (one - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("wrong", [lambda h, _: h[:, :1], lambda h, _: h[:1], lambda h, _: h[0, 0], lambda h, _: None])
+def test_edits_that_return_something_else_are_refused(point, wrong):
+    model, ids = model_of("llama"), torch.tensor([[1, 20, 21], [1, 22, 23]])
+    with pytest.raises(UserError, match=rf"an edit of {point}\.1 returned .*must return the states, of shape \[2, 3, "):
+        with torch.inference_mode(), model.edit({Site(1, point): wrong}):
+            model.logits(ids, torch.ones_like(ids))

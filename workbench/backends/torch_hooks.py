@@ -266,17 +266,26 @@ def edit(
     A forward pass whose cache holds tokens continues; any other is a new batch of prompts, unless it has no cache at all
     and its ids are those of the pass before with one token more, as `generate(use_cache=False)` does. Give
     `prompt_lengths` (real tokens of each prompt) where that is not so: a prompt prefilled in chunks, or a context that
-    continues an older cache. Raises UserError for sites that the model does not have.
+    continues an older cache. `fn` may change h in place, but must return it. Raises UserError for sites that the model
+    does not have, and for what is returned in another shape.
     """
     edits = {Site.parse(site, model.n_layers): fn for site, fn in edits.items()}
     given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     decoder = model.decoder
     clock = _Clock(given, _signature(decoder))
 
-    def apply(fn: Edit) -> Callable[[Tensor], Tensor]:
+    def apply(site: Site, fn: Edit) -> Callable[[Tensor], Tensor]:
         def run(h: Tensor) -> Tensor:
             assert clock.where is not None, "a block ran outside its decoder"
-            return fn(h, clock.where.to(h.device))
+            # inside a block h may be made for the occasion, or be needed once more: what is done to it in place is then
+            # seen only as a difference from h
+            new = fn(h if site.point in ALWAYS else h.clone(), clock.where.to(h.device))
+            if not isinstance(new, Tensor) or new.shape != h.shape:
+                got = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+                raise UserError(
+                    f"an edit of {site} returned {got}; it must return the states, of shape {list(h.shape)}"
+                )
+            return new.to(h)
 
         return run
 
@@ -284,5 +293,5 @@ def edit(
         if decoder is not model.module:
             hooks.add(model.module.register_forward_pre_hook(clock.begin, with_kwargs=True))
         hooks.add(decoder.register_forward_pre_hook(clock.tick, with_kwargs=True))
-        with attach(model, [(site, apply(fn)) for site, fn in edits.items()]):
+        with attach(model, [(site, apply(site, fn)) for site, fn in edits.items()]):
             yield
