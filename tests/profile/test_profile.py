@@ -153,6 +153,13 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(gpt2, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "whole"]
 
 
+def test_where_a_model_lies_is_no_other_profile(llama):
+    plan = make_plan(llama, PROMPTS)
+    llama.name = "elsewhere/"
+    assert make_plan(llama, PROMPTS).hash == plan.hash
+    assert make_plan(make_model("llama", seed=1), PROMPTS).hash != plan.hash
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_another_plan_begins_afresh(llama, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

@@ -170,7 +170,9 @@ def make_plan(
     options = {"tokens": policy_name(tokens), "max_length": max_length, "stride": stride, "batch_tokens": batch_tokens,
                "backend": model.backend.name}  # fmt: skip
     manifest = _manifest(model, about, widths, dtype, options, spool.n_rows)
-    manifest["plan"] = json_hash([manifest, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
+    # by what the model is: where its files lie, or how their path is spelt, is no other profile
+    known = {**manifest, "model": model.fingerprint_id}
+    manifest["plan"] = json_hash([known, spool.hash, model.device.type, BLOCK_ROWS, BLOCK_BYTES])
     return Plan(prompts, spool, chosen, widths, dtype, batch_tokens, manifest)
 
 

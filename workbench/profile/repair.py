@@ -164,9 +164,13 @@ def _plan(path: Path, manifest: dict[str, Any], model: Model, prompts: PromptSet
                     "the device that it was made with, or profile again")  # fmt: skip
 
 
+NAMES = ("model.name", "model.fingerprint.name", "model.fingerprint.revision")
+"""of the model, which say where it was found and not what it is"""
+
+
 def _differences(where: str, a: Any, b: Any) -> Iterator[str]:
     """The places where two manifests say something else, by their path."""
-    if where in ("plan", "shards", "tables", "checksum"):
+    if where in ("plan", "shards", "tables", "checksum", *NAMES):
         return
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {*a, *b}:
