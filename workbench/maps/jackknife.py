@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
@@ -49,7 +50,18 @@ def leave_out_shards(statistic: Callable[[Moments], float | Tensor], shards: Seq
     whole = total(filled)
     value = _table(statistic(whole))
     left = torch.stack([_table(statistic(whole - shard)) for shard in filled])
-    share = torch.tensor([shard.n / whole.n for shard in filled], dtype=torch.float64)
+    return jackknife(value, left, [shard.n for shard in filled])
+
+
+def jackknife(value: Tensor, left: Float[Tensor, "shards ..."], rows: Sequence[int]) -> Estimate:
+    """The same from figures that are there already: of all rows, and without each shard of so many rows.
+
+    Args:
+        value: of all rows; left: without shard i, at its index.
+        rows: of each shard, at least two shards with at least one row each.
+    """
+    k = len(rows)
+    share = torch.tensor(rows, dtype=torch.float64) / sum(rows)
     share = share.reshape(-1, *[1] * value.ndim)
     pseudo = value / share - (1 / share - 1) * left
     middle = k * value - ((1 - share) * left).sum(0)

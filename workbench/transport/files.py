@@ -1,0 +1,89 @@
+"""A transport grid on disk: json, parquet and safetensors, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..atomic import staged_folder, write_json
+from ..errors import UserError
+from ..maps.linear_map import LinearMap, read_safetensors
+from ..sites import Site
+
+if TYPE_CHECKING:
+    from .grid import TransportGrid
+    from .pairs import SitePair
+
+FORMAT, VERSION, MARKER = "workbench.transport_grid", 1, "grid.json"
+
+
+def save_grid(grid: TransportGrid, path: str | Path, *, overwrite: bool = False) -> None:
+    """See `TransportGrid.save`."""
+    from .. import __version__
+
+    header = {"format": FORMAT, "version": VERSION, "made_by": __version__, "meta": dict(grid.meta),
+              "pairs": [[str(a), str(b)] for a, b in grid.pairs]}  # fmt: skip
+    kept = {"operators": grid.operators, "controls": grid.controls}
+    header["maps"] = {name: {_key(pair): dict(m.meta) for pair, m in maps.items()} for name, maps in kept.items()}
+    with staged_folder(path, marker=MARKER, overwrite=overwrite) as folder:
+        write_json(folder / MARKER, header)
+        grid.table.to_parquet(folder / "grid.parquet", index=False)
+        _write(folder / "per_output.safetensors", {_key(pair): value for pair, value in grid.per_output.items()})
+        for name, maps in kept.items():
+            if maps:
+                parts = {f"{_key(p)}.{k}": getattr(m, k) for p, m in maps.items() for k in ("weight", "bias")}
+                _write(folder / f"{name}.safetensors", parts)
+
+
+def load_grid(path: str | Path) -> TransportGrid:
+    """See `TransportGrid.load`."""
+    import pandas as pd
+
+    from .grid import TransportGrid
+
+    path = Path(path)
+    header = _header(path)
+    try:
+        table = pd.read_parquet(path / "grid.parquet")
+    except (OSError, ValueError) as err:
+        raise UserError(f"{path}: its grid.parquet is missing or damaged; run the transport again") from err
+    tensors, _ = read_safetensors(path / "per_output.safetensors")
+    try:
+        pairs: list[SitePair] = [(Site.parse(a), Site.parse(b)) for a, b in header["pairs"]]
+        outputs = {pair: tensors[_key(pair)] for pair in pairs}
+        kept = {name: _maps(path / f"{name}.safetensors", pairs, found) for name, found in header["maps"].items()}
+        return TransportGrid(table, outputs, header["meta"], kept["operators"], kept["controls"])
+    except (KeyError, TypeError) as err:
+        raise UserError(
+            f"{path}: its {MARKER} and its tensors do not fit together ({err}); run the transport again"
+        ) from err
+
+
+def _maps(file: Path, pairs: list[SitePair], metas: dict[str, dict[str, object]]) -> dict[SitePair, LinearMap]:
+    if not metas:
+        return {}
+    tensors, _ = read_safetensors(file)
+    return {pair: LinearMap(tensors[f"{_key(pair)}.weight"], tensors[f"{_key(pair)}.bias"], metas[_key(pair)])
+            for pair in pairs if _key(pair) in metas}  # fmt: skip
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise UserError(f"{path} is no transport grid: its {MARKER} is missing or cannot be read as JSON") from err
+    if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path / MARKER} does not say format {FORMAT!r}, version {VERSION}")
+    return header
+
+
+def _key(pair: SitePair) -> str:
+    return f"{pair[0]}>{pair[1]}"
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.write_bytes(to_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))

@@ -1,0 +1,166 @@
+"""Where a transport's rows come from: a store, or a model that runs the prompts and keeps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..profile.plan import make_plan
+from ..profile.run import BlockRunner
+from ..progress import progress
+from ..rendering import special_ids
+from ..sites import Site
+from ..tokens import WITH_SPECIAL, Policy
+from .positions import Index, is_first
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from ..store import Store
+
+STORE_ROWS = 8192  # read at once, whole prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of whole prompts at some sites, with where each comes from."""
+
+    blocks: dict[Site, Tensor]
+    prompt: Index
+    position: Index
+
+
+class StoreRows:
+    """The rows of a store, on a device."""
+
+    def __init__(self, store: Store, device: torch.device | str | None = None) -> None:
+        self.store, self.device = store, torch.device(device or "cpu")
+        self.n_prompts = int(store.manifest["prompts"]["count"])
+
+    @property
+    def every_site(self) -> list[Site]:
+        return [s for s in self.store.sites if s.point == "resid_post"] or self.store.sites
+
+    @cached_property
+    def _position(self) -> Index:
+        return np.asarray(self.store.rows(["position"])["position"].to_numpy(), dtype=np.int64)
+
+    @property
+    def has_first(self) -> bool:
+        return bool(is_first(self._position).any())
+
+    @property
+    def about(self) -> dict[str, Any]:
+        m = self.store.manifest
+        prompts = {key: m["prompts"].get(key) for key in ("name", "count", "hash")}
+        return {"model": m["model"]["name"], "fingerprint": m["model"].get("fingerprint"), "prompts": prompts,
+                "tokens": self.store.tokens, "dtype": self.store.dtype}  # fmt: skip
+
+    def site(self, site: Site | str | int) -> Site:
+        parsed = Site.parse(site, self.store.manifest["model"]["n_layers"])
+        self.store.width(parsed)  # says which sites there are where this one is not
+        return parsed
+
+    def width(self, site: Site) -> int:
+        return self.store.width(site)
+
+    def read(self, sites: Sequence[Site]) -> Iterator[Rows]:
+        prompt = self.store.prompt_index.numpy().astype(np.int64)
+        ends = np.flatnonzero(np.diff(prompt, append=-1)) + 1  # where a prompt's rows end
+        start = 0
+        with progress(total=self.store.n_rows, desc="reading the store", unit="row", scale=True) as bar:
+            while start < len(prompt):
+                later = ends[ends > start]
+                fits = later[later <= start + STORE_ROWS]
+                stop = int(fits[-1] if len(fits) else later[0])
+                part = slice(start, stop)
+                blocks = {s: self.store.read(s, part, dtype=torch.float32, device=self.device) for s in sites}
+                yield Rows(blocks, prompt[part], self._position[part])
+                bar.update(stop - start)
+                start = stop
+
+
+class ModelRows:
+    """The rows of prompts as a model makes them; nothing is stored."""
+
+    def __init__(
+        self, model: Model, prompts: Any, *, tokens: Policy = "all", batch_tokens: int = 8192,
+        max_length: int | None = None,
+    ) -> None:  # fmt: skip
+        from ..prompts import PromptSet
+
+        self.model, self.prompts, self.tokens = model, PromptSet.load(prompts), tokens
+        self.n_prompts, self.device = len(self.prompts), model.device
+        # `all` passes over special tokens, BOS among them; it is asked for here and told apart afterwards
+        self._policy = "all" + WITH_SPECIAL if tokens == "all" else tokens
+        self._options: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length, "dtype": "float32"}
+        self._special = np.array(sorted(special_ids(model.tokenizer)), dtype=np.int64)
+
+    @property
+    def every_site(self) -> list[Site]:
+        return [Site(layer) for layer in range(self.model.n_layers)]
+
+    @cached_property
+    def has_first(self) -> bool:
+        spool = self._plan(self.every_site[:1]).spool
+        return bool(is_first(spool.rows(0, spool.n_rows)[1]).any())
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        manifest = self._plan(self.every_site[:1]).manifest
+        prompts = {key: manifest["prompts"][key] for key in ("name", "count", "hash")}
+        tokens = manifest["tokens"] if self.tokens != "all" else "all"
+        return {"model": manifest["model"]["name"], "fingerprint": manifest["model"]["fingerprint"], "prompts": prompts,
+                "tokens": tokens, "dtype": str(self.model.dtype).removeprefix("torch.")}  # fmt: skip
+
+    def site(self, site: Site | str | int) -> Site:
+        return self.model.site(site)
+
+    def width(self, site: Site) -> int:
+        return self.model.width_of(site)
+
+    def read(self, sites: Sequence[Site]) -> Iterator[Rows]:
+        plan = self._plan(sites)
+        with progress(total=plan.n_tokens, desc="running the prompts", unit="tok", scale=True) as bar:
+            runner = BlockRunner(self.model, plan, bar)
+            for block in plan.blocks:
+                rows = runner.run(block)
+                prompt, position, token, _ = plan.spool.rows(block.start, block.n)
+                keep = np.ones(block.n, dtype=bool)
+                if self._policy != self.tokens:
+                    keep = ~np.isin(token, self._special) | is_first(position)
+                index = torch.from_numpy(np.flatnonzero(keep))
+                # on the device of the sums: a model that is spread has its sites on several
+                blocks = {site: h.index_select(0, index.to(h.device)).to(self.device) for site, h in rows.items()}
+                yield Rows(blocks, prompt[keep].astype(np.int64), position[keep].astype(np.int64))
+
+    def _plan(self, sites: Sequence[Site]) -> Any:
+        return make_plan(self.model, self.prompts, sites=list(sites), tokens=self._policy, **self._options)
+
+
+RowSource = StoreRows | ModelRows
+"""What `transport_grid` reads: more than once where the moments do not fit into memory at once."""
+
+
+def row_source(
+    source: Store | Model | RowSource, prompts: Any, *, device: torch.device | str | None = None, **options: Any
+) -> RowSource:
+    """A store, or a model with its prompts, as rows; UserError where the prompts do not belong there."""
+    from ..models import Model
+    from ..store import Store
+
+    if isinstance(source, Store):
+        if prompts is not None:
+            raise UserError("a store has its prompts already; give prompts only with a model")
+        return StoreRows(source, device)
+    if isinstance(source, Model):
+        if prompts is None:
+            raise UserError("a model needs prompts to run; give a PromptSet or what it reads")
+        return ModelRows(source, prompts, **options)
+    return source

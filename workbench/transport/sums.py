@@ -1,0 +1,187 @@
+"""The moments of a transport: by fold of the training prompts and shard of the held-out ones, in as many passes as fit."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..maps.grouped import GroupedMoments, plan_passes
+from ..maps.moments import Moments, Pair
+from ..maps.moments import total as summed
+from ..sites import Site
+from .positions import Index, is_first, paired_rows, shuffled_rows
+from .rows import RowSource
+
+SHARE = 0.6  # of the memory that is free, for moments
+CONTROL = "@shuffled"
+FIRST, LATER = "first", "later"
+"""kinds of rows: those with position 0 (BOS) at either end, and the others"""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The prompts dealt out: `folds` parts to train on, and `shards` parts that no map has seen."""
+
+    part: Index
+    """of each prompt: 0..folds-1 a fold, folds..folds+shards-1 a shard"""
+    folds: int
+    shards: int
+
+    @classmethod
+    def of(cls, n_prompts: int, *, folds: int, shards: int, holdout: float, seed: int) -> Split:
+        """Deals `n_prompts` by `seed`; UserError where they are too few for the parts.
+
+        >>> Split.of(8, folds=2, shards=2, holdout=0.25, seed=0).part.tolist().count(0)
+        3
+        """
+        if folds < 2 or shards < 2:
+            raise UserError(f"folds and shards must be at least 2; got folds={folds}, shards={shards}")
+        if not 0 < holdout < 1:
+            raise UserError(f"holdout is a share of the prompts between 0 and 1; got {holdout:g}")
+        held = round(holdout * n_prompts)
+        if held < shards or n_prompts - held < folds:
+            raise UserError(f"{n_prompts} prompts are too few for {folds} folds and {shards} shards of held-out prompts "
+                            f"(holdout={holdout:g}); give more prompts, or fewer parts")  # fmt: skip
+        order = list(range(n_prompts))
+        random.Random(seed).shuffle(order)
+        part = np.empty(n_prompts, dtype=np.int64)
+        part[order[:held]] = folds + np.arange(held) % shards
+        part[order[held:]] = np.arange(n_prompts - held) % folds
+        return cls(part, folds, shards)
+
+
+@dataclass(frozen=True, eq=False)
+class PairSums:
+    """The moments of some pairs of blocks, ready to be added up."""
+
+    grouped: GroupedMoments
+    split: Split
+
+    def parts(self, *, first: bool = False) -> tuple[list[Moments], list[Moments]]:
+        """(folds, shards); rows at position 0 only with `first`. Parts without rows are left out."""
+        kinds = (LATER, FIRST) if first else (LATER,)
+        groups = self.grouped.groups
+        made: list[list[Moments]] = [[], []]
+        for part in range(self.split.folds + self.split.shards):
+            found = [groups[part, kind] for kind in kinds if (part, kind) in groups]
+            if found and sum(m.n for m in found):
+                made[part >= self.split.folds].append(summed(found))
+        return made[0], made[1]
+
+    @property
+    def n_first(self) -> int:
+        """Rows at position 0."""
+        return sum(m.n for (_, kind), m in self.grouped.groups.items() if kind == FIRST)
+
+
+def source_name(site: Site, positions: str) -> str:
+    """The block of a site as a source; other than the target's where it holds other rows."""
+    return str(site) if positions == "same" else f"{site}@{positions}"
+
+
+def plan_sums(
+    source: RowSource, pairs: Sequence[tuple[Site, Site]], *, positions: str, control: bool, copies: int,
+    memory: int | None,
+) -> list[list[tuple[Site, Site]]]:  # fmt: skip
+    """The pairs divided into passes over the rows, each of which fits into `memory` bytes.
+
+    Where not even the targets of one source fit together, they are divided too.
+    """
+    free = memory or free_bytes(source.device)
+    copies = copies * (1 + control)  # the control's cross products, and its sources once more
+    widths = {name: source.width(s) for pair in pairs for s in pair for name in (str(s), source_name(s, positions))}
+    by_name = {(source_name(a, positions), str(b)): (a, b) for a, b in pairs}
+    by_source: dict[str, list[Pair]] = {}
+    for name in by_name:
+        by_source.setdefault(name[0], []).append(name)
+    chunks: list[list[Pair]] = []
+    for names in by_source.values():
+        step = len(names)
+        while step > 1 and not _fits(widths, names[:step], free, copies):
+            step = (step + 1) // 2
+        chunks += [names[i : i + step] for i in range(0, len(names), step)]
+    passes: list[list[Pair]] = []
+    for chunk in chunks:  # of one source each
+        if passes and _fits_together(widths, [*passes[-1], *chunk], free, copies):
+            passes[-1] += chunk
+        else:
+            passes += plan_passes(widths, chunk, free, copies=copies)
+    return [[by_name[name] for name in some] for some in passes]
+
+
+def _fits(widths: dict[str, int], pairs: list[Pair], memory: int, copies: int) -> bool:
+    try:
+        plan_passes(widths, pairs, memory, copies=copies)
+    except UserError:
+        return False
+    return True
+
+
+def _fits_together(widths: dict[str, int], pairs: list[Pair], memory: int, copies: int) -> bool:
+    return _fits(widths, pairs, memory, copies) and len(plan_passes(widths, pairs, memory, copies=copies)) == 1
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that moments may take on a device."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):  # a system that does not say
+        return 4 << 30
+
+
+def sum_pairs(
+    source: RowSource, pairs: Sequence[tuple[Site, Site]], split: Split, *, positions: str, control: bool, first: bool,
+    products: torch.dtype, seed: int,
+) -> PairSums:  # fmt: skip
+    """One pass over the rows. The control pairs each target with a row of another prompt of its role and kind."""
+    wanted: list[Pair] = []
+    for a, b in pairs:
+        wanted.append((source_name(a, positions), str(b)))
+        if control:
+            wanted.append((f"{a}{CONTROL}", str(b)))
+    grouped = GroupedMoments("part", "kind", pairs=wanted, products=products)
+    rng = np.random.default_rng(seed)
+    sites = sorted({site for pair in pairs for site in pair})
+    sources, targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    for rows in source.read(sites):
+        from_, to = paired_rows(positions, rows.prompt, rows.position, rng)
+        at_start = is_first(rows.position[from_]) | is_first(rows.position[to])
+        if not first:
+            from_, to, at_start = from_[~at_start], to[~at_start], at_start[~at_start]
+        if not len(to):
+            continue
+        part = split.part[rows.prompt[to]]
+        blocks = {str(s): _take(rows.blocks[s], to) for s in targets}
+        if positions == "same":
+            blocks |= {str(s): _take(rows.blocks[s], to) for s in sources if str(s) not in blocks}
+        else:
+            blocks |= {source_name(s, positions): _take(rows.blocks[s], from_) for s in sources}
+        if control:
+            other = from_[_control(rows.prompt[to], part >= split.folds, at_start, rng)]
+            blocks |= {f"{s}{CONTROL}": _take(rows.blocks[s], other) for s in sources}
+        grouped.update(blocks, part=part.tolist(), kind=[FIRST if at else LATER for at in at_start])
+    return PairSums(grouped, split)
+
+
+def _control(prompt: Index, held_out: np.ndarray, at_start: np.ndarray, rng: np.random.Generator) -> Index:
+    """Which row gives each row its source: of another prompt, but of the same role (train, held out) and kind."""
+    found = np.empty(len(prompt), dtype=np.int64)
+    for role in (False, True):
+        for kind in (False, True):
+            mine = np.flatnonzero((held_out == role) & (at_start == kind))
+            found[mine] = mine[shuffled_rows(prompt[mine], rng)]
+    return found
+
+
+def _take(h: torch.Tensor, rows: Index) -> torch.Tensor:
+    if len(rows) == len(h) and bool((rows == np.arange(len(h))).all()):
+        return h
+    return h.index_select(0, torch.from_numpy(rows).to(h.device))
