@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from .cli_errors import FLAGS, guarded, stops_told
 from .cli_stores import stores
+from .cli_transport import transport
 from .cli_values import alpha_value, layer_list, pair_list, site_list
 from .cli_values import printed_json as _json
 from .cli_values import printed_table as _table
@@ -427,4 +428,5 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command()(transport)
 app.add_typer(stores, name="stores")

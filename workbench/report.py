@@ -5,17 +5,13 @@ The page needs no network: plotly.js is in it, once. All that comes from prompts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from . import plots
 from .atomic import write_text
+from .report_page import Cell, cell, facts, flat, page, section, table
 from .summary import (
     CONTROLS,
     Metrics,
@@ -55,7 +51,6 @@ SAYS = {
     "converters": "How the maps between the models fit held-out prompts. A good fit does not say that a paste works.",
     "examples": "The first answers of the run, not chosen.",
 }
-Cell = dict[str, Any]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -72,21 +67,16 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
 def render(metrics: Metrics) -> str:
     """The report as HTML; the same metrics give the same bytes."""
-    from plotly.offline import get_plotlyjs
-
     job = get(metrics, "job") or {}
     names = " to ".join(str(job[key]) for key in ("donor", "recipient") if job.get(key))
     seed, date = job.get("seed"), get(metrics, "environment", "date")
     about = [names and f"from {names}", "" if seed is None else f"seed {seed}", date]
-    source = resources.files("workbench").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
-    return template.render(
+    return page(
         title=str(job.get("name") or "Activation transfer"),
         subtitle=", ".join(str(a) for a in about if a),
         headlines=[_split(headline(n, b)) for n, b in (get(metrics, "behaviours") or {}).items()],
         warnings=list(get(metrics, "warnings") or []),
         sections=[s for s in _sections(metrics) if s is not None],
-        plotly_js=Markup(get_plotlyjs()),
         footer=FOOTER,
     )
 
@@ -97,45 +87,33 @@ def _split(text: str) -> list[str]:
     return [first + dot.strip(), rest] if rest else [first]
 
 
-def _section(title: str, *text: str, figure: go.Figure | None = None, tables: Iterable[dict[str, Any]] = (),
-             examples: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:  # fmt: skip
-    key = title.lower().replace(" ", "-")
-    return {"id": key, "title": title, "text": list(text), "figure": _figure(figure, key) if figure else None,
-            "tables": list(tables), "examples": list(examples)}  # fmt: skip
-
-
-def _figure(figure: go.Figure, key: str) -> Markup:
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{key}", config=config))
-
-
 def _sections(metrics: Metrics) -> list[dict[str, Any] | None]:
     behaviours = dict(get(metrics, "behaviours") or {})
     gone = missing(metrics)
     made: list[dict[str, Any] | None] = []
     if behaviours:
-        made.append(_section("Result", tables=[result(behaviours)]))
-        made.append(_section("Arms", SAYS["arms"], figure=plots.arms(metrics)))
+        made.append(section("Result", tables=[result(behaviours)]))
+        made.append(section("Arms", SAYS["arms"], figure=plots.arms(metrics)))
     if plots.measured(metrics):
         words = _forecast_words(behaviours)
-        made.append(_section("Forecast and measurement", SAYS["forecast"], *words, figure=plots.forecast(metrics)))
+        made.append(section("Forecast and measurement", SAYS["forecast"], *words, figure=plots.forecast(metrics)))
     if plots.candidates(metrics):
-        made.append(_section("Layer pairs", SAYS["pairs"], figure=plots.layer_pairs(metrics)))
+        made.append(section("Layer pairs", SAYS["pairs"], figure=plots.layer_pairs(metrics)))
     if any(b.get("dose") for b in behaviours.values()):
-        made.append(_section("Dose and response", SAYS["dose"], figure=plots.dose(metrics)))
+        made.append(section("Dose and response", SAYS["dose"], figure=plots.dose(metrics)))
     made.append(_present("Side effects", SAYS["side effects"], side_effects(behaviours)))
     made.append(_present("Converters", SAYS["converters"], converters(behaviours)))
     if shown := examples(behaviours):
-        made.append(_section("Examples", SAYS["examples"], examples=shown))
+        made.append(section("Examples", SAYS["examples"], examples=shown))
     made.append(_present("Cost", "", costs(metrics)))
     if gone:
-        made.append(_section("Not measured", tables=[_facts("", [("", note) for note in gone])]))
+        made.append(section("Not measured", tables=[facts("", [("", note) for note in gone])]))
     made.append(_present("Provenance", "", provenance(metrics)))
     return made
 
 
 def _present(title: str, text: str, tables: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return _section(title, *([text] if text else []), tables=tables) if tables else None
+    return section(title, *([text] if text else []), tables=tables) if tables else None
 
 
 def _forecast_words(behaviours: Mapping[str, Any]) -> list[str]:
@@ -147,20 +125,6 @@ def _forecast_words(behaviours: Mapping[str, Any]) -> list[str]:
         if agreed:
             lines.append(f"{name}: {', '.join(agreed)}.")
     return lines
-
-
-def _cell(parts: tuple[str, str] | str, first: bool = False) -> Cell:
-    value, small = (parts, "") if isinstance(parts, str) else parts
-    return {"value": value, "small": small, "first": first}
-
-
-def _table(columns: list[str], rows: list[dict[str, Any]], title: str = "", note: str = "") -> dict[str, Any]:
-    heads = [{"title": c, "first": False} for c in columns]
-    return {"title": title, "columns": heads, "rows": rows, "note": note, "groups": [], "facts": None, "wide": False}
-
-
-def _facts(title: str, rows: Iterable[tuple[str, Any]], note: str = "") -> dict[str, Any]:
-    return {"title": title, "facts": [(k, plain(v) if isinstance(v, float) else str(v)) for k, v in rows], "note": note}
 
 
 def _row(arm: str, cells: list[Cell]) -> dict[str, Any]:
@@ -182,9 +146,9 @@ def result(behaviours: Mapping[str, Any]) -> dict[str, Any]:
             length = number(found.get("sigma_length"))
             lines = [f"score {scored}" if scored else "", "" if length is None else f"{length:.1f} σ long"]
             cells += [
-                _cell((score, "\n".join(filter(None, (span, p)))), first=True),
-                _cell(interval(found.get("log_odds"), "signed")),
-                _cell((odds[0], "\n".join(filter(None, lines)))),
+                cell((score, "\n".join(filter(None, (span, p)))), first=True),
+                cell(interval(found.get("log_odds"), "signed")),
+                cell((odds[0], "\n".join(filter(None, lines)))),
             ]
         rows.append(_row(arm, cells))
     heads = [{"title": "arm", "first": False}]
@@ -194,7 +158,7 @@ def result(behaviours: Mapping[str, Any]) -> dict[str, Any]:
     groups = [{"title": n + (f" (n = {b['n']})" if b.get("n") else ""), "span": 3} for n, b in behaviours.items()]
     note = ("The share of native's gain over the recipient is that of the log-odds, with that of the score under it; "
             "σ: length of the delta in standard deviations of the recipient's profile.")  # fmt: skip
-    return {**_table([], rows, note=note), "columns": heads, "groups": groups, "wide": True}
+    return {**table([], rows, note=note), "columns": heads, "groups": groups, "wide": True}
 
 
 def side_effects(behaviours: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -212,13 +176,13 @@ def side_effects(behaviours: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = []
         for arm in arms:
             kl, perplexity = parts["kl_neutral_text"].get(arm), parts["perplexity"].get(arm)
-            cells = [_cell(interval(kl, "plain")), _cell(plain(perplexity))]
-            cells.append(_cell(_over_trigger(parts["over_trigger"].get(arm), None if arm == "base" else plain_rate)))
-            cells += [_cell(interval(change.get(arm), "signed")) for change in elsewhere.values()]
+            cells = [cell(interval(kl, "plain")), cell(plain(perplexity))]
+            cells.append(cell(_over_trigger(parts["over_trigger"].get(arm), None if arm == "base" else plain_rate)))
+            cells += [cell(interval(change.get(arm), "signed")) for change in elsewhere.values()]
             rows.append(_row(arm, cells))
         columns = ["arm", "KL on neutral text (nats per token)", "perplexity of neutral text", "over-trigger rate",
                    *(f"log-odds of {other}, change (nats)" for other in elsewhere)]  # fmt: skip
-        tables.append(_table(columns, rows, title=name))
+        tables.append(table(columns, rows, title=name))
     return tables
 
 
@@ -238,12 +202,12 @@ def converters(behaviours: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             ways = [c.get(f"quality_to_{side}") or {} for side in ("donor", "recipient")]
             keys = dict.fromkeys(k for quality in ways for k in quality if k != "warning")
-            rows = [{"title": k, "style": "", "cells": [_cell(plain(q.get(k))) for q in ways]} for k in keys]
+            rows = [{"title": k, "style": "", "cells": [cell(plain(q.get(k))) for q in ways]} for k in keys]
             about = [str(c.get("pair") or ""), str(c.get("method") or "")]
             about += [f"alpha {plain(c['alpha'])}"] if c.get("alpha") else []
             said = dict.fromkeys(str(w) for w in (c.get("warning"), *(q.get("warning") for q in ways)) if w)
             title = f"{name}: {', '.join(filter(None, about))}"
-            tables.append(_table(["held-out quality", "to donor", "to recipient"], rows, title, " ".join(said)))
+            tables.append(table(["held-out quality", "to donor", "to recipient"], rows, title, " ".join(said)))
     return tables
 
 
@@ -280,9 +244,9 @@ def costs(metrics: Metrics) -> list[dict[str, Any]]:
         cells: list[Cell] = []
         for unit in ("seconds", "flops"):
             ratio = ratios[unit]
-            cells += [_cell(plain(c.get(f"native_{unit}"))),
-                      _cell((plain(c.get(f"paste_{unit}")), parts if unit == "seconds" else "")),
-                      _cell("–" if ratio is None else ratio_words(ratio).removesuffix(" of"))]  # fmt: skip
+            cells += [cell(plain(c.get(f"native_{unit}"))),
+                      cell((plain(c.get(f"paste_{unit}")), parts if unit == "seconds" else "")),
+                      cell("–" if ratio is None else ratio_words(ratio).removesuffix(" of"))]  # fmt: skip
         rows.append({"title": name, "cells": cells, "style": ""})
     columns = [
         "behaviour",
@@ -293,23 +257,15 @@ def costs(metrics: Metrics) -> list[dict[str, Any]]:
         "paste (FLOPs)",
         "paste / native",
     ]
-    tables = [_table(columns, rows)] if rows else []
+    tables = [table(columns, rows)] if rows else []
     profiles = get(metrics, "profiles") or {}
     if profiles:
-        facts = [(who, ", ".join(f"{k} {plain(v)}" for k, v in _flat(p))) for who, p in profiles.items()]
-        tables.append(_facts("Profiles, made once per model and shared by all its pastes", facts))
+        each = [(who, ", ".join(f"{k} {plain(v)}" for k, v in flat(p))) for who, p in profiles.items()]
+        tables.append(facts("Profiles, made once per model and shared by all its pastes", each))
     return tables
 
 
 def provenance(metrics: Metrics) -> list[dict[str, Any]]:
     """The job and the environment, as they were recorded."""
-    parts = [(title, list(_flat(get(metrics, key)))) for title, key in (("Job", "job"), ("Environment", "environment"))]
-    return [_facts(title, rows) for title, rows in parts if rows]
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in (tree or {}).items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    parts = [(title, list(flat(get(metrics, key)))) for title, key in (("Job", "job"), ("Environment", "environment"))]
+    return [facts(title, rows) for title, rows in parts if rows]

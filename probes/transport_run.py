@@ -1,0 +1,330 @@
+"""A run folder of the transport of one model: the grid, and what its operators carry, predict and are worth."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workbench.atomic import make_parent, write_json, write_text
+from workbench.errors import UserError
+from workbench.hashes import tensor_bytes
+from workbench.maps.moments import Moments, total
+from workbench.maps.ridge import Choice
+from workbench.runs import Run, environment
+from workbench.sites import Site
+from workbench.tokens import check_tokens
+from workbench.transport.grid import TransportGrid, transport_grid
+from workbench.transport.pairs import SitePair, check_pairs, site_pairs
+from workbench.transport.positions import check_positions
+from workbench.transport.sums import Split
+
+from .efficiency import transport_efficiency
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.models import Model
+    from workbench.prompts import PromptSet
+
+    from .dictionaries import Dictionary
+
+log = logging.getLogger("workbench")
+MARKER, FORMAT = "transport.toml", "workbench.transport"
+MANY = 28
+"""pairs above which the causal table and the shortcuts are of neighbouring sites alone"""
+SEQUENCES = 128  # prompts of the causal figures
+BUNDLED_TEXT = "bundled:evaluation_text"  # held-out text of the kind that the bundled models were trained to predict
+FEATURE_PROMPTS = 512  # held-out prompts of the features' figures
+
+
+@dataclass(frozen=True)
+class TransportJob:
+    """What a run does: the command line and transport.toml."""
+
+    model: str
+    prompts: str
+    sites: tuple[str, ...] = ()
+    """every pair of these; none: of every resid_post"""
+    tokens: str = "all"
+    positions: str = "same"
+    alpha: Choice = "cv"
+    folds: int = 5
+    shards: int = 10
+    holdout: float = 0.25
+    seed: int = 0
+    dictionaries: tuple[str, ...] = ()
+    """folders, or bundled:NAME; those that come with the model are always read"""
+    text: str = ""
+    """prompts of the causal figures, by name; empty: the held-out ones (of bundled:recipient: bundled:evaluation_text)"""
+    grid_only: bool = False
+    """neither efficiency, features nor causal figures"""
+
+
+def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: TransportJob) -> Run:
+    """Runs a job to its end and returns its run folder: transport.toml, grid/, *.parquet, metrics.json, report.html.
+
+    Run again with the same arguments it keeps the steps that are done. Where a figure cannot be had (too few rows for
+    it, no dictionary), a warning says so and the others are made. Raises UserError for a folder that holds something
+    else, and what `transport_grid` raises.
+    """
+    from .transport_report import write_transport_report
+
+    run = Run(out)
+    if run.folder.exists() and (not run.folder.is_dir() or (any(run.folder.iterdir()) and not _is_run(run.folder))):
+        raise UserError(f"{run.folder} is not a transport run: it holds no {MARKER}; choose another folder")
+    _check(model, prompts, job)  # what is wrong is told before the work
+    dictionaries = _dictionaries(model, job)
+    make_parent(run.folder / MARKER)
+    text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
+    with run.alone(), run.logging():
+        _clear_stale(run.folder, text)
+        write_text(run.folder / MARKER, text)
+        metrics = _Steps(run, model, prompts, job, dictionaries).all()
+        write_json(run.folder / "environment.json", metrics["environment"])
+        write_json(run.folder / "metrics.json", metrics)
+        write_transport_report(run.folder)
+    return run
+
+
+def _check(model: Model, prompts: PromptSet, job: TransportJob) -> None:
+    check_tokens(job.tokens)
+    check_positions(job.positions)
+    sites = [model.site(s) for s in job.sites] if job.sites else [Site(layer) for layer in range(model.n_layers)]
+    check_pairs(site_pairs(sites))
+    Split.of(len(prompts), folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed)
+
+
+def _clear_stale(folder: Path, text: str) -> None:
+    """Results of another job are not this one's."""
+    file = folder / MARKER
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        for stale in (*folder.glob("*.parquet"), folder / "metrics.json", folder / "report.html"):
+            stale.unlink(missing_ok=True)
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of some tensors by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        for part in tensor_bytes(tensors[name]):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / MARKER).is_file()
+
+
+def _dictionaries(model: Model, job: TransportJob) -> list[Dictionary]:
+    from .dictionaries import Dictionary
+
+    if job.grid_only:
+        return []
+    names = list(job.dictionaries)
+    if model.name == "bundled:recipient":
+        names += [f"bundled:recipient.resid_post.{layer}" for layer in (1, 2, 3)]
+    found = [Dictionary.load(name) for name in dict.fromkeys(names)]
+    for name, one in zip(dict.fromkeys(names), found, strict=True):
+        if one.site is None:
+            raise UserError(f"dictionary {name} does not say which site it belongs to; its cfg.json needs a hook_name")
+        if one.width != model.width_of(model.site(one.site)):
+            raise UserError(f"dictionary {name} reads width {one.width}; {one.site} of {model.name} has width "
+                            f"{model.width_of(model.site(one.site))}")  # fmt: skip
+    return found
+
+
+class _Steps:
+    """The steps of one run; each is kept by the hash of what it depends on."""
+
+    def __init__(
+        self, run: Run, model: Model, prompts: PromptSet, job: TransportJob, dictionaries: Sequence[Dictionary]
+    ) -> None:
+        self.run, self.model, self.prompts, self.job, self.dictionaries = run, model, prompts, job, dictionaries
+        self.key: list[Any] = [model.fingerprint_id, prompts.hash, asdict(job), str(model.dtype)]
+
+    def all(self) -> dict[str, Any]:
+        files = ("grid",) if self.job.grid_only else ("grid", "efficiency.parquet", "means.safetensors")
+        made: dict[str, Any] = {"grid": self._step("grid", self._grid, files)}
+        self.grid = TransportGrid.load(self.run.folder / "grid")
+        if not self.job.grid_only:
+            made["efficiency"] = made["grid"].pop("efficiency")
+            split = Split.of(len(self.prompts), folds=self.job.folds, shards=self.job.shards, holdout=self.job.holdout,
+                             seed=self.job.seed)  # fmt: skip
+            held = [i for i, part in enumerate(split.part.tolist()) if part >= split.folds]
+            self.held = type(self.prompts)(tuple(self.prompts[i] for i in held), f"{self.prompts.name} (held out)")
+            if self.dictionaries:
+                read = [hash_of_tensors(d.tensors) for d in self.dictionaries]
+                made["features"] = self._step("features", self._features, read=read)
+            made["causal"] = self._step("causal", self._causal, read=self._text.hash)
+            made["shortcut"] = self._step("shortcut", self._shortcut, read=self._text.hash)
+        warnings = [*self.grid.warnings, *(w for part in made.values() for w in part.pop("warnings", []))]
+        job = {"name": f"Transport in {self.model.name}", **asdict(self.job), "n_prompts": len(self.prompts)}
+        return {"format": FORMAT, "schema": 1, "job": job, **made, "warnings": warnings, "environment": environment()}
+
+    def _step(self, name: str, make: Callable[[], Any], artefacts: tuple[str, ...] = (), *, read: Any = None) -> Any:
+        """read: what the step depends on beside the model, the prompts and the job."""
+        return self.run.step(name, [*self.key, read], make, artefacts or (f"{name}.parquet",))
+
+    def _write(self, name: str, table: pd.DataFrame) -> None:
+        table.to_parquet(self.run.folder / f"{name}.parquet", index=False)
+
+    def _grid(self) -> dict[str, Any]:
+        import pandas as pd
+
+        tables: list[pd.DataFrame] = []
+        sizes: list[dict[str, Any]] = []
+        notes: list[str] = []
+        means: dict[str, Tensor] = {}
+
+        def visit(pair: SitePair, block: str, parts: list[Moments], held: list[Moments]) -> None:
+            a, b = map(str, pair)
+            means[b] = total(parts).mean(b).cpu().float()
+            try:
+                found = transport_efficiency(parts, total(held), block, b, alpha=self.job.alpha)
+            except UserError as err:
+                notes.append(f"no efficiency of {a} to {b}: {err}")
+                return
+            names = (
+                "optimal",
+                "truncated",
+                "bound",
+                "ceiling",
+                "ceiling_corrected",
+                "efficiency",
+                "efficiency_truncated",
+            )
+            columns = {name: getattr(found, name).cpu().numpy() for name in names}
+            tables.append(pd.DataFrame({"source": a, "target": b, "rank": found.ranks.numpy(), **columns}))
+            last = {name: float(getattr(found, name)[-1]) for name in ("optimal", "bound", "efficiency")}
+            sizes.append({"source": a, "target": b, **last, **asdict(found.size)})
+
+        job = self.job
+        grid = transport_grid(
+            self.model, self.prompts, sites=job.sites or None, tokens=job.tokens, positions=job.positions,
+            alpha=job.alpha, folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed, keep_maps=True,
+            visit=None if job.grid_only else visit,
+        )  # fmt: skip
+        grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
+        keep = ("r2_uniform", "r2_uniform_low", "r2_uniform_high", "r2_weighted", "r2_whitened", "alpha")
+        lines = [{"source": r["source"], "target": r["target"], "bos": bool(r["bos"]), "arm": r["arm"],
+                  **{k: _number(r[k]) for k in keep}} for r in grid.frame().to_dict("records")]  # fmt: skip
+        made: dict[str, Any] = {"lines": lines, "meta": dict(grid.meta), "warnings": notes}
+        if not job.grid_only:
+            self._write("efficiency", pd.concat(tables) if tables else pd.DataFrame())
+            save_file(means, self.run.folder / "means.safetensors")
+            made["efficiency"] = {"sizes": sizes}
+        return made
+
+    @cached_property
+    def _text(self) -> PromptSet:
+        """What the causal figures are measured on: no map was fitted on it."""
+        name = self.job.text or (BUNDLED_TEXT if self.model.name == "bundled:recipient" else "")
+        return (type(self.prompts).load(name) if name else self.held)[:SEQUENCES]
+
+    def _features(self) -> dict[str, Any]:
+        import pandas as pd
+
+        from workbench.profile import profile_model
+
+        from .features import store_batches
+        from .verdicts import feature_verdicts
+
+        tables, counts, notes = [], [], []
+        if self.job.positions != "same":
+            notes.append(f"features are measured at the same token alone, not with positions={self.job.positions!r}")
+        wanted = {} if notes else {pair: d for pair in self.grid.pairs for d in self.dictionaries
+                                   if self.model.site(str(d.site)) == pair[1]}  # fmt: skip
+        if wanted:
+            sites = sorted({site for pair in wanted for site in pair})
+            with profile_model(self.model, self.held[:FEATURE_PROMPTS], sites=sites, tokens=self.job.tokens) as store:
+                for (a, b), dictionary in wanted.items():
+                    found = feature_verdicts(self.grid.operators[a, b], dictionary, store_batches(store, a, b),
+                                             control=self.grid.controls.get((a, b)))  # fmt: skip
+                    table = _of_pair(found.frame().reset_index(), a, b)
+                    tables.append(table)
+                    median = {"r2": found.operator.median("r2"), "identity_r2": found.identity.median("r2")}
+                    if found.control is not None:
+                        median["control_r2"] = found.control.median("r2")
+                    counts.append({"source": str(a), "target": str(b), **found.counts, "tokens": found.operator.tokens,
+                                   "f1": _number(found.operator.median("f1")),
+                                   **{k: _number(v) for k, v in median.items()}})  # fmt: skip
+        self._write("features", pd.concat(tables).reset_index(drop=True) if tables else pd.DataFrame())
+        return {"pairs": counts, "warnings": notes}
+
+    def _chosen(self) -> list[SitePair]:
+        """The pairs of the causal figures."""
+        pairs = self.grid.pairs
+        return pairs if len(pairs) <= MANY else [(a, b) for a, b in pairs if b.layer - a.layer <= 1]
+
+    def _causal(self) -> dict[str, Any]:
+        import pandas as pd
+
+        from workbench.evaluate.causal import causal_effects
+
+        if self.job.positions != "same":
+            self._write("causal", pd.DataFrame())
+            return {
+                "warnings": [f"causal arms write at the same token alone, not with positions={self.job.positions!r}"]
+            }
+        tables, about = [], {}
+        means = load_file(self.run.folder / "means.safetensors")
+        for a, b in self._chosen():
+            found = causal_effects(
+                self.model, self.held[:SEQUENCES], a, b, self.grid.operators[a, b], mean=means[str(b)]
+            )
+            tables.append(_of_pair(found.frame().reset_index(), a, b))
+            about = {
+                "prompts": self._text.name,
+                "sequences": found.n_sequences,
+                "tokens": found.n_tokens,
+                "positions": found.positions,
+            }
+        every = pd.concat(tables).reset_index(drop=True)
+        self._write("causal", every)
+        return {**about, "lines": _records(every)}
+
+    def _shortcut(self) -> dict[str, Any]:
+        import pandas as pd
+
+        from workbench.evaluate.shortcut import greedy_skips, shortcut_curve
+
+        jumps = {(a.layer, b.layer - a.layer): self.grid.operators[a, b] for a, b in self._chosen()
+                 if a.point == b.point == "resid_post"}  # fmt: skip
+        if self.job.positions != "same" or not jumps:
+            self._write("shortcut", pd.DataFrame())
+            return {"warnings": ["blocks are skipped between resid_post sites at the same token alone"]}
+        some = self._text
+        single = shortcut_curve(self.model, some, jumps).frame()
+        half = len(some) // 2
+        greedy = (
+            greedy_skips(self.model, some[:half], jumps, budget=2.0, held_out=some[half:]).frame()
+            if half
+            else single[:0]
+        )
+        both = pd.concat([single.assign(search="single"), greedy.assign(search="greedy")]).reset_index(drop=True)
+        self._write("shortcut", both)
+        return {"lines": _records(both)}
+
+
+def _of_pair(table: pd.DataFrame, a: Site, b: Site) -> pd.DataFrame:
+    return table.assign(source=str(a), target=str(b))
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): _number(v) if isinstance(v, float) else v for k, v in line.items()}
+            for line in table.to_dict("records")]  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return value if value == value and abs(value) != float("inf") else None

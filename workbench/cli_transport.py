@@ -1,0 +1,97 @@
+"""`workbench transport`: how linearly a model carries its layers on, as a run folder with a report.
+
+It is the one verb that asks questions of fitted maps, and so the one that reaches up into the probes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_errors import stops_told
+from .cli_values import alpha_value, names_of, printed_json, printed_table, site_list
+from .errors import UserError
+
+
+def transport(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="hub id, local folder, bundled:recipient")],
+    prompts: Annotated[str, typer.Option(help="bundled:NAME, hub:owner/name, or a .txt, .jsonl, .csv, .parquet file")],
+    out: Annotated[Path, typer.Option(help="run folder to make, or to go on with")],
+    layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these [all]")] = None,
+    sites: Annotated[str | None, typer.Option(help="such as resid_pre.0,resid_post.4, in place of --layers")] = None,
+    tokens: Annotated[str, typer.Option(help="last, all, first:n, last:n, every:n, response, assistant, user")] = "all",
+    positions: Annotated[str, typer.Option(help="where a row starts from: same, previous, random, shuffled")] = "same",
+    alpha: Annotated[str, typer.Option(help="cv (folds of prompts), gcv, or a number in mean diagonals of X'X")] = "cv",
+    folds: Annotated[int, typer.Option(min=2, help="parts of the training prompts")] = 5,
+    shards: Annotated[int, typer.Option(min=2, help="parts of the held-out prompts: intervals come from these")] = 10,
+    holdout: Annotated[float, typer.Option(help="share of the prompts that no map sees")] = 0.25,
+    dictionary: Annotated[
+        list[str] | None, typer.Option(help="sparse autoencoder at a target: folder, file or bundled:NAME; repeatable")
+    ] = None,
+    text: Annotated[str, typer.Option(help="prompts of the causal figures [the held-out ones of --prompts]")] = "",
+    grid_only: Annotated[bool, typer.Option("--grid-only", help="no efficiency, features or causal figures")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split, the draws and --limit")] = 0,
+    dtype: Annotated[str, typer.Option(help="to run in: auto, float32, float16, bfloat16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map")] = "auto",
+    backend: Annotated[str, typer.Option(help="how it is read and edited: hooks, transformer-lens, nnsight")] = "hooks",
+    as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
+) -> None:
+    """Fits and scores linear maps between all pairs of a model's layers, and writes a report.
+
+    Held-out R2 beside baselines and a shuffled control; then, of those maps, their efficiency by rank, the features
+    that they carry (where there is a dictionary), and what they are worth to the model.
+    """
+    named = site_list(sites, layers)
+    strength: Any = "gcv" if alpha == "gcv" else alpha_value(alpha)
+    from probes.transport_run import TransportJob, run_transport
+
+    from .models import load
+    from .prompts import PromptSet
+    from .transport.positions import check_positions
+
+    check_positions(positions)
+    if not 0 < holdout < 1:
+        raise UserError(f"--holdout is a share of the prompts between 0 and 1; got {holdout:g}")
+    read = PromptSet.load(prompts, limit=limit, seed=seed if limit is not None else None)
+    loaded = load(model, dtype=dtype, device=device, backend=backend)
+    chosen = () if named is None else tuple(str(loaded.site(s)) for s in named)
+    job = TransportJob(
+        loaded.name, prompts, chosen, tokens, positions, strength, folds, shards, holdout, seed,
+        tuple(name for given in dictionary or [] for name in names_of(given)), text, grid_only,
+    )  # fmt: skip
+    with stops_told():
+        run = run_transport(loaded, read, out, job)
+    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    if as_json:
+        return printed_json(metrics)
+    printed_table(_table(metrics))
+    for warning in metrics["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"report: {run.folder / 'report.html'}")
+
+
+def _table(metrics: dict[str, Any]) -> Any:
+    """Pairs down, arms across, without BOS; with BOS the operator alone."""
+    from rich.table import Table
+
+    lines = metrics["grid"]["lines"]
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    bos = any(line["bos"] for line in lines)
+    table = Table(title="held-out R2, mean over dimensions, with 95 % intervals", title_justify="left")
+    for name in ("source", "target", *arms, *(["ridge with BOS"] if bos else [])):
+        table.add_column(name, justify="left" if name in ("source", "target") else "right")
+    cells: dict[tuple[str, str], dict[tuple[str, bool], str]] = {}
+    for line in lines:
+        low, high = line["r2_uniform_low"], line["r2_uniform_high"]
+        text = "" if line["r2_uniform"] is None else f"{line['r2_uniform']:.4f}"
+        if line["arm"] in ("ridge", "shuffled") and low is not None and high is not None:
+            text += f" ({low:.4f} to {high:.4f})"
+        cells.setdefault((line["source"], line["target"]), {})[line["arm"], line["bos"]] = text
+    for (a, b), found in cells.items():
+        row = [found.get((arm, False), "") for arm in arms]
+        table.add_row(a, b, *row, *([found.get(("ridge", True), "")] if bos else []))
+    return table
