@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workbench.atomic import make_parent, write_json, write_text
 from workbench.errors import UserError
-from workbench.hashes import tensor_bytes
 from workbench.maps.moments import Moments, total
-from workbench.maps.ridge import Choice
 from workbench.runs import Run, environment
 from workbench.sites import Site
-from workbench.tokens import check_tokens
 from workbench.transport.grid import TransportGrid, transport_grid
-from workbench.transport.pairs import SitePair, check_pairs, site_pairs
-from workbench.transport.positions import check_positions
+from workbench.transport.pairs import SitePair
 from workbench.transport.sums import Split
 
 from .efficiency import transport_efficiency
+from .features import Batch, store_batches
+from .transport_job import TransportJob, check_job, dictionaries_of, hash_of_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.models import Model
     from workbench.prompts import PromptSet
+    from workbench.store import Store
 
     from .dictionaries import Dictionary
 
@@ -44,29 +43,6 @@ MANY = 28
 SEQUENCES = 128  # prompts of the causal figures
 BUNDLED_TEXT = "bundled:evaluation_text"  # held-out text of the kind that the bundled models were trained to predict
 FEATURE_PROMPTS = 512  # held-out prompts of the features' figures
-
-
-@dataclass(frozen=True)
-class TransportJob:
-    """What a run does: the command line and transport.toml."""
-
-    model: str
-    prompts: str
-    sites: tuple[str, ...] = ()
-    """every pair of these; none: of every resid_post"""
-    tokens: str = "all"
-    positions: str = "same"
-    alpha: Choice = "cv"
-    folds: int = 5
-    shards: int = 10
-    holdout: float = 0.25
-    seed: int = 0
-    dictionaries: tuple[str, ...] = ()
-    """folders, or bundled:NAME; those that come with the model are always read"""
-    text: str = ""
-    """prompts of the causal figures, by name; empty: the held-out ones (of bundled:recipient: bundled:evaluation_text)"""
-    grid_only: bool = False
-    """neither efficiency, features nor causal figures"""
 
 
 def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: TransportJob) -> Run:
@@ -81,8 +57,8 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     run = Run(out)
     if run.folder.exists() and (not run.folder.is_dir() or (any(run.folder.iterdir()) and not _is_run(run.folder))):
         raise UserError(f"{run.folder} is not a transport run: it holds no {MARKER}; choose another folder")
-    _check(model, prompts, job)  # what is wrong is told before the work
-    dictionaries = _dictionaries(model, job)
+    check_job(model, prompts, job)  # what is wrong is told before the work
+    dictionaries = dictionaries_of(model, job)
     make_parent(run.folder / MARKER)
     text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
     with run.alone(), run.logging():
@@ -95,14 +71,6 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     return run
 
 
-def _check(model: Model, prompts: PromptSet, job: TransportJob) -> None:
-    check_tokens(job.tokens)
-    check_positions(job.positions)
-    sites = [model.site(s) for s in job.sites] if job.sites else [Site(layer) for layer in range(model.n_layers)]
-    check_pairs(site_pairs(sites))
-    Split.of(len(prompts), folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed)
-
-
 def _clear_stale(folder: Path, text: str) -> None:
     """Results of another job are not this one's."""
     file = folder / MARKER
@@ -111,36 +79,8 @@ def _clear_stale(folder: Path, text: str) -> None:
             stale.unlink(missing_ok=True)
 
 
-def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of some tensors by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        for part in tensor_bytes(tensors[name]):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _is_run(folder: Path) -> bool:
     return (folder / MARKER).is_file()
-
-
-def _dictionaries(model: Model, job: TransportJob) -> list[Dictionary]:
-    from .dictionaries import Dictionary
-
-    if job.grid_only:
-        return []
-    names = list(job.dictionaries)
-    if model.name == "bundled:recipient":
-        names += [f"bundled:recipient.resid_post.{layer}" for layer in (1, 2, 3)]
-    found = [Dictionary.load(name) for name in dict.fromkeys(names)]
-    for name, one in zip(dict.fromkeys(names), found, strict=True):
-        if one.site is None:
-            raise UserError(f"dictionary {name} does not say which site it belongs to; its cfg.json needs a hook_name")
-        if one.width != model.width_of(model.site(one.site)):
-            raise UserError(f"dictionary {name} reads width {one.width}; {one.site} of {model.name} has width "
-                            f"{model.width_of(model.site(one.site))}")  # fmt: skip
-    return found
 
 
 class _Steps:
@@ -236,7 +176,6 @@ class _Steps:
 
         from workbench.profile import profile_model
 
-        from .features import store_batches
         from .verdicts import feature_verdicts
 
         tables, counts, notes = [], [], []
@@ -248,7 +187,7 @@ class _Steps:
             sites = sorted({site for pair in wanted for site in pair})
             with profile_model(self.model, self.held[:FEATURE_PROMPTS], sites=sites, tokens=self.job.tokens) as store:
                 for (a, b), dictionary in wanted.items():
-                    found = feature_verdicts(self.grid.operators[a, b], dictionary, store_batches(store, a, b),
+                    found = feature_verdicts(self.grid.operators[a, b], dictionary, _without_first(store, a, b),
                                              control=self.grid.controls.get((a, b)))  # fmt: skip
                     table = _of_pair(found.frame().reset_index(), a, b)
                     tables.append(table)
@@ -279,9 +218,7 @@ class _Steps:
         tables, about = [], {}
         means = load_file(self.run.folder / "means.safetensors")
         for a, b in self._chosen():
-            found = causal_effects(
-                self.model, self.held[:SEQUENCES], a, b, self.grid.operators[a, b], mean=means[str(b)]
-            )
+            found = causal_effects(self.model, self._text, a, b, self.grid.operators[a, b], mean=means[str(b)])
             tables.append(_of_pair(found.frame().reset_index(), a, b))
             about = {
                 "prompts": self._text.name,
@@ -314,6 +251,14 @@ class _Steps:
         both = pd.concat([single.assign(search="single"), greedy.assign(search="greedy")]).reset_index(drop=True)
         self._write("shortcut", both)
         return {"lines": _records(both)}
+
+
+def _without_first(store: Store, a: Site, b: Site) -> Iterator[Batch]:
+    """The rows of a pair that the grid is made of: without those at position 0."""
+    later, start = torch.from_numpy(store.rows(["position"])["position"].to_numpy() > 0), 0
+    for x, y, prompt in store_batches(store, a, b):
+        keep, start = later[start : start + len(x)], start + len(x)
+        yield x[keep], y[keep], prompt[keep]
 
 
 def _of_pair(table: pd.DataFrame, a: Site, b: Site) -> pd.DataFrame:

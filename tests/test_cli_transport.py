@@ -50,6 +50,7 @@ def test_the_run_folder_holds_the_grid_and_every_figure(run):
     sizes = metrics["efficiency"]["sizes"]
     assert all(0 < s["efficiency"] <= 1 and s["wachter_count"] > 0 for s in sizes)
     assert all(p["transported"] > 0 and p["r2"] > p["control_r2"] for p in metrics["features"]["pairs"])
+    assert {p["tokens"] for p in metrics["features"]["pairs"]} == {cells[0]["n_held_out"]}
     by_arm = {(x["source"], x["target"], x["arm"]): x for x in metrics["causal"]["lines"]}
     for a, b in pairs:
         assert by_arm[a, b, "transported"]["delta"] < by_arm[a, b, "mean"]["delta"]

@@ -47,7 +47,8 @@ def transport(
     """
     named = site_list(sites, layers)
     strength: Any = "gcv" if alpha == "gcv" else alpha_value(alpha)
-    from probes.transport_run import TransportJob, run_transport
+    from probes.transport_job import TransportJob
+    from probes.transport_run import run_transport
 
     from .models import load
     from .prompts import PromptSet
