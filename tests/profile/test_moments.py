@@ -115,7 +115,7 @@ def test_what_others_put_among_unfinished_sums_stays(llama, tmp_path):
     profile_moments(llama, PROMPTS, tmp_path / "m")
     assert (tmp_path / ".m.moments-partial" / "mine" / "thesis.txt").exists()
     (tmp_path / ".n.moments-partial").symlink_to(tmp_path / "m")
-    with pytest.raises(UserError, match="is a link, and unfinished moments are kept in a folder of their own"):
+    with pytest.raises(UserError, match="is a link, and unfinished work lies in folders of its own"):
         profile_moments(llama, PROMPTS, tmp_path / "n")
 
 

@@ -161,12 +161,14 @@ def test_where_a_model_lies_is_no_other_profile(llama):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_another_plan_begins_afresh(llama, tmp_path, monkeypatch):
+def test_another_plan_is_refused_what_a_run_has_kept_unless_told(llama, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(llama, patch, 2)
         with pytest.raises(Killed):
             profile_model(llama, PROMPTS, tmp_path / "s")
-    store = profile_model(llama, PROMPTS, tmp_path / "s", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"holds \d+ finished blocks \(\d+ bytes\) of a run with other arguments"):
+        profile_model(llama, PROMPTS, tmp_path / "s", dtype="bfloat16")
+    store = profile_model(llama, PROMPTS, tmp_path / "s", dtype="bfloat16", overwrite=True)
     assert torch.equal(store.read(1), profile_model(llama, PROMPTS).read(1).bfloat16())
     store.verify()
 

@@ -416,7 +416,7 @@ def test_nothing_is_listed_that_only_looks_like_ours(tmp_path):
 
 
 def test_what_killed_runs_of_every_kind_leave_is_found(tmp_path):
-    made = {".m.partial": ["lock", "now.json", "after-3/fold-0.safetensors"], ".s.repair-abcdefgh": ["lock", "shard"],
+    made = {".m.moments-partial": ["lock", "now.json", "after-3/fold-0.safetensors"], ".s.repair-abcdefgh": ["lock", "shard"],
             ".x.partial.removed-abcdefgh": ["store/shards/00001.safetensors"], ".e.partial-abcdefgh": ["export.json"],
             ".e.old-abcdefgh": ["was/data.npy"], ".f.old-abcdefgh": ["was/data.npy"], "f": ["data.npy"],
             ".t.old-abcdefgh": ["thesis.tex"], ".u.partial.removed-abcdefgh": ["thesis.tex"],
@@ -425,14 +425,14 @@ def test_what_killed_runs_of_every_kind_leave_is_found(tmp_path):
         for name in files:
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / name).write_text("x")
-    with held(tmp_path / ".m.partial"):
-        assert {one.path.name: one.kept for one in find_leftovers(tmp_path, temporary=False)}[".m.partial"]
-    (tmp_path / ".m.partial" / "lock").touch()
+    with held(tmp_path / ".m.moments-partial"):
+        assert {one.path.name: one.kept for one in find_leftovers(tmp_path, temporary=False)}[".m.moments-partial"]
+    (tmp_path / ".m.moments-partial" / "lock").touch()
     done = {one.path.name: (one.kind, one.kept) for one in remove_leftovers(find_leftovers(tmp_path, temporary=False))}
     kept = {".e.old-abcdefgh", ".e.partial-abcdefgh"}
     assert {name for name, (_, why) in done.items() if why} == kept
     assert "holds the only copy of e: rename" in done[".e.old-abcdefgh"][1]
-    gone = {".m.partial", ".s.repair-abcdefgh", ".x.partial.removed-abcdefgh", ".f.old-abcdefgh"}
+    gone = {".m.moments-partial", ".s.repair-abcdefgh", ".x.partial.removed-abcdefgh", ".f.old-abcdefgh"}
     assert done.keys() == kept | gone
     assert {p.name for p in tmp_path.iterdir()} == made.keys() - gone
 
