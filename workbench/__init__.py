@@ -30,6 +30,8 @@ _HOME = {
     "import_store": "store.imports",
     "pair_rows": "alignment",
     "verify_backends": "verification",
+    "TransportGrid": "transport",
+    "transport_grid": "transport",
     "LinearMap": "maps.linear_map",
     "Moments": "maps.moments",
     "fit_ridge": "maps.fit",
