@@ -84,15 +84,16 @@ def test_ctrl_c_at_the_command_line_is_one_line_and_exit_code_130(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": p.user}) + "\n" for p in PROMPTS))
     script = textwrap.dedent("""
         import os, signal, sys
-        from workbench import cli, models
+        from workbench import cli
         from workbench.profile import plan as profile_plan
-        profile_plan.BLOCK_ROWS, calls, run = 3, [0], models.Model.run
+        from workbench.profile.run import BlockRunner
+        profile_plan.BLOCK_ROWS, calls, forward = 3, [0], BlockRunner._forward
         def counted(self, *args, **kwargs):
             calls[0] += 1
             if calls[0] == int(sys.argv[1]):
                 os.kill(os.getpid(), signal.SIGINT)
-            return run(self, *args, **kwargs)
-        models.Model.run = counted
+            return forward(self, *args, **kwargs)
+        BlockRunner._forward = counted
         cli.app(sys.argv[2:], prog_name="workbench")
     """)
 
