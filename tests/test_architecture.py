@@ -96,7 +96,7 @@ def test_maps_know_tensors_and_nothing_of_models():
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "report_page"),
-         ("cli", "cli_transport", "cli_errors", "cli_values", "__main__")),
+         ("cli", "cli_profile", "cli_stores", "cli_transport", "cli_options", "cli_errors", "cli_values", "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_options import Json, Out, Overwrite
 from .cli_values import names_of, printed_json, printed_table
 from .errors import UserError
 
@@ -15,11 +16,8 @@ stores = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")]
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="folder that holds stores, however deep")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="folder that `workbench profile` made")]
-Out = Annotated[Path, typer.Option(help="folder to make")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace --out where it exists")]
 Yes = Annotated[bool, typer.Option("--yes", help="do remove; without it, only say what would be")]
 NOT_WHOLE = 1  # exit code where something is wrong with a store
 

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import stops_told
+from .cli_options import MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json
 from .cli_values import alpha_value, names_of, printed_json, printed_table, site_list
 from .errors import UserError
 
 
 def transport(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="hub id, local folder, bundled:recipient")],
-    prompts: Annotated[str, typer.Option(help="bundled:NAME, hub:owner/name, or a .txt, .jsonl, .csv, .parquet file")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)],
     out: Annotated[Path, typer.Option(help="run folder to make, or to go on with")],
     layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these [all]")] = None,
     sites: Annotated[str | None, typer.Option(help="such as resid_pre.0,resid_post.4, in place of --layers")] = None,
@@ -35,10 +36,10 @@ def transport(
     grid_only: Annotated[bool, typer.Option("--grid-only", help="no efficiency, features or causal figures")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split, the draws and --limit")] = 0,
-    dtype: Annotated[str, typer.Option(help="to run in: auto, float32, float16, bfloat16")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map")] = "auto",
-    backend: Annotated[str, typer.Option(help="how it is read and edited: hooks, transformer-lens, nnsight")] = "hooks",
-    as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "hooks",
+    as_json: Json = False,
 ) -> None:
     """Fits and scores linear maps between all pairs of a model's layers, and writes a report.
 

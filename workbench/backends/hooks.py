@@ -24,7 +24,7 @@ def callee(model: Model, method: Method) -> Callable[..., Any]:
 
 
 class HooksBackend:
-    """See `backends.Backend`."""
+    """See `backends.Backend`. The others differ from it in how they attach a function to a site, and in what they call."""
 
     name = "hooks"
 
@@ -34,12 +34,12 @@ class HooksBackend:
     def read(
         self, model: Model, sites: Sequence[Site], take: torch_hooks.Take | None = None
     ) -> AbstractContextManager[dict[Site, Tensor]]:
-        return torch_hooks.read(model, sites, take)
+        return torch_hooks.read(model, sites, take, attach=self._attach)
 
     def edit(
         self, model: Model, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Any = None
     ) -> AbstractContextManager[None]:
-        return torch_hooks.edit(model, edits, prompt_lengths)
+        return torch_hooks.edit(model, edits, prompt_lengths, attach=self._attach)
 
     def call(self, model: Model, method: Method, options: Mapping[str, Any], stop_after: int | None = None) -> Any:
         run = callee(model, method)
@@ -48,3 +48,6 @@ class HooksBackend:
         with torch_hooks.stop_after(model, stop_after), suppress(torch_hooks.Stop):
             run(**options)
         return None
+
+    def _attach(self, model: Model, taps: Sequence[torch_hooks.Tap]) -> AbstractContextManager[None]:
+        return torch_hooks.attach(model, taps)

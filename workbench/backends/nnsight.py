@@ -14,16 +14,14 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..anatomy import Anatomy, resolve
 from ..errors import UserError
-from ..sites import Site
 from . import Method, torch_hooks
 from .hooks import HooksBackend, callee
 
@@ -164,7 +162,7 @@ def _trace(carrier: Envoy, run: Callable[[None], None], visits: list[_Visit], en
                 tracer.stop()
 
 
-class NnsightBackend:
+class NnsightBackend(HooksBackend):
     """See `backends.Backend`. `source` is the nnsight model, for whatever else it can do."""
 
     name = "nnsight"
@@ -176,22 +174,9 @@ class NnsightBackend:
         self._envoys: dict[int, Envoy] = {}
         self._order: dict[tuple[int, bool], int] = {}
 
-    def anatomy(self, model: Model) -> list[Anatomy]:
-        return resolve(model)
-
-    def read(
-        self, model: Model, sites: Sequence[Site], take: torch_hooks.Take | None = None
-    ) -> AbstractContextManager[dict[Site, Tensor]]:
-        return torch_hooks.read(model, sites, take, attach=self._attach)
-
-    def edit(
-        self, model: Model, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Any = None
-    ) -> AbstractContextManager[None]:
-        return torch_hooks.edit(model, edits, prompt_lengths, attach=self._attach)
-
     def call(self, model: Model, method: Method, options: Mapping[str, Any], stop_after: int | None = None) -> Any:
         if not self._hooks:
-            return HooksBackend().call(model, method, options, stop_after)
+            return super().call(model, method, options, stop_after)
         with self._lock:
             if self._busy:
                 raise UserError("an edit or a take called the model whose pass it is part of; nnsight cannot run one pass "

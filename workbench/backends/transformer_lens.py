@@ -11,8 +11,8 @@ Compatibility mode (weights folded, the stream centred) is another basis, and is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, check, resolve
 from ..errors import UserError
 from ..sites import POINTS, Site
-from . import Method, torch_hooks
+from . import torch_hooks
 from .hooks import HooksBackend
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def opened(bridge: TransformerBridge) -> tuple[Any, Any]:
     return module, bridge.tokenizer
 
 
-class TransformerLensBackend:
+class TransformerLensBackend(HooksBackend):
     """See `backends.Backend`. `bridge` is the `TransformerBridge` of the model, for whatever else it can do."""
 
     name = "transformer-lens"
@@ -93,19 +93,6 @@ class TransformerLensBackend:
                 lacking.append("resid_mid")
             found.append(anatomy.without(lacking, "TransformerLens has no hook there in this family"))
         return found
-
-    def read(
-        self, model: Model, sites: Sequence[Site], take: torch_hooks.Take | None = None
-    ) -> AbstractContextManager[dict[Site, Tensor]]:
-        return torch_hooks.read(model, sites, take, attach=self._attach)
-
-    def edit(
-        self, model: Model, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Any = None
-    ) -> AbstractContextManager[None]:
-        return torch_hooks.edit(model, edits, prompt_lengths, attach=self._attach)
-
-    def call(self, model: Model, method: Method, options: Mapping[str, Any], stop_after: int | None = None) -> Any:
-        return HooksBackend().call(model, method, options, stop_after)
 
     @contextmanager
     def _attach(self, model: Model, taps: Sequence[torch_hooks.Tap]) -> Iterator[None]:

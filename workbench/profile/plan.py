@@ -21,7 +21,8 @@ from ..prompts import PromptSet
 from ..rendering import CHUNK, encode_spans, leading_ids, render, special_ids
 from ..sites import Site
 from ..store.checks import DTYPES, FORMAT, SCHEMA
-from ..tokens import Policy, check_tokens, choose, policy_name
+from ..tokens import Policy, choose, policy_name
+from .arguments import check_arguments
 from .spool import Spool, windows
 
 if TYPE_CHECKING:
@@ -138,14 +139,10 @@ def make_plan(
     for_store: False allows rows of float64, which no store holds.
     """
     prompts = PromptSet.load(prompts)
-    check_tokens(tokens)
+    allowed = DTYPES if for_store else ROW_DTYPES
+    check_arguments(sites=sites, tokens=tokens, dtype=dtype, batch_tokens=batch_tokens, dtypes=tuple(allowed))
     if not len(prompts):
         raise UserError(f"{prompts.name}: no prompts to profile; give at least one")
-    allowed = DTYPES if for_store else ROW_DTYPES
-    if dtype != "auto" and dtype not in allowed:
-        raise UserError(f"unknown dtype {dtype!r} of a profile; allowed: auto, {', '.join(allowed)}")
-    if batch_tokens < 1:
-        raise UserError(f"batch_tokens={batch_tokens}: give at least 1 (8192, say)")
     context = model.max_length
     if max_length is not None and not 1 <= max_length <= context:
         raise UserError(f"max_length={max_length} is not within the model's context of 1 to {context} tokens")

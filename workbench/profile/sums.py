@@ -25,6 +25,7 @@ from ..interrupts import Stopped, first_interrupt_noted
 from ..maps.moments import Moments
 from ..progress import progress
 from ..sites import Site
+from ..store.checks import MOMENTS, MOMENTS_FORMAT
 from ..store.locks import claim
 from ..tokens import Policy
 from . import plan as plans
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workbench")
 Pairs = Sequence[tuple[Site | str | int, Site | str | int]]
-MARKER = "moments.json"
-FORMAT = "workbench.profile_moments"
 SAVE_EVERY = 30.0  # seconds
 SAVE_SHARE = 20  # and at least so many times what the last save took
 
@@ -95,9 +94,11 @@ def profile_moments(
             saved.save(sums)
             raise Stopped(f"stopped: {sums.done} of {len(plan.blocks)} blocks are kept; run the same again to go "
                           "on") from None  # fmt: skip
-        with staged_folder(path, marker=MARKER, overwrite=overwrite) as folder:
+        with staged_folder(path, marker=MOMENTS, overwrite=overwrite) as folder:
             files = _write_folds(sums.folds, folder)
-            write_json(folder / MARKER, {**plan.manifest, "format": FORMAT, "schema": 1, **about, "files": files})
+            write_json(
+                folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files}
+            )
         saved.remove()
     return sums.folds
 
@@ -106,9 +107,9 @@ def load_moments(path: str | Path) -> list[Moments]:
     """Reads the folder that `profile_moments` made; UserError where it is none or a file is damaged."""
     path = Path(path).expanduser()
     try:
-        about = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise UserError(f"{path}: its {MARKER} is not that of profiled moments (format {FORMAT!r})")
+        about = json.loads((path / MOMENTS).read_text(encoding="utf-8"))
+        if about["format"] != MOMENTS_FORMAT:
+            raise UserError(f"{path}: its {MOMENTS} is not that of profiled moments (format {MOMENTS_FORMAT!r})")
         names, hashes = [f"fold-{i}.safetensors" for i in range(about["folds"])], about["files"]
         damaged = [name for name in names if file_hash(path / name) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -252,7 +253,7 @@ class _Saved:
     def save(self, sums: _Sums) -> None:
         folder = self.folder / f"after-{sums.done}"
         if not folder.exists():
-            with staged_folder(folder, marker=MARKER) as new:
+            with staged_folder(folder, marker=MOMENTS) as new:
                 _write_folds(sums.folds, new)
         write_json(self.folder / "now.json", {"key": self.key, "done": sums.done})
         self._clear(but=folder)

@@ -20,6 +20,7 @@ FORMAT = "workbench.store"
 SCHEMA = 2
 MANIFEST = "manifest.json"
 MOMENTS = "moments.json"  # in its place in a folder that `profile_moments` made
+MOMENTS_FORMAT = "workbench.profile_moments"
 TABLES = ("rows.parquet", "prompts.parquet")
 MANIFEST_BYTES = 256 << 20  # of a manifest at most: a hundred thousand shards
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".dill")

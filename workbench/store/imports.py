@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,7 +30,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)")
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """Activations in somebody's file: what it says of them, and how to read them. Row i is of prompt i // per_prompt."""
 
     kind: str
@@ -48,9 +49,9 @@ class Source:
     """Of the rows of each prompt, where they are known."""
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> dict[Site, Tensor]:
         """The rows [(stop - start) * per_prompt, d] of prompts [start, stop) at each site."""
-        raise NotImplementedError
 
     def token_ids(self, start: int, stop: int) -> list[int] | None:
         """The token of each of those rows, where they are known."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..sites import Site
-from .checks import FORMAT, MANIFEST, MOMENTS, TABLES
+from .checks import FORMAT, MANIFEST, MOMENTS, MOMENTS_FORMAT, TABLES
 from .leftovers import size_of, target_of
 from .locks import is_held
 from .store import Store
@@ -105,7 +105,7 @@ def _moments(path: Path) -> Listed | None:
     """A folder of `profile_moments`; None where its file says that it is something else."""
     try:
         about = json.loads((path / MOMENTS).read_text(encoding="utf-8"))
-        if about["format"] != "workbench.profile_moments":
+        if about["format"] != MOMENTS_FORMAT:
             return None
         told = (about["model"]["name"], about["prompts"]["name"], about["n_rows"], sorted(about["sites"]),
                 about["tokens"], "moments")  # fmt: skip
