@@ -130,7 +130,7 @@ def read_throughput(
     `batches` are those of `iter_batches`, every page in memory when a batch is handed over; `summed` adds up their
     values too; `read` is `Store.read` of a whole site at a time, into fresh memory (`fresh` is what filling as much
     fresh memory takes by itself, which no reader into it can beat). Each is the median of `repeats`, taken in turns;
-    `ratio_*` are to `dd` of the same kind.
+    `ratio_*` are to `dd` of the same kind. Warm is what a cold `dd` has left in memory, the same for all.
     """
     path = folder / f"store-{n_bytes}-{n_sites}-{width}"
     n_rows = n_bytes // (4 * width * n_sites)
@@ -158,6 +158,9 @@ def read_throughput(
         for way, run in order[turn % len(order) :] + order[: turn % len(order)]:
             found["dropped_by"] = drop_caches(files)
             times[f"{way}_cold"].append(seconds(run))
+        drop_caches(files)
+        dd(files)
+        for way, run in order[turn % len(order) :] + order[: turn % len(order)]:
             times[f"{way}_warm"].append(seconds(run))
     for key, taken in times.items():
         found[f"{key}_bytes_per_s"] = store.n_bytes / statistics.median(taken)

@@ -184,6 +184,19 @@ def test_a_batch_is_the_readers_own(store):
     assert torch.equal(store.read(0), values(Site(0)))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_memory_is_lent_again_only_when_no_batch_uses_it(store, monkeypatch, dtype):
+    monkeypatch.setattr(store_batches, "GROUP", 1)
+    x = values(Site(0)).to(dtype or torch.float32)
+    rows = torch.stack([batch[0, :3] for batch in store.iter_batches(0, 1, dtype=dtype)])  # a copy, at once
+    views = [batch[0, :3] for batch in store.iter_batches(0, 1, dtype=dtype)]  # parts of the batches, kept
+    assert torch.equal(rows, x[:, :3])
+    assert torch.equal(torch.stack(views), x[:, :3])
+    assert len({view.data_ptr() for view in views}) == N
+    used = {batch.data_ptr() for batch in store.iter_batches(0, 1, dtype=dtype)}
+    assert len(used) < N
+
+
 def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("store-batches")]
 
@@ -208,8 +221,8 @@ def test_the_reading_thread_ends_with_the_iterator(store, monkeypatch):
 def test_no_more_is_read_ahead_than_said(store, monkeypatch):
     monkeypatch.setattr(store_batches, "GROUP", 1)
     read = []
-    real = RowFiles.map
-    monkeypatch.setattr(RowFiles, "map", lambda *args: (read.append(1), real(*args))[1])
+    real = RowFiles.read_into
+    monkeypatch.setattr(RowFiles, "read_into", lambda *args: (read.append(1), real(*args))[1])
     batches = store.iter_batches(0, 1)
     next(batches)
     time.sleep(0.1)

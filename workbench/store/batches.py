@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..sites import Site
-from .rows import POPULATE, RowFiles
+from .buffers import Buffers
+from .rows import RowFiles
 
 AHEAD = 2  # groups of batches that are read before they are asked for
 GROUP = 16 << 20  # of bytes that are read, and copied to a GPU, in one go: many small batches, or one large one
-PAGE = 4096
 
 Group = tuple[list[list[Tensor]], "torch.cuda.Event | None"]  # per site its batches; when they are on the device
 
@@ -24,10 +24,10 @@ class Batches:
     """Reads rows `[start, stop)`, or those of an index, `size` at a time: a tensor [size, d], or one for each of a list of
     sites in a dict.
 
-    On the CPU a batch is a map of the file whose pages are in memory by the time it is handed over: a thread waits for
-    the disk, and none is troubled where the system has the pages already. A batch that lies in two shards, or changes
-    its dtype, is a copy. For a GPU, rows are read into pinned memory and copied on a stream of
-    their own; the stream that takes a batch waits for its copy, and no one else does. At most AHEAD + 1 groups exist.
+    On the CPU a thread waits for the disk, and none is troubled where the system has the rows in memory already; the
+    memory of batches that nobody holds any more is filled again. For a GPU, rows are read into pinned memory and copied
+    on a stream of their own; the stream that takes a batch waits for its copy, and no one else does. At most AHEAD + 1
+    groups are read and not yet taken.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Batches:
         self.names = [str(site) for site in ([sites] if isinstance(sites, Site) else sites)]
         one = sum(files.layout.widths[name] for name in self.names) * files.layout.itemsize
         self.step = size * max(1, GROUP // (size * one))
+        self.buffers = Buffers()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             self.device = self.stream.device  # `cuda` without a number is another one in another thread
@@ -57,7 +58,7 @@ class Batches:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _at_hand(self, start: int) -> bool:
-        """Whether a group need only be mapped, which a thread would make slower."""
+        """Whether a group need only be copied from the system's memory, which a thread would make slower."""
         rows = self.rows[start : start + self.step]
         if isinstance(rows, Tensor) or self.device.type != "cpu" or self.dtype != self.files.dtype:
             return False
@@ -65,7 +66,7 @@ class Batches:
         return all(self.files.at_hand(site, piece) for site in self.names for piece in pieces)
 
     def _handed_over(self, start: int, read: Future[Group] | None) -> Iterator[Any]:
-        batches, copied = self._group(start, POPULATE) if read is None else read.result()
+        batches, copied = self._group(start) if read is None else read.result()
         for batch in zip(*batches, strict=True):
             if copied is not None:
                 stream = torch.cuda.current_stream(self.device)
@@ -74,10 +75,10 @@ class Batches:
                     tensor.record_stream(stream)  # its memory belongs to the other stream
             yield batch[0] if isinstance(self.sites, Site) else dict(zip(self.sites, batch, strict=True))
 
-    def _group(self, start: int, advice: int | None = None) -> Group:
+    def _group(self, start: int) -> Group:
         rows = self.rows[start : start + self.step]
         if self.stream is None:
-            return [self._read(site, rows, advice) for site in self.names], None
+            return [list(self._read(site, rows).split(self.size)) for site in self.names], None
         pinned = [self._pinned(site, rows) for site in self.names]
         with torch.cuda.stream(self.stream):
             moved = [host.to(self.device, non_blocking=True).to(self.dtype) for host in pinned]
@@ -85,21 +86,17 @@ class Batches:
             copied.record(self.stream)
         return [list(tensor.split(self.size)) for tensor in moved], copied
 
-    def _read(self, site: str, rows: range | Tensor, advice: int | None) -> list[Tensor]:
-        """The batches of a group that need no stream."""
-        files, plain = self.files, self.dtype == self.files.dtype and self.device.type == "cpu"
+    def _read(self, site: str, rows: range | Tensor) -> Tensor:
+        """The rows of a group that need no stream."""
         if isinstance(rows, Tensor):
-            return list(files.gather(site, rows, self.dtype, self.device).split(self.size))
-        if not plain:
-            return list(files.slice(site, rows.start, rows.stop, self.dtype, self.device).split(self.size))
-        pieces = list(files.pieces(rows.start, rows.stop))
-        if len(pieces) == 1:
-            found = files.map(site, pieces[0], advice)
-            if advice is None:  # madvise would stop the other threads while it waits for the disk; this does not
-                found.view(torch.uint8).flatten()[::PAGE].sum()
-            return list(found.split(self.size))
-        spans = [(low, min(low + self.size, rows.stop)) for low in range(rows.start, rows.stop, self.size)]
-        return [files.slice(site, low, high, self.dtype, self.device) for low, high in spans]
+            return self.files.gather(site, rows, self.dtype, self.device)
+        shape = len(rows), self.files.layout.widths[site]
+        if self.device.type == "cpu":
+            out = self.buffers.lend(*shape, self.dtype)
+        else:
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.files.fill(site, rows.start, rows.stop, out)
+        return out
 
     def _pinned(self, site: str, rows: range | Tensor) -> Tensor:
         """Rows in pinned memory, which torch lends again once the copies from it are done."""

@@ -18,7 +18,6 @@ from .folder import Folder
 from .shards import DTYPES, Layout, as_bytes
 
 STAGE = 32 << 20  # of bytes on their way to another device or dtype
-POPULATE = 22  # MADV_POPULATE_READ: maps all pages at once
 Piece = tuple[int, int, int]  # a shard, and rows [low, high) of it
 
 
@@ -104,11 +103,15 @@ class RowFiles:
         if plain and len(found) == 1:
             return self.map(site, found[0])
         out = torch.empty((max(stop - start, 0), self.layout.widths[site]), dtype=dtype, device=device)
-        if plain:
+        self.fill(site, start, stop, out)
+        return out
+
+    def fill(self, site: str, start: int, stop: int, out: Tensor) -> None:
+        """Reads rows [start, stop) into `out` [n, d], contiguous, of any dtype and on any device."""
+        if out.dtype == self.dtype and out.device.type == "cpu":
             self.read_into(site, start, stop, out)
         else:
             self._convert_into(site, start, stop, out)
-        return out
 
     def _convert_into(self, site: str, start: int, stop: int, out: Tensor) -> None:
         """The same by way of two small buffers, so that the host never holds more than them."""
