@@ -24,11 +24,14 @@ FOOTER = (
     "(Student's t), the map as it was fitted; for causal figures over sequences, paired with the untouched model."
 )
 SAYS = {
-    "grid": "How much of each later layer a linear map of an earlier one predicts at the same token; beside it the same "
+    "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}; beside it the same "
     "fit with the sources of other prompts, which carries nothing. Rows at position 0 (BOS) are left out.",
     "bos": "The same with the rows at position 0. Their activations are massive and always alike, so that they lift R² "
     "whatever the map does: read the grid without them. The shuffled control keeps BOS rows among themselves, so what "
     "it scores here is that lift.",
+    "routes": "Where attention took the sources from, without position 0: the share of tokens that have themselves or the "
+    "one before as their source, how many tokens back it lies on average, and the share of the attention (mean over heads "
+    "and over the layers between) that it has.",
     "curves": "One target, every source, beside the baselines.",
     "efficiency": "Solid: the best map of each rank, on held-out rows; dashed: the ridge map cut to that rank; dotted: "
     "what no affine map of that rank exceeds on those rows. Efficiency is the ratio.",
@@ -39,6 +42,13 @@ SAYS = {
     "the rise of log-perplexity over the untouched model.",
     "shortcut": "Blocks left out and replaced by one map: what it saves and what it costs. The greedy search chose its "
     "blocks on one half of the prompts and is measured on the other.",
+}
+FROM_WHERE = {
+    "same": "at the same token",
+    "previous": "from the token before",
+    "random": "from an earlier token, drawn evenly",
+    "shuffled": "from a token of another prompt",
+    "attention": "from the token that the attention between the two layers sends most weight to",
 }
 
 
@@ -84,11 +94,16 @@ def _headline(grid: TransportGrid) -> list[str]:
 
 
 def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:
-    yield section("Grid", SAYS["grid"], figure=plots.grid_heatmap(grid), tables=[_lines(grid, bos=False)])
+    says = SAYS["grid"].format(from_where=FROM_WHERE[grid.meta["positions"]])
+    yield section("Grid", says, figure=plots.grid_heatmap(grid), tables=[_lines(grid, bos=False)])
     if grid.has_bos:
         yield section(
             "With BOS", SAYS["bos"], figure=plots.grid_heatmap(grid, bos=True), tables=[_lines(grid, bos=True)]
         )
+    if routing := grid.meta.get("routing"):
+        heads = ["itself", "previous", "distance", "weight"]
+        rows = [_row(pair.replace(">", " to "), [plain(found[h]) for h in heads]) for pair, found in routing.items()]
+        yield section("Routes", SAYS["routes"], tables=[table(["pair", *heads], rows)])
     targets = list(dict.fromkeys(str(b) for _, b in grid.pairs))
     for target in targets[-CURVES:]:
         title = f"Into {target}".replace(".", " ")
@@ -104,7 +119,7 @@ def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> 
         tables = [_figures(found, ["search", "blocks"], ("saved", "delta", "kl", "agreement"), "blocks left out")]
         yield section("Shortcuts", SAYS["shortcut"], figure=plots.shortcut_points(single, greedy), tables=tables)
     parts = (("Job", metrics["job"]), ("Grid", grid.meta), ("Environment", metrics["environment"]))
-    yield section("Provenance", tables=[facts(title, flat({k: v for k, v in part.items() if k != "warnings"}))
+    yield section("Provenance", tables=[facts(title, flat({k: v for k, v in part.items() if k not in ("warnings", "routing")}))
                                         for title, part in parts])  # fmt: skip
 
 

@@ -155,10 +155,7 @@ class _Steps:
             visit=None if job.grid_only else visit,
         )  # fmt: skip
         grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
-        keep = ("r2_uniform", "r2_uniform_low", "r2_uniform_high", "r2_weighted", "r2_whitened", "alpha")
-        lines = [{"source": r["source"], "target": r["target"], "bos": bool(r["bos"]), "arm": r["arm"],
-                  **{k: _number(r[k]) for k in keep}} for r in grid.frame().to_dict("records")]  # fmt: skip
-        made: dict[str, Any] = {"lines": lines, "meta": dict(grid.meta), "warnings": notes}
+        made = {**grid_metrics(grid), "warnings": notes}
         if not job.grid_only:
             self._write("efficiency", pd.concat(tables) if tables else pd.DataFrame())
             save_file(means, self.run.folder / "means.safetensors")
@@ -251,6 +248,14 @@ class _Steps:
         both = pd.concat([single.assign(search="single"), greedy.assign(search="greedy")]).reset_index(drop=True)
         self._write("shortcut", both)
         return {"lines": _records(both)}
+
+
+def grid_metrics(grid: TransportGrid) -> dict[str, Any]:
+    """What metrics.json holds of a grid, and the command prints: its lines and where it comes from."""
+    keep = ("r2_uniform", "r2_uniform_low", "r2_uniform_high", "r2_weighted", "r2_whitened", "alpha")
+    lines = [{"source": r["source"], "target": r["target"], "bos": bool(r["bos"]), "arm": r["arm"],
+              **{k: _number(r[k]) for k in keep}} for r in grid.frame().to_dict("records")]  # fmt: skip
+    return {"lines": lines, "meta": dict(grid.meta)}
 
 
 def _without_first(store: Store, a: Site, b: Site) -> Iterator[Batch]:

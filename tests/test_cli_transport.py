@@ -95,6 +95,22 @@ def test_the_grid_alone_and_nothing_of_another_job_stays(tmp_path):
     assert "<h2>Causal</h2>" not in text
 
 
+def test_sources_by_attention_are_those_of_the_model_that_runs(tmp_path):
+    result = good(*LINE, "--layers", "1-3", "--alpha", "gcv", "--positions", "attention", "--out", tmp_path / "run")
+    assert "causal arms write at the same token alone" in result.stderr
+    grid = TransportGrid.load(tmp_path / "run" / "grid")
+    assert grid.meta["positions"] == "attention"
+    assert set(grid.meta["routing"]) == {f"{a}>{b}" for a, b in grid.pairs}
+    for a, b in grid.pairs:
+        found, cell = grid.meta["routing"][f"{a}>{b}"], grid.cell(a, b)
+        assert 0 < found["weight"] < 1
+        assert 0 < found["itself"] + found["previous"] < 1
+        assert cell["r2_uniform_low"] > grid.cell(a, b, arm="shuffled")["r2_uniform_high"]
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Routes</h2>" in text
+    assert "that the attention between the two layers sends most weight to" in text
+
+
 def test_other_positions_leave_out_what_they_cannot_have_and_say_so(tmp_path):
     result = good(*LINE, "--layers", "2,3", "--alpha", "gcv", "--positions", "previous", "--out", tmp_path / "run")
     for word in ("features are measured at the same token alone", "causal arms write at the same token alone",
@@ -108,7 +124,7 @@ def test_other_positions_leave_out_what_they_cannot_have_and_say_so(tmp_path):
         (("--layers", "0,9"), "layer 9 is out of range: the model has layers 0 to 3"),
         (("--layers", "2"), "no pairs of sites to fit"),
         (("--alpha", "best"), "alpha 'best' is neither a number nor cv"),
-        (("--positions", "attention"), "needs the weights of every head"),
+        (("--positions", "next"), "unknown positions 'next'; allowed: same, previous, random, shuffled, attention"),
         (("--holdout", "1.5"), "--holdout is a share of the prompts"),
         (("--shards", "100"), "160 prompts are too few for 2 folds and 100 shards"),
         (("--layers", "0", "--sites", "resid_pre.1"), "both --sites and --layers"),

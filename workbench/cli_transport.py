@@ -24,7 +24,9 @@ def transport(
     layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these [all]")] = None,
     sites: Annotated[str | None, typer.Option(help="such as resid_pre.0,resid_post.4, in place of --layers")] = None,
     tokens: Annotated[str, typer.Option(help="last, all, first:n, last:n, every:n, response, assistant, user")] = "all",
-    positions: Annotated[str, typer.Option(help="where a row starts from: same, previous, random, shuffled")] = "same",
+    positions: Annotated[
+        str, typer.Option(help="where a row starts from: same, previous, random, shuffled, attention")
+    ] = "same",
     alpha: Annotated[str, typer.Option(help="cv (folds of prompts), gcv, or a number in mean diagonals of X'X")] = "cv",
     folds: Annotated[int, typer.Option(min=2, help="parts of the training prompts")] = 5,
     shards: Annotated[int, typer.Option(min=2, help="parts of the held-out prompts: intervals come from these")] = 10,

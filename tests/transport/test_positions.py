@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import UserError
-from workbench.transport.positions import POSITIONS, check_positions, paired_rows, shuffled_rows
+from workbench.transport.positions import ATTENTION, POSITIONS, check_positions, paired_rows, shuffled_rows
 
 COUNTS = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 
@@ -23,7 +23,7 @@ def rows(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
 @given(COUNTS, st.integers(0, 5))
 def test_sources_lie_where_the_policy_says(counts, seed):
     prompt, position = rows(counts)
-    for policy in POSITIONS:
+    for policy in set(POSITIONS) - {ATTENTION}:  # that one needs a model
         source, target = paired_rows(policy, prompt, position, np.random.default_rng(seed))
         assert len(source) == len(target)
         assert (np.diff(target) > 0).all()
@@ -59,7 +59,5 @@ def test_nothing_is_shuffled_of_no_rows():
 
 
 def test_unknown_policies_are_told():
-    with pytest.raises(UserError, match="allowed: same, previous, random, shuffled"):
+    with pytest.raises(UserError, match="allowed: same, previous, random, shuffled, attention"):
         check_positions("newline")
-    with pytest.raises(UserError, match="needs the weights of every head"):
-        check_positions("attention")

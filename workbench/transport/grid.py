@@ -20,6 +20,7 @@ from ..sites import Site
 from ..tokens import Policy
 from .pairs import OPERATOR, SHUFFLED, FittedArm, Options, SitePair, check_pairs, fit_pairs, site_pairs
 from .positions import check_positions
+from .routing import routing_notes
 from .rows import RowSource, row_source
 from .sums import Split, plan_sums, source_name, sum_pairs
 
@@ -162,7 +163,11 @@ def transport_grid(
     Args:
         source: a store, or a model that runs `prompts`. tokens: which rows, with a model; a store has its own.
         sites: every pair of these, the earlier one as the source (every `resid_post` unless given); or `pairs`.
-        positions: which token a row starts from: same, previous, random (an earlier one), shuffled (another prompt's).
+        positions: which token a row starts from: same, previous, random (an earlier one), shuffled (another prompt's), or
+            attention: the one that the attention between the two sites sends most weight to (see `paired_rows`), of a model
+            and not of a store. Every pair then has rows of its own: moments and an eigendecomposition each, twice with
+            BOS, and the model runs with eager attention, whose maps are held a batch of one layer at a time beside one
+            mean map [batch, t, t] for each source. `meta["routing"]` says of each pair where the sources lay.
         alpha: a penalty, "cv" over folds of the training prompts, or "gcv"; alphas, absolute: see `fit_ridge_targets`.
         folds, shards, holdout: prompts are dealt by `seed` into `folds` to fit and choose on, and, a share `holdout` of
             them, into `shards` that no map has seen.
@@ -183,7 +188,7 @@ def transport_grid(
     Source: arXiv:2508.17540; there maps are fitted with the BOS rows, folds cut through prompts, and no control is given.
     """
     check_positions(positions)
-    rows = row_source(source, prompts, device=device, **(
+    rows = row_source(source, prompts, device=device, positions=positions, **(
         {} if prompts is None else {"tokens": tokens, "batch_tokens": batch_tokens, "max_length": max_length}))  # fmt: skip
     wanted = _pairs(rows, sites, pairs)
     split = Split.of(rows.n_prompts, folds=folds, shards=shards, holdout=holdout, seed=seed)
@@ -194,25 +199,29 @@ def transport_grid(
     passes = plan_sums(rows, wanted, copies=(folds + shards) * (1 + first) + 4, memory=memory, **about)
     arms: list[tuple[bool, FittedArm]] = []
     maps: dict[str, dict[SitePair, LinearMap]] = {OPERATOR: {}, SHUFFLED: {}}
-    n_first = 0
+    n_first, routing = 0, dict[str, dict[str, float]]()
     for some in passes:
-        sums = sum_pairs(rows, some, split, first=first, products=products, seed=seed, **about)
-        n_first = sums.n_first
-        for bos in (False, True) if n_first else (False,):
-            for fitted in fit_pairs(sums, some, options, first=bos):
-                if keep_maps and not bos and fitted.arm in maps:
-                    maps[fitted.arm][fitted.pair] = fitted.map.to(torch.float32)
-                arms.append((bos, replace(fitted, map=LinearMap.zeros(1, 1))))
-        if visit is not None:
-            parts, held = sums.parts()
-            for pair in some:
-                visit(pair, source_name(pair[0], positions), parts, held)
-        del sums
+        every = sum_pairs(rows, some, split, first=first, products=products, seed=seed, **about)
+        while every:
+            sums = every.pop(0)
+            n_first = sums.n_first
+            routing |= {f"{a}>{b}": dict(sums.routing) for a, b in sums.pairs if sums.routing}
+            for bos in (False, True) if n_first else (False,):
+                for fitted in fit_pairs(sums, sums.pairs, options, first=bos):
+                    if keep_maps and not bos and fitted.arm in maps:
+                        maps[fitted.arm][fitted.pair] = fitted.map.to(torch.float32)
+                    arms.append((bos, replace(fitted, map=LinearMap.zeros(1, 1))))
+            if visit is not None:
+                parts, held = sums.parts()
+                for pair in sums.pairs:
+                    visit(pair, source_name(pair[0], positions), parts, held)
+            del sums  # before the next is summed
     meta = {
         **rows.about, "positions": positions, "folds": folds, "shards": shards, "holdout": holdout, "seed": seed,
         "alpha": alpha, "alphas": list(options.alphas), "absolute": absolute, "n_first": n_first, "passes": len(passes),
         "products": str(products).removeprefix("torch."), "n_prompts": rows.n_prompts,
-        "warnings": _warnings([one for bos, one in arms if not bos]),
+        "warnings": [*_warnings([one for bos, one in arms if not bos]), *routing_notes(routing)],
+        **({"routing": routing} if routing else {}),
     }  # fmt: skip
     outputs = {one.pair: torch.stack([one.per_output.value, one.per_output.error]) for bos, one in arms
                if not bos and one.arm == OPERATOR}  # fmt: skip

@@ -8,15 +8,13 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 
-POSITIONS = ("same", "previous", "random", "shuffled")
+ATTENTION = "attention"
+POSITIONS = ("same", "previous", "random", "shuffled", ATTENTION)
 Index = NDArray[np.int64]
 
 
 def check_positions(positions: str) -> str:
     """The name of a policy, or UserError with those that there are."""
-    if positions == "attention":
-        raise UserError("positions='attention' (sources chosen by attention weights) is not offered: it needs the weights "
-                        f"of every head; allowed: {', '.join(POSITIONS)}")  # fmt: skip
     if positions not in POSITIONS:
         raise UserError(f"unknown positions {positions!r}; allowed: {', '.join(POSITIONS)}")
     return positions
@@ -34,6 +32,18 @@ def paired_rows(
     previous   the token before it, where its row is there too
     random     an earlier token of the same prompt, drawn evenly; the first row of a prompt has none
     shuffled   a token of another prompt: see `shuffled_rows`
+    attention  of no use here: its pairing is another for each pair of sites, and comes from a model; see below
+
+    With `attention` the source of token t, between two sites, is the token j <= t of the same prompt with the largest
+    mean over heads h and over the layers l between the sites of A[l, h, t, j], the softmax weights of the attention.
+    Those layers are the ones whose attention is computed after the source site and up to the target site: between
+    resid_post.2 and resid_post.5, layers 3, 4 and 5. Chosen from are the tokens that have a row (so none that is special),
+    the token itself among them; but not position 0, on which heads that find nothing rest (the attention sink), but in the
+    comparison with BOS. A token that gives no weight to any of these has no source. It is one token and not the weighted
+    mean of all, so that a source is a row like any other, and `same` and `previous` are cases of it.
+
+    Source: arXiv:2508.17540 defines transport from (l, i) to (l + k, j) for a policy of positions, and fits i = j alone;
+    neither it nor its code has a rule by attention. That averages over heads and layers say where is ours.
 
     Args:
         prompt, position: of each row; rows of a prompt lie together, positions ascend.
@@ -43,6 +53,7 @@ def paired_rows(
     ([0], [1])
     """
     check_positions(positions)
+    assert positions != ATTENTION, "sources by attention come with the rows of a model"
     every = np.arange(len(prompt), dtype=np.int64)
     if positions == "same":
         return every, every

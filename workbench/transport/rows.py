@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from ..progress import progress
 from ..rendering import special_ids
 from ..sites import Site
 from ..tokens import WITH_SPECIAL, Policy
-from .positions import Index, is_first
+from .positions import ATTENTION, Index, is_first
+from .routing import Route, RoutedRunner, Span
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -34,6 +35,8 @@ class Rows:
     blocks: dict[Site, Tensor]
     prompt: Index
     position: Index
+    routes: Mapping[Span, Route] = field(default_factory=dict)
+    """where attention takes the source of each row from, for the spans of layers that were asked for"""
 
 
 class StoreRows:
@@ -70,7 +73,8 @@ class StoreRows:
     def width(self, site: Site) -> int:
         return self.store.width(site)
 
-    def read(self, sites: Sequence[Site]) -> Iterator[Rows]:
+    def read(self, sites: Sequence[Site], spans: Sequence[Span] = ()) -> Iterator[Rows]:
+        assert not spans, "a store has no attention weights"
         prompt = self.store.prompt_index.numpy().astype(np.int64)
         ends = np.flatnonzero(np.diff(prompt, append=-1)) + 1  # where a prompt's rows end
         start = 0
@@ -125,20 +129,24 @@ class ModelRows:
     def width(self, site: Site) -> int:
         return self.model.width_of(site)
 
-    def read(self, sites: Sequence[Site]) -> Iterator[Rows]:
+    def read(self, sites: Sequence[Site], spans: Sequence[Span] = ()) -> Iterator[Rows]:
+        """Rows as the model makes them; with `spans` it runs with eager attention, and each row has its routes."""
         plan = self._plan(sites)
         with progress(total=plan.n_tokens, desc="running the prompts", unit="tok", scale=True) as bar:
-            runner = BlockRunner(self.model, plan, bar)
+            runner = RoutedRunner(self.model, plan, spans, bar) if spans else BlockRunner(self.model, plan, bar)
             for block in plan.blocks:
-                rows = runner.run(block)
                 prompt, position, token, _ = plan.spool.rows(block.start, block.n)
-                keep = np.ones(block.n, dtype=bool)
+                keep = np.ones(block.n, dtype=np.bool_)
                 if self._policy != self.tokens:
                     keep = ~np.isin(token, self._special) | is_first(position)
+                rows, routes = (
+                    runner.run_routed(block, keep) if isinstance(runner, RoutedRunner) else (runner.run(block), {})
+                )
                 index = torch.from_numpy(np.flatnonzero(keep))
                 # on the device of the sums: a model that is spread has its sites on several
                 blocks = {site: h.index_select(0, index.to(h.device)).to(self.device) for site, h in rows.items()}
-                yield Rows(blocks, prompt[keep].astype(np.int64), position[keep].astype(np.int64))
+                yield Rows(blocks, prompt[keep].astype(np.int64), position[keep].astype(np.int64),
+                           {span: route.kept(keep) for span, route in routes.items()})  # fmt: skip
 
     def _plan(self, sites: Sequence[Site]) -> Any:
         return make_plan(self.model, self.prompts, sites=list(sites), tokens=self._policy, **self._options)
@@ -149,12 +157,16 @@ RowSource = StoreRows | ModelRows
 
 
 def row_source(
-    source: Store | Model | RowSource, prompts: Any, *, device: torch.device | str | None = None, **options: Any
-) -> RowSource:
-    """A store, or a model with its prompts, as rows; UserError where the prompts do not belong there."""
+    source: Store | Model | RowSource, prompts: Any, *, positions: str = "same",
+    device: torch.device | str | None = None, **options: Any,
+) -> RowSource:  # fmt: skip
+    """A store, or a model with its prompts, as rows; UserError where the prompts or positions do not belong there."""
     from ..models import Model
     from ..store import Store
 
+    if positions == ATTENTION and isinstance(source, Store | StoreRows):
+        raise UserError("positions='attention' needs the attention weights of a model that runs, and a store has none: "
+                        "give the model and its prompts")  # fmt: skip
     if isinstance(source, Store):
         if prompts is not None:
             raise UserError("a store has its prompts already; give prompts only with a model")

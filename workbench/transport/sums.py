@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..maps.grouped import GroupedMoments, plan_passes
 from ..maps.moments import Moments, Pair
 from ..maps.moments import total as summed
 from ..sites import Site
-from .positions import Index, is_first, paired_rows, shuffled_rows
-from .rows import RowSource
+from .positions import ATTENTION, Index, is_first, paired_rows, shuffled_rows
+from .routing import attention_between, routing_figures
+from .rows import Rows, RowSource
 
 SHARE = 0.6  # of the memory that is free, for moments
 CONTROL = "@shuffled"
-FIRST, LATER = "first", "later"
-"""kinds of rows: those with position 0 (BOS) at either end, and the others"""
+FIRST, LATER, EVERY = "first", "later", "every"
+"""kinds of rows: those with position 0 (BOS) at either end, and the others; where a row's source is another once position
+0 may be one, all of them anew"""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,15 @@ class PairSums:
 
     grouped: GroupedMoments
     split: Split
+    pairs: tuple[tuple[Site, Site], ...]
+    routing: Mapping[str, float] = field(default_factory=dict)
+    """of one pair that attention routes: see `_routed_sums`"""
 
     def parts(self, *, first: bool = False) -> tuple[list[Moments], list[Moments]]:
         """(folds, shards); rows at position 0 only with `first`. Parts without rows are left out."""
-        kinds = (LATER, FIRST) if first else (LATER,)
         groups = self.grouped.groups
+        with_first = (EVERY,) if any(kind == EVERY for _, kind in groups) else (LATER, FIRST)
+        kinds = with_first if first else (LATER,)
         made: list[list[Moments]] = [[], []]
         for part in range(self.split.folds + self.split.shards):
             found = [groups[part, kind] for kind in kinds if (part, kind) in groups]
@@ -76,8 +85,9 @@ class PairSums:
 
     @property
     def n_first(self) -> int:
-        """Rows at position 0."""
-        return sum(m.n for (_, kind), m in self.grouped.groups.items() if kind == FIRST)
+        """Rows that are there with position 0 alone."""
+        n = {of: sum(m.n for (_, kind), m in self.grouped.groups.items() if kind == of) for of in (FIRST, LATER, EVERY)}
+        return n[FIRST] + max(0, n[EVERY] - n[LATER])
 
 
 def source_name(site: Site, positions: str) -> str:
@@ -91,12 +101,13 @@ def plan_sums(
 ) -> list[list[tuple[Site, Site]]]:  # fmt: skip
     """The pairs divided into passes over the rows, each of which fits into `memory` bytes.
 
-    Where not even the targets of one source fit together, they are divided too.
+    Where not even the targets of one source fit together, they are divided too. Pairs that attention routes have rows of
+    their own, and share nothing.
     """
     free = memory or free_bytes(source.device)
     copies = copies * (1 + control)  # the control's cross products, and its sources once more
-    widths = {name: source.width(s) for pair in pairs for s in pair for name in (str(s), source_name(s, positions))}
-    by_name = {(source_name(a, positions), str(b)): (a, b) for a, b in pairs}
+    by_name = {_planned(a, b, positions): (a, b) for a, b in pairs}
+    widths = {name: source.width(s) for names, pair in by_name.items() for name, s in zip(names, pair, strict=True)}
     by_source: dict[str, list[Pair]] = {}
     for name in by_name:
         by_source.setdefault(name[0], []).append(name)
@@ -113,6 +124,12 @@ def plan_sums(
         else:
             passes += plan_passes(widths, chunk, free, copies=copies)
     return [[by_name[name] for name in some] for some in passes]
+
+
+def _planned(a: Site, b: Site, positions: str) -> Pair:
+    if positions == ATTENTION:
+        return f"{source_name(a, positions)}>{b}", f"{a}>{b}"
+    return source_name(a, positions), str(b)
 
 
 def _fits(widths: dict[str, int], pairs: list[Pair], memory: int, copies: int) -> bool:
@@ -140,35 +157,80 @@ def free_bytes(device: torch.device) -> int:
 def sum_pairs(
     source: RowSource, pairs: Sequence[tuple[Site, Site]], split: Split, *, positions: str, control: bool, first: bool,
     products: torch.dtype, seed: int,
-) -> PairSums:  # fmt: skip
-    """One pass over the rows. The control pairs each target with a row of another prompt of its role and kind."""
-    wanted: list[Pair] = []
-    for a, b in pairs:
-        wanted.append((source_name(a, positions), str(b)))
-        if control:
-            wanted.append((f"{a}{CONTROL}", str(b)))
-    grouped = GroupedMoments("part", "kind", pairs=wanted, products=products)
+) -> list[PairSums]:  # fmt: skip
+    """One pass over the rows: the moments of all pairs, or of each of them where attention routes each in its own way.
+
+    The control pairs each target with a row of another prompt of its role and kind.
+    """
+    options: dict[str, Any] = {"positions": positions, "control": control, "products": products}
     rng = np.random.default_rng(seed)
-    sites = sorted({site for pair in pairs for site in pair})
-    sources, targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    for rows in source.read(sites):
+    if positions == ATTENTION:
+        return _routed_sums(source, pairs, split, first, rng, **options)
+    sums = _Sums(pairs, split, rng, **options)
+    for rows in source.read(sorted({site for pair in pairs for site in pair})):
         from_, to = paired_rows(positions, rows.prompt, rows.position, rng)
         at_start = is_first(rows.position[from_]) | is_first(rows.position[to])
         if not first:
             from_, to, at_start = from_[~at_start], to[~at_start], at_start[~at_start]
+        sums.add(rows, from_, to, at_start, [FIRST if at else LATER for at in at_start])
+    return [PairSums(sums.grouped, split, tuple(pairs))]
+
+
+def _routed_sums(
+    source: RowSource, pairs: Sequence[tuple[Site, Site]], split: Split, first: bool, rng: np.random.Generator,
+    **options: Any,
+) -> list[PairSums]:  # fmt: skip
+    """The moments of each pair by itself, from one pass; with `first`, of its rows twice: see `EVERY`.
+
+    The figures of each: the share of rows whose source is the token `itself`, or the `previous` one, the mean `distance`
+    in tokens, and the mean `weight`, which is the share of the averaged attention that the source has.
+    """
+    spans = {pair: attention_between(*pair) for pair in pairs}
+    sums = {pair: _Sums([pair], split, rng, waiting=4096 // len(pairs), **options) for pair in pairs}
+    seen: dict[tuple[Site, Site], Counter[str]] = {pair: Counter() for pair in pairs}
+    for rows in source.read(sorted({s for pair in pairs for s in pair}), sorted(set(spans.values()))):
+        for pair, span in spans.items():
+            route = rows.routes[span]
+            for kind, chosen in zip((LATER, EVERY) if first else (LATER,), route.source, strict=False):
+                to = np.flatnonzero((chosen >= 0) & ((kind == EVERY) | ~is_first(rows.position)))
+                at_start = is_first(rows.position[chosen[to]])
+                sums[pair].add(rows, chosen[to], to, at_start, kind)
+                if kind == LATER:
+                    seen[pair].update(routing_figures(route, to, rows.position))
+    return [PairSums(one.grouped, split, (pair,), {k: v / max(1.0, seen[pair]["rows"]) for k, v in seen[pair].items()
+                                                   if k != "rows"}) for pair, one in sums.items()]  # fmt: skip
+
+
+class _Sums:
+    """The moments of some pairs that are all paired in the same way."""
+
+    def __init__(
+        self, pairs: Sequence[tuple[Site, Site]], split: Split, rng: np.random.Generator, *, positions: str, control: bool,
+        products: torch.dtype, waiting: int = 4096,
+    ) -> None:  # fmt: skip
+        self.split, self.rng, self.positions, self.control = split, rng, positions, control
+        wanted: list[Pair] = []
+        for a, b in pairs:
+            wanted.append((source_name(a, positions), str(b)))
+            if control:
+                wanted.append((f"{a}{CONTROL}", str(b)))
+        self.grouped = GroupedMoments("part", "kind", pairs=wanted, products=products, waiting=waiting)
+        self.sources, self.targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+
+    def add(self, rows: Rows, from_: Index, to: Index, at_start: NDArray[np.bool_], kind: str | list[str]) -> None:
+        """Adds the rows `to` of the targets, each with the row `from_` of the sources."""
         if not len(to):
-            continue
-        part = split.part[rows.prompt[to]]
-        blocks = {str(s): _take(rows.blocks[s], to) for s in targets}
-        if positions == "same":
-            blocks |= {str(s): _take(rows.blocks[s], to) for s in sources if str(s) not in blocks}
+            return
+        part = self.split.part[rows.prompt[to]]
+        blocks = {str(s): _take(rows.blocks[s], to) for s in self.targets}
+        if self.positions == "same":
+            blocks |= {str(s): _take(rows.blocks[s], to) for s in self.sources if str(s) not in blocks}
         else:
-            blocks |= {source_name(s, positions): _take(rows.blocks[s], from_) for s in sources}
-        if control:
-            other = from_[_control(rows.prompt[to], part >= split.folds, at_start, rng)]
-            blocks |= {f"{s}{CONTROL}": _take(rows.blocks[s], other) for s in sources}
-        grouped.update(blocks, part=part.tolist(), kind=[FIRST if at else LATER for at in at_start])
-    return PairSums(grouped, split)
+            blocks |= {source_name(s, self.positions): _take(rows.blocks[s], from_) for s in self.sources}
+        if self.control:
+            other = from_[_control(rows.prompt[to], part >= self.split.folds, at_start, self.rng)]
+            blocks |= {f"{s}{CONTROL}": _take(rows.blocks[s], other) for s in self.sources}
+        self.grouped.update(blocks, part=part.tolist(), kind=kind)
 
 
 def _control(prompt: Index, held_out: np.ndarray, at_start: np.ndarray, rng: np.random.Generator) -> Index:
