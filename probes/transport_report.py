@@ -31,7 +31,7 @@ SAYS = {
     "it scores here is that lift.",
     "routes": "Where attention took the sources from, without position 0: the share of tokens that have themselves or the "
     "one before as their source, how many tokens back it lies on average, and the share of the attention (mean over heads "
-    "and over the layers between) that it has.",
+    "and over the layers between) that it has. One map is fitted to all of them.",
     "curves": "One target, every source, beside the baselines.",
     "efficiency": "Solid: the best map of each rank, on held-out rows; dashed: the ridge map cut to that rank; dotted: "
     "what no affine map of that rank exceeds on those rows. Efficiency is the ratio.",

@@ -39,8 +39,9 @@ def paired_rows(
     Those layers are the ones whose attention is computed after the source site and up to the target site: between
     resid_post.2 and resid_post.5, layers 3, 4 and 5. Chosen from are the tokens that have a row (so none that is special),
     the token itself among them; but not position 0, on which heads that find nothing rest (the attention sink), but in the
-    comparison with BOS. A token that gives no weight to any of these has no source. It is one token and not the weighted
-    mean of all, so that a source is a row like any other, and `same` and `previous` are cases of it.
+    comparison with BOS. Of equal ones the first is taken; a token that gives no weight to any has no source. It is one
+    token and not the weighted mean of all, so that a source is a row like any other, and `same` and `previous` are cases
+    of it.
 
     Source: arXiv:2508.17540 defines transport from (l, i) to (l + k, j) for a policy of positions, and fits i = j alone;
     neither it nor its code has a rule by attention. That averages over heads and layers say where is ours.
