@@ -11,37 +11,55 @@ from workbench import transport_plots as plots
 from workbench.atomic import write_text
 from workbench.errors import UserError
 from workbench.report_page import cell, facts, flat, page, section, table
+from workbench.sites import Site
 from workbench.summary import plain
 from workbench.transport.grid import TransportGrid
+
+from .transport_summary import half_rank, headlines, score
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "workbench.transport"
-CURVES = 6  # figures of single targets
+EXAMPLES = 3
+"""features of each verdict that are shown by name"""
 FOOTER = (
     "R² is of prompts that no map has seen. Intervals are 95 %: for R² the jackknife over shards of held-out prompts "
-    "(Student's t), the map as it was fitted; for causal figures over sequences, paired with the untouched model."
+    "(Student's t), the map as it was fitted; for features the jackknife over shards of prompts; for causal figures over "
+    "sequences, paired with the untouched model."
 )
 SAYS = {
-    "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}; beside it the same "
-    "fit with the sources of other prompts, which carries nothing. Rows at position 0 (BOS) are left out.",
-    "bos": "The same with the rows at position 0. Their activations are massive and always alike, so that they lift R² "
-    "whatever the map does: read the grid without them. The shuffled control keeps BOS rows among themselves, so what "
-    "it scores here is that lift.",
+    "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}: 1 is all "
+    "of its variance, 0 no more than its mean. Beside it the same fit with the sources of other prompts, which can carry nothing. "
+    "Rows at position 0 (BOS) are left out. Of the baselines, identity takes the source as it is, identity + bias adds a "
+    "constant, Procrustes also rotates and scales.",
+    "bos": "The same with the rows at position 0. They are nearly alike in every prompt and may be very long, so that they "
+    "lift R² whatever the map does: read the grid without them. The shuffled control keeps BOS rows among themselves, so "
+    "what it scores here is that lift.",
     "routes": "Where attention took the sources from, without position 0: the share of tokens that have themselves or the "
     "one before as their source, how many tokens back it lies on average, and the share of the attention (mean over heads "
     "and over the layers between) that it has. One map is fitted to all of them.",
-    "curves": "One target, every source, beside the baselines.",
-    "efficiency": "Solid: the best map of each rank, on held-out rows; dashed: the ridge map cut to that rank; dotted: "
-    "what no affine map of that rank exceeds on those rows. Efficiency is the ratio.",
-    "sizes": "Dimensions that are carried, each beside what independent data of this size would show.",
-    "features": "Each point is a feature of a dictionary at the target. Right: it lay there already at the source "
-    "(transported); up but left: predicted from other directions (rotated); low: made on the way, or not linear.",
-    "causal": "The state at the target is replaced at every token but BOS by what each arm makes of the source; bars are "
-    "the rise of log-perplexity over the untouched model.",
-    "shortcut": "Blocks left out and replaced by one map: what it saves and what it costs. The greedy search chose its "
-    "blocks on one half of the prompts and is measured on the other.",
+    "curves": "R² of every arm with its 95 % interval. The gap between the map and the baselines is what needs more than "
+    "the residual stream's plain copy.",
+    "efficiency": "Solid: the best map of each rank, on held-out rows; dashed: the ridge map cut to its leading directions, "
+    "as the released code does it (what falls below -0.25 leaves the axes); dotted: what no affine map of that rank exceeds "
+    "on those rows. Efficiency is the ratio. Whitened R² counts every direction of the target alike, however small.",
+    "sizes": "Canonical correlations ρ between source and target, over all rows. Sum of ρ²: whitened dimensions carried, in "
+    "sample and held out. Count: correlations above what independent data would show (Wachter's edge; held out, by chance "
+    "once in a thousand such sets). Participation ratio: the published size, (Σρ)² / Σρ², which independent data of this "
+    "shape nearly has too. Small print: the value of independent data.",
+    "features": "For each feature of a dictionary at the target: transported, the map predicts it and its own direction "
+    "at the source does too, so it lay there already; rotated, the map predicts it from other directions; synthesised, no "
+    "linear prediction, so it was made on the way or is not linear; mixed, in between; rare, it fires too seldom to tell.",
+    "scatter": "One point is one feature, over the held-out tokens on which it fires. Up: the map predicts how strongly it "
+    "fires. Right: the source predicts it along the feature's own direction. Points at the lower edge lie below it.",
+    "causal": "The state at the target is replaced at every token but BOS by what each arm makes of the source, and the "
+    "model goes on from there. Identity writes the source's own state, mean the target's mean over training rows, bias and "
+    "zero the operator's constant and nothing at all. Zero may do less harm than the mean: it is no lower bound.",
+    "shift": "The maps were fitted on {fitted}, the text here is {read}: where the two are of different kinds, part of what "
+    "the map costs is that.",
+    "shortcut": "Blocks left out and replaced by one map: what it saves (the map's own cost taken off) and what it costs. "
+    "The greedy search chose its blocks on one half of the prompts and is measured on the other.",
 }
 FROM_WHERE = {
     "same": "at the same token",
@@ -64,9 +82,14 @@ def render_transport(folder: Path) -> str:
     """The report as HTML; the same folder gives the same bytes."""
     metrics, grid = _metrics(folder), TransportGrid.load(folder / "grid")
     job = metrics["job"]
-    about = f"{job['n_prompts']} prompts of {job['prompts']}, positions {job['positions']}, alpha {job['alpha']}"
+    line = next(x for x in grid.frame().query("arm == 'ridge' and not bos").to_dict("records"))
+    about = (
+        f"{job['n_prompts']:,} prompts of {job['prompts']}, tokens {job['tokens']}, positions {job['positions']}, alpha "
+        f"{job['alpha']}; fitted on {line['n_train']:,} rows, scored on {line['n_held_out']:,} of other prompts"
+    )
+    heads = headlines(metrics, grid, _parquet(folder / "efficiency.parquet"))
     return page(
-        title=str(job["name"]), subtitle=about, headlines=[_headline(grid)], warnings=list(metrics["warnings"]),
+        title=str(job["name"]), subtitle=about, headlines=heads, warnings=list(metrics["warnings"]),
         sections=list(_sections(folder, metrics, grid)), footer=FOOTER,
     )  # fmt: skip
 
@@ -81,74 +104,92 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _headline(grid: TransportGrid) -> list[str]:
-    found = grid.frame().query("arm == 'ridge' and not bos")
-    best, worst = (found.loc[found["r2_uniform"].agg(which)] for which in ("idxmax", "idxmin"))
-    line = [f"{c['source']} to {c['target']} {c['r2_uniform']:.3f} ({c['r2_uniform_low']:.3f} to {c['r2_uniform_high']:.3f})"
-            for c in (best, worst)]  # fmt: skip
-    rest = "R² over dimensions, held out, without BOS."
-    if "shuffled" in grid.arms:
-        control = grid.frame().query("arm == 'shuffled' and not bos")["r2_uniform"]
-        rest += f" Shuffled pairs score {control.min():.4f} to {control.max():.4f}."
-    return [f"Carried best: {line[0]}. Carried least: {line[1]}.", rest]
-
-
 def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:
     says = SAYS["grid"].format(from_where=FROM_WHERE[grid.meta["positions"]])
-    yield section("Grid", says, figure=plots.grid_heatmap(grid), tables=[_lines(grid, bos=False)])
+    yield section("Grid", says, figure=plots.grid_heatmap(grid), tables=[_lines(grid)])
+    for site, key in ((str(grid.pairs[0][0]), "source"), (str(grid.pairs[-1][1]), "target")):
+        curve = plots.grid_curves(grid, **{key: site})
+        yield section(f"{'From' if key == 'source' else 'Into'} {site}".replace(".", " "), SAYS["curves"], figure=curve)
     if grid.has_bos:
-        yield section(
-            "With BOS", SAYS["bos"], figure=plots.grid_heatmap(grid, bos=True), tables=[_lines(grid, bos=True)]
-        )
+        yield section("With BOS", SAYS["bos"], tables=[_bos(grid)])
     if routing := grid.meta.get("routing"):
         heads = ["itself", "previous", "distance", "weight"]
         rows = [_row(pair.replace(">", " to "), [plain(found[h]) for h in heads]) for pair, found in routing.items()]
         yield section("Routes", SAYS["routes"], tables=[table(["pair", *heads], rows)])
-    targets = list(dict.fromkeys(str(b) for _, b in grid.pairs))
-    for target in targets[-CURVES:]:
-        title = f"Into {target}".replace(".", " ")
-        yield section(title, SAYS["curves"], figure=plots.grid_curves(grid, target=target))
-    yield from _efficiency(folder, metrics)
+    yield from _efficiency(folder, metrics, grid)
     yield from _features(folder, metrics)
     if (found := _parquet(folder / "causal.parquet")) is not None:
-        keys = ("log_perplexity", "delta", "kl", "agreement")
-        tables = [_figures(found, ["source", "target", "arm"], keys, "pair and arm")]
-        yield section("Causal", SAYS["causal"], figure=plots.causal_bars(found), tables=tables)
+        job, about = metrics["job"], metrics["causal"]
+        shift = SAYS["shift"].format(fitted=job["prompts"], read=about["prompts"])
+        yield section("Causal", SAYS["causal"], *([shift] if about["prompts"] != job["prompts"] else []),
+                      figure=plots.causal_points(found), tables=_causal(found, about))  # fmt: skip
     if (found := _parquet(folder / "shortcut.parquet")) is not None:
         single, greedy = (found[found["search"] == name] for name in ("single", "greedy"))
-        tables = [_figures(found, ["search", "blocks"], ("saved", "delta", "kl", "agreement"), "blocks left out")]
-        yield section("Shortcuts", SAYS["shortcut"], figure=plots.shortcut_points(single, greedy), tables=tables)
+        yield section("Shortcuts", SAYS["shortcut"], figure=plots.shortcut_points(single, greedy),
+                      tables=[_shortcuts(single, "One run of blocks"), _shortcuts(greedy, "Greedy search")])  # fmt: skip
     parts = (("Job", metrics["job"]), ("Grid", grid.meta), ("Environment", metrics["environment"]))
     yield section("Provenance", tables=[facts(title, flat({k: v for k, v in part.items() if k not in ("warnings", "routing")}))
                                         for title, part in parts])  # fmt: skip
 
 
-def _efficiency(folder: Path, metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _efficiency(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:
     found = _parquet(folder / "efficiency.parquet")
     if found is None:
         return
-    sizes = metrics["efficiency"]["sizes"]
-    columns = ("optimal", "bound", "efficiency", "sum_rho2", "sum_rho2_null", "wachter_count", "held_out_sum",
-               "held_out_count", "dim_lin", "dim_lin_null")  # fmt: skip
-    rows = [_row(f"{s['source']} to {s['target']}", [plain(float(s[c])) for c in columns]) for s in sizes]
-    heads = ["pair", *(c.replace("_", " ") for c in columns)]
+    held = {(str(a), str(b)): grid.cell(a, b)["n_held_out"] for a, b in grid.pairs}
+    halves = {key: half_rank(part) for key, part in found.groupby(["source", "target"], sort=False)}
+    rows = []
+    for s in metrics["efficiency"]["sizes"]:
+        key, count = (s["source"], s["target"]), f"of {min(s['rank_x'], s['rank_y'])}"
+        rows.append(_row(plots.pair_title(*key), [
+            plain(s["optimal"]), (plain(s["bound"]), plain(s["rank_x"] / (held[key] - 1))), plain(s["efficiency"]),
+            (str(halves[key]), f"of {s['rank_y']}"), (plain(s["sum_rho2"]), plain(s["sum_rho2_null"])),
+            (plain(s["held_out_sum"]), "0"), (str(s["wachter_count"]), count), (str(s["held_out_count"]), count),
+            (plain(s["dim_lin"]), plain(s["dim_lin_null"])),
+        ]))  # fmt: skip
+    heads = ["pair", "whitened R², full rank", "bound", "efficiency", "rank of half the R²", "sum of ρ²",
+             "held-out sum", "count", "held-out count", "participation ratio"]  # fmt: skip
     yield section("Efficiency", SAYS["efficiency"], figure=plots.efficiency_by_rank(found),
-                  tables=[table(heads, rows, "At full rank, and the size of what is carried", SAYS["sizes"])])  # fmt: skip
+                  tables=[table(heads, rows, "The size of what is carried", SAYS["sizes"])])  # fmt: skip
 
 
 def _features(folder: Path, metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     found = _parquet(folder / "features.parquet")
     if found is None:
         return
-    parts = {
-        f"{a} to {b}": part.set_index("feature") for (a, b), part in found.groupby(["source", "target"], sort=False)
-    }
     lines = metrics["features"]["pairs"]
-    columns = [c for c in lines[0] if c not in ("source", "target")]
-    rows = [_row(f"{p['source']} to {p['target']}", [plain(p[c]) for c in columns]) for p in lines]
-    heads = ["pair", *("median " + c.replace("_", " ") if c in ("r2", "identity_r2", "control_r2", "f1") else c
-                       for c in columns)]  # fmt: skip
-    yield section("Features", SAYS["features"], figure=plots.feature_scatter(parts), tables=[table(heads, rows)])
+    medians = ("r2", "identity_r2", "control_r2", "f1")
+    heads = ["pair", *plots.VERDICT_LOOK, "median R²", "of the identity", "of shuffled pairs", "median F1 of firing"]
+    rows = [_row(plots.pair_title(p["source"], p["target"]),
+                 [*(f"{p[v]:,}" for v in plots.VERDICT_LOOK), *(plain(p.get(k)) for k in medians)])
+            for p in lines]  # fmt: skip
+    note = (f"Over {lines[0]['tokens']:,} held-out tokens; R² of a feature over those on which it fires, where a constant "
+            "scores 0 and a prediction of no use far less.")  # fmt: skip
+    yield section(
+        "Features", SAYS["features"], figure=plots.verdict_bars(lines), tables=[table(heads, rows, note=note)]
+    )
+    parts = {(a, b): part.set_index("feature") for (a, b), part in found.groupby(["source", "target"], sort=False)}
+    far = max(parts, key=lambda pair: Site.parse(pair[1]).layer - Site.parse(pair[0]).layer)
+    tables = [_examples(parts[pair], pair) for pair in dict.fromkeys((next(reversed(parts)), far))]
+    scatter = plots.feature_scatter({plots.pair_title(*pair): part for pair, part in parts.items()})
+    yield section("Feature by feature", SAYS["scatter"], figure=scatter, tables=tables)
+
+
+def _examples(part: pd.DataFrame, pair: tuple[str, str]) -> dict[str, Any]:
+    """Of each verdict the features that fire most often: not those that make the best example."""
+    rows = []
+    for verdict in (v for v in plots.VERDICT_LOOK if v != "rare"):
+        chosen = part[part["verdict"] == verdict].sort_values("count", ascending=False, kind="stable")[:EXAMPLES]
+        for number, f in chosen.iterrows():
+            rows.append(_row(f"{verdict}: {f.get('name') or '(no name)'}", [
+                str(number), f"{int(f['count']):,}", (plain(f["r2"]), f"{plain(f['r2_low'])} to {plain(f['r2_high'])}"),
+                plain(f["identity_carries"]), plain(f["control_r2"]),
+                (plain(f["f1"]), f"{plain(f['f1_low'])} to {plain(f['f1_high'])}"),
+            ]))  # fmt: skip
+    heads = ["verdict and hardest tokens", "feature", "fires on", "R² of the map", "identity carries", "R² of shuffled",
+             "F1 of firing"]  # fmt: skip
+    note = f"Of each verdict the {EXAMPLES} that fire on most tokens, whatever their figures."
+    return table(heads, rows, f"{plots.pair_title(*pair)}: features by the tokens that they fire on hardest", note)
 
 
 def _parquet(file: Path) -> pd.DataFrame | None:
@@ -160,36 +201,67 @@ def _parquet(file: Path) -> pd.DataFrame | None:
     return None if found.empty else found
 
 
-def _lines(grid: TransportGrid, *, bos: bool) -> dict[str, Any]:
-    """Pairs down, arms across."""
-    part = grid.frame().query("bos == @bos")
+def _lines(grid: TransportGrid) -> dict[str, Any]:
+    """Pairs down, arms across, without BOS."""
+    part = grid.frame().query("not bos")
     rows = []
     for a, b in grid.pairs:
         mine = part[(part["source"] == str(a)) & (part["target"] == str(b))].set_index("arm")
-        cells = [_interval(mine.loc[arm]) if arm in mine.index else cell("–") for arm in grid.arms]
         ridge = mine.loc["ridge"].to_dict()
-        cells += [cell(f"{ridge[f'r2_{m}']:.4f}") for m in ("weighted", "whitened")] + [cell(plain(ridge["alpha"]))]
-        rows.append({"title": f"{a} to {b}", "cells": cells, "style": ""})
-    n = part[part["arm"] == "ridge"].iloc[0]
-    note = (f"R² uniform over dimensions, with its 95 % interval; fitted on {n['n_train']} rows, scored on "
-            f"{n['n_held_out']}.")  # fmt: skip
-    return table(["pair", *grid.arms, "ridge, weighted", "ridge, whitened", "alpha"], rows, note=note)
+        cells = [_interval(mine.loc[arm]) if arm in mine.index else "–" for arm in grid.arms]
+        cells += [score(ridge[f"r2_{m}"]) for m in ("weighted", "whitened")]
+        rows.append(_row(plots.pair_title(a, b), cells))
+    alphas = sorted({f"{x:g}" for x in part[part["arm"] == "ridge"]["alpha"]})
+    note = (f"Ridge penalty {', '.join(alphas)} mean diagonals of X'X. Weighted: dimensions count by their variance; "
+            "whitened: every direction alike.")  # fmt: skip
+    heads = ["pair", *map(plots.arm_word, grid.arms), "map, weighted", "map, whitened"]
+    return table(heads, rows, "Held-out R², mean over dimensions", note=note)
 
 
-def _interval(line: Any) -> dict[str, Any]:
+def _bos(grid: TransportGrid) -> dict[str, Any]:
+    arms = [arm for arm in ("ridge", "shuffled") if arm in grid.arms]
+    rows = [_row(plots.pair_title(a, b),
+                 [_interval(grid.cell(a, b, arm=arm, bos=bos)) for arm in arms for bos in (False, True)])
+            for a, b in grid.pairs]  # fmt: skip
+    heads = [f"{plots.arm_word(arm)}, {words}" for arm in arms for words in ("without BOS", "with BOS")]
+    return table(["pair", *heads], rows, "Held-out R², mean over dimensions")
+
+
+def _interval(line: Any) -> tuple[str, str]:
     value, low, high = (float(line[f"r2_uniform{end}"]) for end in ("", "_low", "_high"))
-    return cell((f"{value:.4f}", f"{low:.4f} to {high:.4f}"))
+    return score(value), f"{score(low)} to {score(high)}"
 
 
-def _figures(found: pd.DataFrame, title: Sequence[str], keys: Sequence[str], head: str) -> dict[str, Any]:
-    rows = []
-    for line in found.to_dict("records"):
-        cells = [(plain(line[k]), f"{plain(line[f'{k}_low'])} to {plain(line[f'{k}_high'])}" if f"{k}_low" in line else "")
-                 for k in keys]  # fmt: skip
-        name = ", ".join(str(line[t]) or "none" for t in title)
-        rows.append({"title": name, "cells": [cell(c) for c in cells], "style": ""})
-    return table([head, *(k.replace("_", " ") for k in keys)], rows)
+def _causal(found: pd.DataFrame, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pairs down, arms across: what each costs; then KL and agreement in a second table."""
+    arms = [str(arm) for arm in dict.fromkeys(found["arm"]) if arm != "untouched"]
+    by_pair = {pair: part.set_index("arm") for pair, part in found.groupby(["source", "target"], sort=False)}
+    plain_loss = _estimate(found[found["arm"] == "untouched"].iloc[0], "log_perplexity")
+    note = (f"{about['sequences']:,} prompts of {about['prompts']}, {about['tokens']:,} predicted tokens; the untouched model "
+            f"has {plain_loss[0]} ({plain_loss[1]}).")  # fmt: skip
+    costs = [_row(plots.pair_title(*pair), [_estimate(part.loc[arm], "delta") for arm in arms])
+             for pair, part in by_pair.items()]  # fmt: skip
+    few = [arm for arm in ("transported", "identity", "mean") if arm in arms]
+    more = [_row(plots.pair_title(*pair), [_estimate(part.loc[arm], key) for key in ("kl", "agreement") for arm in few])
+            for pair, part in by_pair.items()]  # fmt: skip
+    heads = [f"{word}, {arm}" for word in ("KL", "agreement") for arm in few]
+    return [
+        table(["pair", *arms], costs, "Rise of log-perplexity (nats per token)", note),
+        table(["pair", *heads], more, "KL from the untouched model (nats per token), and share of equal top-1 tokens"),
+    ]
 
 
-def _row(title: str, cells: Sequence[str]) -> dict[str, Any]:
+def _shortcuts(found: pd.DataFrame, title: str) -> dict[str, Any]:
+    rows = [_row(f"blocks {x['blocks']}" if x["blocks"] else "none",
+                 [f"{100 * x['saved']:.1f} %", *(_estimate(x, key) for key in ("delta", "kl", "agreement"))])
+            for x in found.to_dict("records")]  # fmt: skip
+    heads = ["left out", "FLOPs saved", "rise of log-perplexity (nats)", "KL (nats)", "top-1 agreement"]
+    return table(heads, rows, title)
+
+
+def _estimate(line: Any, key: str) -> tuple[str, str]:
+    return plain(line[key]), f"{plain(line[f'{key}_low'])} to {plain(line[f'{key}_high'])}"
+
+
+def _row(title: str, cells: Sequence[tuple[str, str] | str]) -> dict[str, Any]:
     return {"title": title, "cells": [cell(c) for c in cells], "style": ""}

@@ -43,6 +43,7 @@ MANY = 28
 SEQUENCES = 128  # prompts of the causal figures
 BUNDLED_TEXT = "bundled:evaluation_text"  # held-out text of the kind that the bundled models were trained to predict
 FEATURE_PROMPTS = 512  # held-out prompts of the features' figures
+TOKENS_OF_NAME = 8  # those that a feature fires on hardest
 
 
 def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: TransportJob) -> Run:
@@ -173,6 +174,7 @@ class _Steps:
 
         from workbench.profile import profile_model
 
+        from .feature_tokens import top_tokens
         from .verdicts import feature_verdicts
 
         tables, counts, notes = [], [], []
@@ -186,7 +188,8 @@ class _Steps:
                 for (a, b), dictionary in wanted.items():
                     found = feature_verdicts(self.grid.operators[a, b], dictionary, _without_first(store, a, b),
                                              control=self.grid.controls.get((a, b)))  # fmt: skip
-                    table = _of_pair(found.frame().reset_index(), a, b)
+                    names = top_tokens(dictionary, store, TOKENS_OF_NAME).names
+                    table = _of_pair(found.frame().reset_index(), a, b).assign(name=names)
                     tables.append(table)
                     median = {"r2": found.operator.median("r2"), "identity_r2": found.identity.median("r2")}
                     if found.control is not None:

@@ -50,6 +50,9 @@ def test_the_run_folder_holds_the_grid_and_every_figure(run):
     sizes = metrics["efficiency"]["sizes"]
     assert all(0 < s["efficiency"] <= 1 and s["wachter_count"] > 0 for s in sizes)
     assert all(p["transported"] > 0 and p["r2"] > p["control_r2"] for p in metrics["features"]["pairs"])
+    names = pd.read_parquet(run / "features.parquet")["name"]
+    assert names.str.len().min() > 0
+    assert (names != "(silent)").mean() > 0.9
     assert {p["tokens"] for p in metrics["features"]["pairs"]} == {cells[0]["n_held_out"]}
     by_arm = {(x["source"], x["target"], x["arm"]): x for x in metrics["causal"]["lines"]}
     for a, b in pairs:
@@ -64,15 +67,21 @@ def test_the_report_is_one_page_with_every_section_and_no_network(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     for title in (
         "Grid",
-        "With BOS",
+        "From resid_post 1",
         "Into resid_post 3",
+        "With BOS",
         "Efficiency",
         "Features",
+        "Feature by feature",
         "Causal",
         "Shortcuts",
         "Provenance",
     ):
         assert f"<h2>{title}</h2>" in text
+    for words in ("shuffled (control)", "identity + bias", "A linear map predicts the later layer with R²",
+                  "Written into the model, the map&#39;s prediction costs", "Leaving out block", "features by the tokens",
+                  "part of what the map costs is that"):  # fmt: skip
+        assert words in text, words
     assert '<script src="http' not in text
     assert write_transport_report(run).read_text(encoding="utf-8") == text
 

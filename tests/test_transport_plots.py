@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
@@ -12,6 +14,8 @@ from workbench.sites import Site
 from workbench.transport import TransportGrid, transport_grid
 
 from .transport.streams import stream, write_stream
+
+A, B = "resid_post.0", "resid_post.1"
 
 
 @pytest.fixture(scope="module")
@@ -27,55 +31,92 @@ def test_the_heatmap_has_the_grid_beside_its_control(grid):
     assert ridge.z[1][0] is None
     assert "no such pair" in ridge.text[1][0]
     assert control.z[0][0] == pytest.approx(grid.cell(0, 1, arm="shuffled")["r2_weighted"])
-    assert figure.layout.xaxis.title.text == "target"
+    assert figure.layout.xaxis.title.text == "target layer (resid_post)"
+    assert list(figure.layout.xaxis.ticktext) == ["1", "2"]
+    assert ridge.texttemplate, "few cells bear their numbers"
 
 
 def test_curves_have_every_arm_with_its_interval(grid):
     figure = plots.grid_curves(grid, target=2)
-    assert [t.name for t in figure.data] == grid.arms
+    assert [t.name for t in figure.data] == [plots.arm_word(arm) for arm in grid.arms]
     ridge, cell = figure.data[0], grid.cell(1, 2)
     assert list(ridge.x) == ["resid_post.0", "resid_post.1"]
     assert ridge.y[1] == pytest.approx(cell["r2_uniform"])
     assert ridge.error_y.array[1] == pytest.approx(cell["r2_uniform_high"] - cell["r2_uniform"])
+    assert f"{cell['r2_uniform_low']:.4f} to {cell['r2_uniform_high']:.4f}" in ridge.text[1]
     assert list(plots.grid_curves(grid, source=0).data[0].x) == ["resid_post.1", "resid_post.2"]
 
 
 def test_empty_tables_say_what_is_missing():
     nothing = pd.DataFrame()
-    for figure in (plots.efficiency_by_rank(nothing), plots.feature_scatter({}), plots.causal_bars(nothing),
-                   plots.shortcut_points(nothing)):  # fmt: skip
+    for figure in (plots.efficiency_by_rank(nothing), plots.feature_scatter({}), plots.causal_points(nothing),
+                   plots.shortcut_points(nothing), plots.verdict_bars([])):  # fmt: skip
         assert isinstance(figure, go.Figure)
         assert len(figure.data) == 0
         assert figure.layout.annotations[0].text
 
 
-def test_efficiency_is_drawn_over_ranks():
+def efficiencies(*pairs: tuple[str, str]) -> pd.DataFrame:
     columns = ("optimal", "truncated", "bound", "efficiency", "efficiency_truncated")
-    table = pd.DataFrame({"source": "a", "target": "b", "rank": [1, 2], **{c: [0.1, 0.2] for c in columns}})
-    figure = plots.efficiency_by_rank(table)
-    assert len(figure.data) == 5
-    assert list(figure.data[0].x) == [1, 2]
-    assert figure.layout.xaxis2.title.text == "rank"
+    parts = [
+        pd.DataFrame({"source": a, "target": b, "rank": [1, 2], **{c: [0.1, 0.2] for c in columns}}) for a, b in pairs
+    ]
+    return pd.concat(parts)
+
+
+def test_efficiency_is_drawn_over_ranks():
+    figure = plots.efficiency_by_rank(efficiencies((A, B)))
+    curves = [t for t in figure.data if t.x[0] is not None]
+    assert [(t.name, list(t.x), list(t.y)) for t in curves] == [("resid_post.0 → 1", [1, 2], [0.1, 0.2])] * 5
+    assert figure.layout.xaxis.title.text == "rank of the map"
+
+
+def test_of_many_pairs_some_are_drawn_and_the_figure_says_so():
+    pairs = [("resid_post.0", f"resid_post.{i}") for i in range(1, 10)]
+    figure = plots.efficiency_by_rank(efficiencies(*pairs), most=3)
+    assert {t.name for t in figure.data if t.x[0] is not None} == {
+        "resid_post.0 → 1",
+        "resid_post.0 → 5",
+        "resid_post.0 → 9",
+    }
+    assert [a.text for a in figure.layout.annotations][-1] == "3 of 9 pairs are drawn"
 
 
 def test_features_are_points_by_verdict_and_html_is_escaped():
     table = pd.DataFrame({"verdict": ["transported", "rare", "synthesised"], "r2": [0.9, float("nan"), -3.0],
-                          "identity_carries": [0.8, 0.1, 0.2], "count": [30, 1, 40]})  # fmt: skip
+                          "identity_carries": [0.8, 0.1, 0.2], "count": [30, 1, 40], "name": ["<i>", "", "to"]})  # fmt: skip
     figure = plots.feature_scatter({"<b>x</b>": table})
-    assert {t.name: list(t.y) for t in figure.data} == {"transported": [0.9], "synthesised": [-0.5]}
-    assert "<b>x</b>" not in figure.to_json()
+    assert {t.name: list(t.y) for t in figure.data} == {"transported": [0.9], "synthesised": [plots.LOWEST]}
+    assert "fires on to" in figure.data[1].text[0]
+    assert not {"<b>x</b>", "<i>"} & set(re.findall(r"<[^>]*>(?:x</b>)?", figure.to_json()))
 
 
-def test_causal_arms_and_shortcuts_have_their_intervals():
+def test_verdicts_are_shares_of_all_features():
+    line = {"source": A, "target": B, "transported": 30, "rotated": 10, "mixed": 0, "synthesised": 50, "rare": 10}
+    figure = plots.verdict_bars([line])
+    assert {t.name: t.x[0] for t in figure.data} == {
+        "transported": 30, "rotated": 10, "mixed": 0, "synthesised": 50, "rare": 10,
+    }  # fmt: skip
+    assert {t.y[0] for t in figure.data} == {"resid_post.0 → 1"}
+
+
+@pytest.mark.parametrize(("low", "kind"), [(0.4, "log"), (-0.1, None)])
+def test_causal_arms_have_their_intervals_on_a_logarithmic_axis_where_all_lie_above_zero(low, kind):
+    ends = {"delta": [0.0, 0.5], "delta_low": [0.0, low], "delta_high": [0.0, 0.7]}
+    points = plots.causal_points(pd.DataFrame({"source": A, "target": B, "arm": ["untouched", "mean"], **ends}))
+    assert [t.name for t in points.data] == ["mean"]
+    assert points.data[0].error_y.array[0] == pytest.approx(0.2)
+    assert points.layout.yaxis.type == kind
+    assert list(points.layout.xaxis.ticktext) == ["resid_post.0 → 1"]
+
+
+def test_shortcuts_say_which_blocks_are_left_out():
     ends = {"delta": [0.0, 0.5], "delta_low": [0.0, 0.4], "delta_high": [0.0, 0.7]}
-    bars = plots.causal_bars(pd.DataFrame({"source": "a", "target": "b", "arm": ["untouched", "mean"], **ends}))
-    assert [t.name for t in bars.data] == ["mean"]
-    assert bars.data[0].error_y.array[0] == pytest.approx(0.2)
     single = pd.DataFrame({"blocks": ["", "1"], "saved": [0.0, 0.2], **ends})
     points = plots.shortcut_points(single, single)
-    assert [t.name for t in points.data] == ["one run of blocks", "greedy"]
+    assert [t.mode for t in points.data] == ["markers+text", "lines+markers"]
     assert list(points.data[0].x) == [0, 20]
-    assert points.data[0].text[0] == "the whole model"
+    assert list(points.data[0].text) == ["the whole model", "without 1"]
 
 
 def test_sites_are_ordered_by_layer(grid):

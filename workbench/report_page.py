@@ -13,6 +13,8 @@ from markupsafe import Markup
 from .summary import plain
 
 Cell = dict[str, Any]
+LONG = 16
+"""rows above which a table is closed until the reader opens it"""
 
 
 def page(
@@ -47,7 +49,9 @@ def cell(parts: tuple[str, str] | str, first: bool = False) -> Cell:
 
 def table(columns: list[str], rows: list[dict[str, Any]], title: str = "", note: str = "") -> dict[str, Any]:
     heads = [{"title": c, "first": False} for c in columns]
-    return {"title": title, "columns": heads, "rows": rows, "note": note, "groups": [], "facts": None, "wide": False}
+    fold = f"{title or 'Table'}: {len(rows)} rows" if len(rows) > LONG else ""
+    return {"title": "" if fold else title, "columns": heads, "rows": rows, "note": note, "groups": [], "facts": None,
+            "wide": False, "fold": fold}  # fmt: skip
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]], note: str = "") -> dict[str, Any]:

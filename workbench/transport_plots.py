@@ -1,6 +1,7 @@
 """Transport results to plotly figures: the grid, its curves, efficiency by rank, features, causal arms, skipped blocks.
 
-Every function takes a result's table and returns a figure; where there is nothing to show, the figure says so.
+Every function takes a result's table and returns a figure; where there is nothing to show, the figure says so, and where
+there are more pairs than a figure can hold, it draws some that are spread evenly over all and says how many.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
+from .sites import Site
 from .transport.grid import TransportGrid
 
 if TYPE_CHECKING:
@@ -23,7 +25,22 @@ ARM_LOOK = {
     "identity": (SKY, "triangle-down"), "scalar_bias": (PINK, "cross"), "mean": (ORANGE, "circle-open"),
     "shuffled": (GREY, "x"),
 }  # fmt: skip
-VERDICT_COLOURS = {"transported": BLUE, "rotated": GREEN, "synthesised": RED, "mixed": ORANGE, "rare": GREY}
+ARM_WORDS = {
+    "ridge": "ridge map", "procrustes": "Procrustes", "identity_bias": "identity + bias", "scalar_bias": "scalar + bias",
+    "shuffled": "shuffled (control)",
+}  # fmt: skip
+CAUSAL_LOOK = {
+    "transported": (RED, "diamond"), "identity": (SKY, "triangle-down"), "mean": (ORANGE, "circle-open"),
+    "bias": (PINK, "cross"), "zero": (GREY, "x"), "feature": (GREEN, "square"),
+}  # fmt: skip
+VERDICT_LOOK = {
+    "transported": (BLUE, "circle"), "rotated": (GREEN, "diamond"), "mixed": (ORANGE, "triangle-up"),
+    "synthesised": (RED, "x"), "rare": (GREY, "circle-open"),
+}  # fmt: skip
+LOWEST = -0.5
+"""R2 below this leaves the axes, or is drawn there: how bad a very bad prediction is tells little"""
+NAMED_CELLS = 12
+"""sites across up to which each cell of the heatmap bears its number"""
 METRIC_WORDS = {
     "uniform": "R² (mean over dimensions)",
     "weighted": "R² (weighted by variance)",
@@ -31,26 +48,54 @@ METRIC_WORDS = {
 }
 
 
+def pair_title(source: object, target: object) -> str:
+    """The short name of a pair of sites.
+
+    >>> pair_title("resid_post.0", "resid_post.3"), pair_title("resid_pre.0", "resid_post.3")
+    ('resid_post.0 → 3', 'resid_pre.0 → resid_post.3')
+    """
+    a, b = Site.parse(str(source)), Site.parse(str(target))
+    return f"{a} → {b.layer if a.point == b.point else b}"
+
+
+def arm_word(arm: str) -> str:
+    """The name of an arm of the grid, in words."""
+    return ARM_WORDS.get(arm, arm.replace("_", " "))
+
+
 def grid_heatmap(grid: TransportGrid, metric: str = "uniform", *, bos: bool = False) -> go.Figure:
     """Held-out R2 of every pair, sources down and targets across, beside the shuffled control where there is one."""
     arms = [arm for arm in ("ridge", "shuffled") if arm in grid.arms]
-    titles = {"ridge": "ridge, held out", "shuffled": "shuffled pairs (control)"}
-    figure = make_subplots(1, len(arms), subplot_titles=[titles[arm] for arm in arms], horizontal_spacing=0.1)
+    titles = {"ridge": "ridge map, held-out prompts", "shuffled": "shuffled pairs (control: nothing can be carried)"}
+    figure = make_subplots(1, len(arms), subplot_titles=[titles[arm] for arm in arms], horizontal_spacing=0.05)
     for column, arm in enumerate(arms, 1):
         part = grid.frame().query("arm == @arm and bos == @bos").set_index(["source", "target"])
         matrix = grid.matrix(metric, arm=arm, bos=bos)
         text = [[_cell_text(part, a, b, metric) for b in matrix.columns] for a in matrix.index]
         heat = go.Heatmap(
             x=list(matrix.columns), y=list(matrix.index), z=_nones(matrix), text=text, coloraxis="coloraxis", xgap=2,
-            ygap=2, hovertemplate="%{text}<extra></extra>",
+            ygap=2, hovertemplate="%{text}<extra></extra>", hoverongaps=False,
+            texttemplate="%{z:.2f}" if len(matrix.columns) <= NAMED_CELLS else None,
         )  # fmt: skip
         figure.add_trace(heat, row=1, col=column)
-        figure.update_xaxes(title_text="target", type="category", row=1, col=column)
-        figure.update_yaxes(title_text="source" if column == 1 else "", type="category", autorange="reversed", row=1,
-                            col=column)  # fmt: skip
+        figure.update_xaxes(**_site_axis("target", list(matrix.columns)), row=1, col=column)
+        down = {**_site_axis("source", list(matrix.index)), "autorange": "reversed", "showticklabels": column == 1}
+        figure.update_yaxes(**(down if column == 1 else down | {"title": None}), row=1, col=column)
     bar = {"title": {"text": METRIC_WORDS[metric], "side": "right"}, "thickness": 14}
     height = max(320, 140 + 22 * len(grid.matrix(metric).index))
-    return _style(figure, height, coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": bar})
+    made = _style(figure, height, coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": bar})
+    made.update_xaxes(showgrid=False)
+    return made.update_yaxes(showgrid=False)
+
+
+def _site_axis(role: str, names: list[str]) -> dict[str, Any]:
+    """An axis of sites: layer numbers where all are of one point, which the title then names."""
+    sites = [Site.parse(name) for name in names]
+    if len({site.point for site in sites}) > 1:
+        return {"type": "category", "title": {"text": role}}
+    layers = [str(site.layer) for site in sites]
+    return {"type": "category", "title": {"text": f"{role} layer ({sites[0].point})"}, "tickvals": names,
+            "ticktext": layers}  # fmt: skip
 
 
 def _cell_text(part: pd.DataFrame, a: str, b: str, metric: str) -> str:
@@ -65,102 +110,183 @@ def grid_curves(
     grid: TransportGrid, metric: str = "uniform", *, source: str | int | None = None, target: str | int | None = None,
     bos: bool = False,
 ) -> go.Figure:  # fmt: skip
-    """Every arm of one source over its targets, or of one target over its sources, with 95 % intervals."""
+    """Every arm of one source over its targets, or of one target over its sources, with 95 % intervals.
+
+    What lies below R2 = -0.5 leaves the axis.
+    """
     figure = go.Figure()
-    across = "target" if source is not None else "source"
+    across, lowest = "target" if source is not None else "source", 0.0
+    names: list[str] = []
     for arm in grid.arms:
         line = grid.curve(source=source, target=target, arm=arm, bos=bos)
         colour, symbol = ARM_LOOK.get(arm, (GREY, "circle"))
         value, low, high = (line[f"r2_{metric}{end}"].to_numpy() for end in ("", "_low", "_high"))
-        error = {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.4}
+        names, lowest = list(line[across]), min(lowest, *value)
+        text = [f"{escape(arm_word(arm))}, {a} to {b}: {v:.4f}<br>95 % interval {lo:.4f} to {hi:.4f}"
+                for a, b, v, lo, hi in zip(line["source"], line["target"], value, low, high, strict=True)]  # fmt: skip
         figure.add_trace(go.Scatter(
-            x=line[across], y=value, error_y=error, mode="lines+markers", name=escape(arm),
+            x=names, y=value, error_y=_bars(value, low, high), mode="lines+markers", name=escape(arm_word(arm)),
             line={"color": colour, "width": 1.8, "dash": "dot" if arm == "shuffled" else "solid"},
-            marker={"color": colour, "symbol": symbol, "size": 8}, hovertemplate=f"{escape(arm)}, %{{x}}: %{{y:.4f}}",
+            marker={"color": colour, "symbol": symbol, "size": 8}, text=text, hovertemplate="%{text}<extra></extra>",
         ))  # fmt: skip
-    figure.update_xaxes(title_text=across, type="category")
-    figure.update_yaxes(title_text=METRIC_WORDS[metric])
-    return _style(figure, 420)
+    figure.update_xaxes(**_site_axis(across, names))
+    figure.update_yaxes(title_text=METRIC_WORDS[metric], range=[max(lowest, LOWEST) - 0.04, 1.03])
+    return _style(figure, 380)
 
 
-def efficiency_by_rank(table: pd.DataFrame) -> go.Figure:
-    """Whitened held-out R2 over ranks (above) and the efficiency (below), one pair a colour.
+def _bars(value: Any, low: Any, high: Any) -> dict[str, Any]:
+    return {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.4}
+
+
+def _log_axis() -> dict[str, Any]:
+    """A logarithmic axis whose every tick is written out: plotly leaves the decade of those between out."""
+    ticks = [step * 10.0**decade for decade in range(-6, 6) for step in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread from the first to the last.
+
+    >>> _spread(list(range(10)), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def efficiency_by_rank(table: pd.DataFrame, most: int = 6) -> go.Figure:
+    """Whitened held-out R2 over ranks (left) and the efficiency (right), one pair a colour.
 
     table: one line per pair and rank, with source, target, rank, optimal, truncated, bound, efficiency and
     efficiency_truncated. Solid: the best map of each rank; dashed: the ridge map cut to it; dotted: the bound.
     """
     if table.empty:
         return _empty("No efficiency was measured: it needs more held-out rows than both widths together")
-    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.07)
+    groups = [(pair_title(a, b), part) for (a, b), part in table.groupby(["source", "target"], sort=False)]
+    shown = _spread(groups, most)
+    titles = ("whitened R², held out", "efficiency: R² as a share of the bound")
+    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.07)
     colours = (RED, BLUE, GREEN, ORANGE, PINK, SKY, GREY)
-    for i, ((a, b), part) in enumerate(table.groupby(["source", "target"], sort=False)):
-        name, colour = escape(f"{a} to {b}"), colours[i % len(colours)]
-        kinds = ((1, "optimal", "solid"), (1, "truncated", "dash"), (1, "bound", "dot"), (2, "efficiency", "solid"),
-                 (2, "efficiency_truncated", "dash"))  # fmt: skip
-        for row, column, dash in kinds:
+    kinds = ((1, "optimal", "solid"), (1, "truncated", "dash"), (1, "bound", "dot"), (2, "efficiency", "solid"),
+             (2, "efficiency_truncated", "dash"))  # fmt: skip
+    for i, (title, part) in enumerate(shown):
+        name, colour = escape(title), colours[i % len(colours)]
+        for column, key, dash in kinds:
             figure.add_trace(go.Scatter(
-                x=part["rank"], y=part[column], mode="lines", name=name, legendgroup=name,
-                showlegend=column == "optimal", line={"color": colour, "dash": dash, "width": 1.7},
-                hovertemplate=f"{name}, {column.replace('_', ' ')}, rank %{{x}}: %{{y:.4f}}<extra></extra>",
-            ), row=row, col=1)  # fmt: skip
-    figure.update_xaxes(title_text="rank", type="log", row=2, col=1)
-    figure.update_yaxes(title_text="whitened R², held out", range=[-0.25, 1.02], row=1, col=1)
-    figure.update_yaxes(title_text="efficiency (R² / bound)", range=[-0.25, 1.05], row=2, col=1)
-    return _style(figure, 620)
+                x=part["rank"], y=part[key], mode="lines", name=name, legendgroup=name,
+                showlegend=key == "optimal", line={"color": colour, "dash": dash, "width": 1.7},
+                hovertemplate=f"{name}, {key.replace('_', ' ')}, rank %{{x}}: %{{y:.4f}}<extra></extra>",
+            ), row=1, col=column)  # fmt: skip
+    for words, dash in (("best map of the rank", "solid"), ("ridge map cut to it", "dash"), ("bound", "dot")):
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name=words, hoverinfo="skip",
+                                    line={"color": "#222", "dash": dash, "width": 1.7}), row=1, col=1)  # fmt: skip
+    figure.update_xaxes(title_text="rank of the map", **_log_axis())
+    figure.update_yaxes(range=[-0.25, 1.03])
+    return _with_note(_style(figure, 460), len(shown), len(groups))
+
+
+def _with_note(figure: go.Figure, shown: int, every: int) -> go.Figure:
+    if shown < every:
+        figure.add_annotation(text=f"{shown} of {every} pairs are drawn", xref="paper", yref="paper", x=1, y=1.12,
+                              showarrow=False, xanchor="right", font={"size": 12, "color": GREY})  # fmt: skip
+    return figure
+
+
+def verdict_bars(counts: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """The share of each verdict among a dictionary's features, one bar a pair.
+
+    counts: one mapping per pair, with source, target and the number of features of each verdict.
+    """
+    if not counts:
+        return _empty("No features were measured: give a dictionary for a target site")
+    titles = [escape(pair_title(line["source"], line["target"])) for line in counts]
+    figure = go.Figure()
+    for verdict, (colour, _) in VERDICT_LOOK.items():
+        share = [100 * line[verdict] / max(1, sum(line[v] for v in VERDICT_LOOK)) for line in counts]
+        text = [f"{line[verdict]:,}" if part >= 4 else "" for line, part in zip(counts, share, strict=True)]
+        figure.add_trace(go.Bar(
+            x=share, y=titles, orientation="h", name=verdict, marker_color=colour, text=text, textposition="inside",
+            insidetextanchor="middle", textangle=0, hovertemplate=f"{verdict}, %{{y}}: %{{x:.1f}} %<extra></extra>",
+        ))  # fmt: skip
+    figure.update_xaxes(title_text="features of the target's dictionary (%; numbers are counts)", range=[0, 100])
+    made = _style(figure, 150 + 28 * len(counts), barmode="stack", legend={"traceorder": "normal"})
+    return made.update_yaxes(autorange="reversed", showgrid=False)
 
 
 def feature_scatter(tables: Mapping[str, pd.DataFrame], most: int = 6) -> go.Figure:
     """Each feature's R2 under the operator against what the identity carries of it, coloured by verdict; a panel a pair.
 
-    tables: `FeatureVerdicts.frame()` by a title such as "resid_post.0 to resid_post.2"; the first `most` are drawn.
+    tables: `FeatureVerdicts.frame()` by a title such as "resid_post.0 → 2", with a column `name` where features have
+    names. R2 below -0.5 is drawn there.
     """
-    shown = list(tables.items())[:most]
+    shown = _spread(list(tables.items()), most)
     if not shown:
         return _empty("No features were measured: give a dictionary for a target site")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = make_subplots(lines, columns, subplot_titles=[escape(t) for t, _ in shown], shared_yaxes=True,
-                           vertical_spacing=0.3 / lines, horizontal_spacing=0.05)  # fmt: skip
+                           shared_xaxes=True, vertical_spacing=0.2 / lines, horizontal_spacing=0.04)  # fmt: skip
     seen: set[str] = set()
     for i, (_, table) in enumerate(shown):
         where = {"row": i // columns + 1, "col": i % columns + 1}
-        for verdict, colour in VERDICT_COLOURS.items():
+        for verdict, (colour, symbol) in VERDICT_LOOK.items():
             part = table[(table["verdict"] == verdict) & table["r2"].notna()]
             if part.empty:
                 continue
-            text = [f"feature {n}: {verdict}<br>R² {r2:.3f}, firing on {int(c)} tokens"
-                    for n, r2, c in zip(part.index, part["r2"], part["count"], strict=True)]  # fmt: skip
             figure.add_trace(go.Scatter(
-                x=part["identity_carries"], y=part["r2"].clip(lower=-0.5), mode="markers", name=verdict, text=text,
-                legendgroup=verdict, showlegend=verdict not in seen, hovertemplate="%{text}<extra></extra>",
-                marker={"color": colour, "size": 5, "opacity": 0.7},
+                x=part["identity_carries"], y=part["r2"].clip(lower=LOWEST), mode="markers", name=verdict,
+                text=_feature_texts(part, verdict), legendgroup=verdict, showlegend=verdict not in seen,
+                hovertemplate="%{text}<extra></extra>",
+                marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.7},
             ), **where)  # fmt: skip
             seen.add(verdict)
-        figure.update_xaxes(title_text="carried by the identity (r²)", **where)
-    figure.update_yaxes(title_text="R² of the operator", col=1)
-    return _style(figure, 120 + 300 * lines)
+    figure.update_xaxes(range=[-0.04, 1.04])
+    figure.update_xaxes(title_text="share that the identity carries (r²)", row=lines)
+    figure.update_yaxes(title_text="R² of the map", col=1)
+    figure.update_yaxes(range=[LOWEST - 0.08, 1.08])
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1 + 0.16 / lines, "x": 0, "itemsizing": "constant"}
+    return _with_note(_style(figure, 140 + 270 * lines, legend=legend), len(shown), len(tables))
 
 
-def causal_bars(table: pd.DataFrame) -> go.Figure:
-    """Rise of log-perplexity of every arm of each pair, with 95 % intervals; a logarithmic axis where arms differ much.
+def _feature_texts(part: pd.DataFrame, verdict: str) -> list[str]:
+    names = part["name"] if "name" in part else [""] * len(part)
+    return [f"feature {n}: {verdict}" + (f"<br>fires on {escape(str(name))}" if name else "")
+            + f"<br>R² {r2:.3f}, firing on {int(count):,} tokens"
+            for n, name, r2, count in zip(part.index, names, part["r2"], part["count"], strict=True)]  # fmt: skip
+
+
+def causal_points(table: pd.DataFrame, most: int = 12) -> go.Figure:
+    """Rise of log-perplexity of every arm of each pair, with 95 % intervals; on a logarithmic axis where all lie above 0.
 
     table: one line per pair and arm, with source, target, arm, delta, delta_low, delta_high.
     """
     table = table[table["arm"] != "untouched"] if len(table) else table
     if table.empty:
         return _empty("No causal arms were measured")
-    figure = go.Figure()
-    looks = {"transported": RED, "identity": SKY, "mean": ORANGE, "bias": PINK, "zero": GREY, "feature": GREEN}
-    for arm, part in table.groupby("arm", sort=False):
-        error = {"type": "data", "symmetric": False, "array": part["delta_high"] - part["delta"],
-                 "arrayminus": part["delta"] - part["delta_low"], "thickness": 1.3}  # fmt: skip
-        figure.add_trace(go.Bar(
-            x=[escape(f"{a} to {b}") for a, b in zip(part["source"], part["target"], strict=True)], y=part["delta"],
-            error_y=error, name=escape(str(arm)), marker_color=looks.get(str(arm), BLUE),
-            hovertemplate=f"{escape(str(arm))}, %{{x}}: %{{y:.4f}} nats<extra></extra>",
+    pairs = list(dict.fromkeys(zip(table["source"], table["target"], strict=True)))
+    shown = _spread(pairs, most)
+    table = table[[pair in shown for pair in zip(table["source"], table["target"], strict=True)]]
+    figure, arms = go.Figure(), list(dict.fromkeys(table["arm"]))
+    places = {pair: i for i, pair in enumerate(shown)}
+    for i, arm in enumerate(arms):
+        part, (colour, symbol) = table[table["arm"] == arm], CAUSAL_LOOK.get(str(arm), (BLUE, "circle"))
+        value, low, high = (part[f"delta{end}"].to_numpy() for end in ("", "_low", "_high"))
+        text = [f"{escape(str(arm))}, {a} to {b}: {v:.4f} nats<br>95 % interval {lo:.4f} to {hi:.4f}"
+                for a, b, v, lo, hi in zip(part["source"], part["target"], value, low, high, strict=True)]  # fmt: skip
+        # arms of one pair stand side by side, so that intervals do not hide one another
+        at = [places[pair] + 0.5 * ((i + 0.5) / len(arms) - 0.5)
+              for pair in zip(part["source"], part["target"], strict=True)]  # fmt: skip
+        figure.add_trace(go.Scatter(
+            x=at, y=value, error_y=_bars(value, low, high), mode="markers", name=escape(str(arm)), text=text,
+            marker={"color": colour, "symbol": symbol, "size": 9}, hovertemplate="%{text}<extra></extra>",
         ))  # fmt: skip
-    figure.update_yaxes(title_text="rise of log-perplexity (nats per token)")
-    return _style(figure, 460, barmode="group")
+    figure.update_xaxes(tickvals=list(places.values()), ticktext=[escape(pair_title(*pair)) for pair in shown],
+                        range=[-0.5, len(shown) - 0.5], showgrid=False, zeroline=False)  # fmt: skip
+    above = bool((table["delta_low"] > 0).all())
+    title = "rise of log-perplexity (nats per token" + (", logarithmic)" if above else ")")
+    figure.update_yaxes(title_text=title, **(_log_axis() if above else {}))
+    return _with_note(_style(figure, 440), len(shown), len(pairs))
 
 
 def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> go.Figure:
@@ -172,21 +298,21 @@ def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> 
         return _empty("No shortcut was measured")
     figure = go.Figure()
     parts: Sequence[tuple[str, pd.DataFrame | None, str, str]] = (
-        ("one run of blocks", table, "markers", BLUE),
-        ("greedy", greedy, "lines+markers", RED),
+        ("one run of blocks, one map", table, "markers", BLUE),
+        ("greedy search (other half)", greedy, "lines+markers", RED),
     )
     for i, (name, part, mode, colour) in enumerate(parts):
         if part is None or part.empty:
             continue
-        error: dict[str, Any] = {"type": "data", "symmetric": False, "array": part["delta_high"] - part["delta"],
-                                 "arrayminus": part["delta"] - part["delta_low"], "thickness": 1.3}  # fmt: skip
-        text = ["the whole model" if not blocks else f"without blocks {blocks}" for blocks in part["blocks"]]
+        text = ["the whole model" if not blocks else f"without {blocks}" for blocks in part["blocks"]]
         figure.add_trace(go.Scatter(
-            x=100 * part["saved"], y=part["delta"], error_y=error, mode=mode, name=name, text=text,
+            x=100 * part["saved"], y=part["delta"], mode=mode + ("+text" if not i and len(part) <= NAMED_CELLS else ""),
+            error_y=_bars(part["delta"], part["delta_low"], part["delta_high"]), name=name, text=text,
+            textposition="middle right", textfont={"size": 11, "color": GREY},
             marker={"color": colour, "symbol": SYMBOLS[i], "size": 9}, line={"color": colour, "width": 1.6},
             hovertemplate="%{text}: %{y:.4f} nats, %{x:.1f} % saved<extra></extra>",
         ))  # fmt: skip
-    figure.update_xaxes(title_text="FLOPs saved (%)")
+    figure.update_xaxes(title_text="share of the forward pass's FLOPs saved (%)")
     figure.update_yaxes(title_text="rise of log-perplexity (nats per token)")
     return _style(figure, 420)
 

@@ -223,7 +223,7 @@ class BlockSums:
         weight = 1 / (self.eps * (self.pre.abs() + self.post.abs()) + torch.finfo(torch.float64).tiny ** 0.5).flatten()
         terms = torch.stack([attn.made.flatten() * weight, mlp.made.flatten() * weight], 1)
         gram, moment = terms.T @ terms, terms.T @ ((self.post - self.pre).flatten() * weight)
-        if torch.linalg.cond(gram) > 1e8:
+        if not torch.linalg.cond(gram) <= 1e8:  # of zeros it is not a number
             return
         fit = torch.linalg.solve(gram, moment).tolist()
         if not all(1e-4 < abs(s) < 1e4 for s in fit):
