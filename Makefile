@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all check bench bench-gpu data clean
+.PHONY: demo test test-all check bench bench-gpu pages data clean
 .DELETE_ON_ERROR:
 
 # constraints.txt pins every version, torch among them; on a machine with a GPU see "With a GPU" in the README
@@ -36,6 +36,9 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks speed-gpu
+
+pages: $(STAMP)
+	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.pages
 
 data: $(STAMP)
 	$(BIN)/python -m data.build

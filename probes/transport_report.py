@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMAT = "workbench.transport"
 EXAMPLES = 3
 """features of each verdict that are shown by name"""
+PREDICTED = 0.5
+"""R2 of a feature's read-out over all tokens from which it counts as predicted there"""
 FOOTER = (
     "R² is of prompts that no map has seen. Intervals are 95 %: for R² the jackknife over shards of held-out prompts "
     "(Student's t), the map as it was fitted; for features the jackknife over shards of prompts; for causal figures over "
@@ -159,12 +161,18 @@ def _features(folder: Path, metrics: Mapping[str, Any]) -> Iterable[dict[str, An
         return
     lines = metrics["features"]["pairs"]
     medians = ("r2", "identity_r2", "control_r2", "f1")
-    heads = ["pair", *plots.VERDICT_LOOK, "median R²", "of the identity", "of shuffled pairs", "median F1 of firing"]
+    heads = ["pair", *plots.VERDICT_LOOK, "median R²", "of the identity", "of shuffled pairs", "median F1 of firing",
+             "synthesised, R² over all tokens ≥ 0.5"]  # fmt: skip
+    made = (
+        found[(found["verdict"] == "synthesised") & (found["r2_all"] >= PREDICTED)].groupby(["source", "target"]).size()
+    )
     rows = [_row(plots.pair_title(p["source"], p["target"]),
-                 [*(f"{p[v]:,}" for v in plots.VERDICT_LOOK), *(plain(p.get(k)) for k in medians)])
+                 [*(f"{p[v]:,}" for v in plots.VERDICT_LOOK), *(plain(p.get(k)) for k in medians),
+                  f"{made.get((p['source'], p['target']), 0):,}"])
             for p in lines]  # fmt: skip
     note = (f"Over {lines[0]['tokens']:,} held-out tokens; R² of a feature over those on which it fires, where a constant "
-            "scores 0 and a prediction of no use far less.")  # fmt: skip
+            "scores 0 and a prediction of no use far less. The last column counts synthesised features whose read-out the map "
+            "does predict over all tokens: where they are high, but not how high they are there.")  # fmt: skip
     yield section(
         "Features", SAYS["features"], figure=plots.verdict_bars(lines), tables=[table(heads, rows, note=note)]
     )

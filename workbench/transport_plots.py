@@ -284,8 +284,7 @@ def causal_points(table: pd.DataFrame, most: int = 12) -> go.Figure:
     figure.update_xaxes(tickvals=list(places.values()), ticktext=[escape(pair_title(*pair)) for pair in shown],
                         range=[-0.5, len(shown) - 0.5], showgrid=False, zeroline=False)  # fmt: skip
     above = bool((table["delta_low"] > 0).all())
-    title = "rise of log-perplexity (nats per token" + (", logarithmic)" if above else ")")
-    figure.update_yaxes(title_text=title, **(_log_axis() if above else {}))
+    figure.update_yaxes(title_text="rise of log-perplexity (nats per token)", **(_log_axis() if above else {}))
     return _with_note(_style(figure, 440), len(shown), len(pairs))
 
 

@@ -1,0 +1,1 @@
+"""The pages of docs/ whose numbers come from a run, and how they are written again."""

@@ -1,0 +1,63 @@
+"""Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
+
+`transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
+(docs/transport.json) and its pictures; `notebooks` runs every notebook of docs/ and keeps what it shows. Pictures are
+taken in a headless Chromium; where there is none, those that are there stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import pictures, transport
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def write_transport() -> None:
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+        kept = transport.measure(Path(folder) / "run")
+        transport.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        transport.PAGE.write_text(transport.page(kept), encoding="utf-8")
+        browser = pictures.browser()
+        if browser is None:
+            sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+            return
+        for name, figure in transport.figures(Path(folder) / "run").items():
+            pictures.take(figure, DOCS / "img" / f"transport_{name}.png", browser)
+
+
+def write_notebooks() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    for path in sorted(DOCS.glob("*.ipynb")):
+        notebook = nbformat.read(path, 4)
+        with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+            resources = {"metadata": {"path": folder}}
+            NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources,
+                           record_timing=False).execute()  # fmt: skip
+        nbformat.write(notebook, path)
+
+
+PARTS: dict[str, Callable[[], None]] = {"transport": write_transport, "notebooks": write_notebooks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.pages", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} [all]")
+    wanted = parser.parse_args().parts or list(PARTS)
+    if unknown := sorted(set(wanted) - set(PARTS)):
+        parser.error(f"unknown parts {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
+    for name in wanted:
+        sys.stderr.write(f"{name} ...\n")
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
