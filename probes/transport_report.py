@@ -51,8 +51,9 @@ SAYS = {
     "once in a thousand such sets). Participation ratio: the published size, (Σρ)² / Σρ², which independent data of this "
     "shape nearly has too. Small print: the value of independent data.",
     "features": "For each feature of a dictionary at the target: transported, the map predicts it and its own direction "
-    "at the source does too, so it lay there already; rotated, the map predicts it from other directions; synthesised, no "
-    "linear prediction, so it was made on the way or is not linear; mixed, in between; rare, it fires too seldom to tell.",
+    "at the source does too, so it lay there already; rotated, the map predicts it from other directions; synthesised, it "
+    "does not, so how strongly it fires was made on the way or is not linear; mixed, in between; rare, it fires too seldom "
+    "to tell. Predicted means how strongly it fires on the tokens where it does.",
     "scatter": "One point is one feature, over the held-out tokens on which it fires. Up: the map predicts how strongly it "
     "fires. Right: the source predicts it along the feature's own direction. Points at the lower edge lie below it.",
     "causal": "The state at the target is replaced at every token but BOS by what each arm makes of the source, and the "

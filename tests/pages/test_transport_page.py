@@ -36,6 +36,13 @@ def test_the_page_is_that_of_its_numbers(kept):
     assert max(p.stat().st_size for p in pictures) < 150_000
 
 
+def test_the_readme_quotes_the_page(lines):
+    text = (transport.ROOT / "README.md").read_text(encoding="utf-8")
+    cheapest = min(lines["causal transported"], key=lambda x: x["delta"])
+    assert f"{transport.span(lines['ridge'], 'r2_uniform')} on held-out prompts (control" in text
+    assert f"costs {transport.plain(cheapest['delta'])} nats per token" in text
+
+
 def test_what_is_said_of_the_grid_holds(kept, lines):
     ridge, with_bos = by_pair(lines["ridge"], "r2_uniform"), by_pair(lines["ridge with BOS"], "r2_uniform")
     for a in range(3):
