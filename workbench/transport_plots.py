@@ -225,8 +225,9 @@ def feature_scatter(tables: Mapping[str, pd.DataFrame], most: int = 6) -> go.Fig
         return _empty("No features were measured: give a dictionary for a target site")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
+    full = len(shown) % columns == 0  # where a panel has none below, it keeps the numbers of its axis
     figure = make_subplots(lines, columns, subplot_titles=[escape(t) for t, _ in shown], shared_yaxes=True,
-                           shared_xaxes=True, vertical_spacing=0.2 / lines, horizontal_spacing=0.04)  # fmt: skip
+                           shared_xaxes=full, vertical_spacing=0.2 / lines, horizontal_spacing=0.04)  # fmt: skip
     seen: set[str] = set()
     for i, (_, table) in enumerate(shown):
         where = {"row": i // columns + 1, "col": i % columns + 1}
