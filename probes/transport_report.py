@@ -31,10 +31,10 @@ FOOTER = (
     "sequences, paired with the untouched model."
 )
 SAYS = {
-    "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}: 1 is all "
-    "of its variance, 0 no more than its mean. Beside it the same fit with the sources of other prompts, which can carry nothing. "
-    "Rows at position 0 (BOS) are left out. Of the baselines, identity takes the source as it is, identity + bias adds a "
-    "constant, Procrustes also rotates and scales.",
+    "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}: 1 is all of its variance, "
+    "0 no more than its mean. Beside it the same fit with the sources of other prompts, which can carry nothing. Rows at "
+    "position 0 (BOS) are left out. Of the baselines, identity takes the source as it is, identity + bias adds a constant, "
+    "Procrustes also rotates and scales.",
     "bos": "The same with the rows at position 0. They are nearly alike in every prompt and may be very long, so that they "
     "lift R² whatever the map does: read the grid without them. The shuffled control keeps BOS rows among themselves, so "
     "what it scores here is that lift.",

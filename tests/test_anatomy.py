@@ -425,3 +425,13 @@ def test_edits_that_return_something_else_are_refused(point, wrong):
     with pytest.raises(UserError, match=rf"an edit of {point}\.1 returned .*must return the states, of shape \[2, 3, "):
         with torch.inference_mode(), model.edit({Site(1, point): wrong}):
             model.logits(ids, torch.ones_like(ids))
+
+
+def test_a_model_whose_blocks_add_nothing_is_loaded_and_read():
+    module = make_module("gpt2")
+    for weight in module.transformer.h.parameters():
+        weight.data.zero_()
+    model = load(module, tokenizer=word_tokenizer())
+    sites = [Site(0, "resid_pre"), Site(LAYERS - 1)]
+    seen, _ = passed(model, sites)
+    assert torch.equal(seen[sites[0]], seen[sites[1]])

@@ -77,18 +77,19 @@ def test_11_without_bos_is_the_default_and_with_it_every_score_is_lifted(massive
 
 
 def test_11_the_report_and_the_table_of_the_command_show_both(massive, tmp_path):
+    job = {"name": "planted", "prompts": "p", "tokens": "all", "n_prompts": 80, "positions": "same", "alpha": "cv"}
     metrics = {"format": "workbench.transport", "grid": grid_metrics(massive), "warnings": [], "environment": environment(),
-               "job": {"name": "planted", "prompts": "p", "n_prompts": 80, "positions": "same", "alpha": "cv"}}  # fmt: skip
+               "job": job}  # fmt: skip
     massive.save(tmp_path / "grid")
     write_json(tmp_path / "metrics.json", metrics)
     report, printed = render_transport(tmp_path), StringIO()
     Console(file=printed, width=300).print(_table(metrics))
     shown = printed.getvalue()
-    first, second = report.split("<h2>With BOS</h2>")
-    for bos, part in ((False, first), (True, second)):
+    table = report.split("<h2>With BOS</h2>")[1].split("</table>")[0]
+    for bos in (False, True):
         line = massive.cell(0, 1, bos=bos)
-        score, low, high = (f"{line[f'r2_uniform{end}']:.4f}" for end in ("", "_low", "_high"))
-        assert score in part
-        assert f"{low} to {high}" in part
-        assert f"{score} ({low} to {high})" in shown
+        score, low, high = (line[f"r2_uniform{end}"] for end in ("", "_low", "_high"))
+        assert f"{score:.3f}" in table
+        assert f"{low:.3f} to {high:.3f}" in table
+        assert f"{score:.4f} ({low:.4f} to {high:.4f})" in shown
     assert "ridge with BOS" in shown
