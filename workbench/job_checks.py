@@ -8,6 +8,7 @@ from .adapters.adapter import Adapter
 from .errors import UserError
 from .evaluate.behaviour import Behaviour
 from .evaluate.graders import grade
+from .evaluate.registry import BATCH
 from .hashes import json_hash
 from .prompts import PromptSet
 
@@ -47,7 +48,8 @@ def _check_sets(table: BehaviourTable) -> None:
     where = f"behaviour {table.name!r}"
     evaluation = PromptSet.load(table.evaluation)
     try:
-        grade(table.grader, ["0"] * len(evaluation), evaluation, **table.grader_args)
+        tried = evaluation[:1] if table.grader in BATCH else evaluation  # a model that judges takes its time
+        grade(table.grader, ["0"] * len(tried), tried, **table.grader_args)
     except UserError as err:
         raise UserError(f"{where}: {err}") from err
     except TypeError as err:

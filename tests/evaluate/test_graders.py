@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from workbench.errors import UserError
-from workbench.evaluate import graders
+from workbench.evaluate import graders, registry
 from workbench.evaluate.graders import grade, repeated_share
 from workbench.evaluate.statistics import rate
 from workbench.prompts import Prompt
@@ -107,7 +107,7 @@ def test_other_graders():
 
 
 def test_register_adds_and_refuses_a_taken_name(monkeypatch):
-    monkeypatch.setattr(graders, "GRADERS", dict(graders.GRADERS))
+    monkeypatch.setattr(registry, "GRADERS", dict(registry.GRADERS))
     graders.register("shouting")(lambda answer, prompt: answer.isupper())
     assert grade("shouting", ["HA", "ha"], [prompt(), prompt()]) == [True, False]
     with pytest.raises(UserError, match="'shouting' is registered"):

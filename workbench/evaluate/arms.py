@@ -18,6 +18,7 @@ from ..models import Model
 from ..prompts import PromptSet
 from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
 from .comparison import dose_response
+from .plugins import origin
 from .statistics import Interval, gain_share, mcnemar, mean_interval, rate, wilson
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def measure_arms(b: BehaviourTransfer, chosen: Choice, forecast: Mapping[str, An
     own = {
         arm: b.adapter(arm).hash for arm in ("donor", "paste", "pinv", "mean_delta", *(["native"] if native else []))
     }
-    inputs = [hashes, own, t.job.evaluate.model_dump(), table.model_dump()]
+    plugged = origin(table.grader)  # the code of a grader that is not ours decides its verdicts too
+    inputs = [hashes, own, t.job.evaluate.model_dump(), table.model_dump(), *([plugged] if plugged else [])]
     name = f"answers/{b.name}.jsonl"
 
     def make() -> dict[str, Any]:

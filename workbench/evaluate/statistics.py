@@ -69,21 +69,44 @@ def rate(passed: Sequence[bool], confidence: float = 0.95) -> Interval:
     return wilson(sum(map(bool, passed)), len(passed), confidence)
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test: the p-value that a and b, verdicts on the same prompts, pass equally often.
+@dataclass(frozen=True)
+class Paired:
+    """Verdicts of two arms on the same prompts: how many prompts passed in which, and McNemar's exact p-value."""
 
-    Under the null, the discordant pairs split as Binomial(b01 + b10, 1/2); no discordant pair gives p = 1.
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def paired(a: Sequence[bool], b: Sequence[bool]) -> Paired:
+    """The exact two-sided McNemar test that a and b, verdicts on the same prompts, pass equally often, with its counts.
+
+    Under the null, the discordant pairs split as Binomial(only_a + only_b, 1/2); no discordant pair gives p = 1.
+
+    >>> paired([True] * 8 + [False] * 2, [False] * 10)
+    Paired(both=0, only_a=8, only_b=0, neither=2, p=0.0078125)
+    """
+    if len(a) != len(b):
+        raise UserError(f"McNemar compares the same prompts; got {len(a)} and {len(b)} verdicts")
+    pairs = [(bool(x), bool(y)) for x, y in zip(a, b, strict=True)]
+    both, only_a, only_b = (pairs.count(kind) for kind in ((True, True), (True, False), (False, True)))
+    differ = only_a + only_b
+    p = float(stats.binomtest(only_a, differ, 0.5).pvalue) if differ else 1.0
+    return Paired(both, only_a, only_b, len(pairs) - both - differ, p)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """The p-value of `paired`.
 
     >>> mcnemar([True] * 8 + [False] * 2, [False] * 10)
     0.0078125
     """
-    if len(a) != len(b):
-        raise UserError(f"McNemar compares the same prompts; got {len(a)} and {len(b)} verdicts")
-    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
-    if only_a + only_b == 0:
-        return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    return paired(a, b).p
 
 
 def mean_interval(values: Any, confidence: float = 0.95) -> Interval:
