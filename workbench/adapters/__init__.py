@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adapter import Adapter, vector
+from .blend import Blend, Schedule
 from .low_rank import ACTS, LowRank
 
-__all__ = ["ACTS", "Adapter", "LowRank", "vector"]
+__all__ = ["ACTS", "Adapter", "Blend", "LowRank", "Schedule", "vector"]
