@@ -88,7 +88,7 @@ def test_maps_know_tensors_and_nothing_of_models():
     ("layer", "above"),
     [
         (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
-          "rendering", "models", "fingerprint", "anatomy"),
+          "rendering", "models", "generation", "conversation", "fingerprint", "anatomy"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
@@ -96,7 +96,8 @@ def test_maps_know_tensors_and_nothing_of_models():
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "report_page"),
-         ("cli", "cli_profile", "cli_stores", "cli_transport", "cli_options", "cli_errors", "cli_values", "__main__")),
+         ("cli", "cli_profile", "cli_stores", "cli_transport", "cli_generate", "cli_grade",
+          "cli_options", "cli_errors", "cli_values", "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from workbench.cli import app
 from workbench.cli_values import layer_list
 from workbench.converter_files import load_converters
 from workbench.errors import UserError
+from workbench.evaluate.graders import GRADERS
 from workbench.paste import paste_adapter
 from workbench.profile.sums import load_moments, moments_bytes
 from workbench.sites import Site
@@ -232,6 +233,20 @@ def test_run_and_demo_print_the_table_and_the_path_of_the_report(home, tmp_path,
     demo = good("demo", "--quick", "--recipient", home / "recipient", "--json")
     assert json.loads(demo.stdout)["schema"] == 1
     assert (ran[1].name, ran[1].recipient.model) == ("demo-quick", str(home / "recipient"))
+
+
+def test_run_takes_graders_of_a_plugin_that_the_line_names(home, tmp_path, ran):
+    (tmp_path / "mine.py").write_text(
+        "from workbench.evaluate.graders import register\n\n"
+        '@register("ends_in_nine")\ndef ends_in_nine(answer, prompt):\n    return answer.endswith("w9")\n'
+    )
+    good("run", job_file(home, tmp_path), "--plugin", tmp_path / "mine.py")
+    try:
+        assert GRADERS["ends_in_nine"]("w1 w9", None)
+    finally:
+        GRADERS.pop("ends_in_nine", None)
+    told(workbench("run", job_file(home, tmp_path), "--plugin", tmp_path / "gone.py"), "no such file")
+    told(workbench("job", job_file(home, tmp_path, plugin="mine.py")), "unknown key 'plugin'")
 
 
 def test_run_makes_a_run_folder_and_the_second_time_keeps_every_step(home, tmp_path):

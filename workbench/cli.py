@@ -5,7 +5,6 @@ Results go to stdout, progress and the log to stderr. Nothing heavy is imported 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_errors import FLAGS, guarded
-from .cli_options import MODEL_HELP, Backend, Device, Dtype, Json, Out, Overwrite
+from .cli_generate import chat, generate
+from .cli_grade import grade
+from .cli_options import ADAPTER_HELP, MODEL_HELP, Device, Dtype, Json, Mismatch, Out, Overwrite, Plugin
 from .cli_profile import profile
 from .cli_stores import stores
 from .cli_transport import transport
@@ -25,8 +26,6 @@ from .cli_values import alpha_value, layer_list
 from .cli_values import printed_json as _json
 from .cli_values import printed_table as _table
 from .errors import UserError
-
-ADAPTER_HELP = "adapter folder, ours or pyreft's, or bundled:NAME"
 
 
 class _Group(TyperGroup):
@@ -86,7 +85,6 @@ def _global(
 Seed = Annotated[int | None, typer.Option(help="of everything random, in place of the job's")]
 Donor = Annotated[str | None, typer.Option(metavar="MODEL", help=f"donor in place of the job's: {MODEL_HELP}")]
 Recipient = Annotated[str | None, typer.Option(metavar="MODEL", help=f"recipient in place of the job's: {MODEL_HELP}")]
-Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="take an adapter that belongs to another model")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer prompts: shows that it runs; the numbers mean little")]
 
 
@@ -117,9 +115,14 @@ def run(
     ] = None,
     seed: Seed = None,
     quick: Quick = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Runs a job file. Steps already done with the same inputs are kept; run it again to go on after a stop."""
+    if plugin is not None:
+        from .evaluate.plugins import load_plugin
+
+        load_plugin(plugin)
     _run(job, donor=donor, recipient=recipient, out=out, seed=seed, quick=quick, as_json=as_json)
 
 
@@ -227,48 +230,9 @@ def paste(
     )
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="user turns")] = None,
-    prompts: Annotated[str | None, typer.Option(help="a prompt set in place of PROMPT")] = None,
-    adapter: Annotated[Path | None, typer.Option(help=ADAPTER_HELP)] = None,
-    strength: Annotated[float, typer.Option(help="factor on the adapter's own; 0 is the plain model")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="length at which an answer is cut")] = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="sample in place of the likeliest token")] = False,
-    temperature: Annotated[float, typer.Option(help="of --sample")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of --sample")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="the first so many of --prompts only")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts at once")] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    backend: Backend = "hooks",
-    allow_mismatch: Mismatch = False,
-    as_json: Json = False,
-) -> None:
-    """Answers prompts, with an adapter where one is given. With --json: one object a line."""
-    if bool(prompt) == (prompts is not None):
-        raise UserError("give either prompts on the line or --prompts with a prompt set" +
-                        (", not both" if prompt else ""))  # fmt: skip
-    from dataclasses import replace
-
-    from .adapters.adapter import Adapter
-    from .models import load
-    from .prompts import PromptSet
-
-    read = PromptSet.load(prompts if prompts is not None else list(prompt or []), limit=limit)
-    used = None if adapter is None else Adapter.load(adapter) * strength
-    if used is not None and allow_mismatch:
-        used = replace(used, base={})
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {}
-    answers = load(model, dtype=dtype, device=device, backend=backend).generate(
-        read, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=used, seed=seed, **options
-    )
-    for one, answer in zip(read, answers, strict=True):
-        if as_json:
-            typer.echo(json.dumps({"id": one.id, "prompt": one.user, "answer": answer}, ensure_ascii=False))
-        else:
-            typer.echo(f"> {one.user}\n{answer.strip()}\n")
+app.command()(generate)
+app.command()(chat)
+app.command()(grade)
 
 
 @app.command()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import anatomy
+from . import anatomy, generation
 from .anatomy import proof
 from .backends import NAMES, Backend, held_by, open_backend, torch_hooks
 from .backends.hooks import HooksBackend
@@ -23,11 +23,11 @@ from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, p
 from .errors import UserError
 from .fingerprint import fingerprint_of
 from .hashes import short_hash
-from .progress import progress
 from .sites import Site, find_blocks, plain_module, text_config
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
+    from .adapters.blend import Blend
 
 log = logging.getLogger("workbench")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -191,49 +191,21 @@ class Model:
         *,
         max_new_tokens: int = 64,
         batch_size: int = 64,
-        adapter: Adapter | None = None,
+        adapter: Adapter | Blend | None = None,
         seed: int = 0,
         desc: str = "generating",
+        on_text: Callable[[str], None] | None = None,
         **options: Any,
     ) -> list[str]:
         """Answers to `prompts` (a PromptSet, texts or chats), in their order, special tokens left out.
 
-        Greedy unless `options` say otherwise (any argument of a Hugging Face GenerationConfig). Prompts are batched by
-        length and padded left; greedy answers do not depend on `batch_size` but for float noise. Sampling draws from
-        torch's generator, which is seeded with `seed` here.
+        Greedy unless `options` say otherwise (any argument of a Hugging Face GenerationConfig; `generation.Decoding` has
+        the usual ones). Prompts are batched by length and padded left; greedy answers do not depend on `batch_size` but
+        for float noise. Sampling draws from torch's generator, which is seeded with `seed` here. With `on_text` the
+        prompts are answered one by one, and it is called with each piece of text as it comes.
         """
-        from transformers import GenerationConfig
-
-        from .prompts import PromptSet, encode, pad
-
-        if not 0 < max_new_tokens < self.max_length - 1:
-            raise UserError(f"max_new_tokens {max_new_tokens} is out of range: {self.name} reads {self.max_length} tokens "
-                            "in all, and the prompt needs some")  # fmt: skip
-        if batch_size < 1 or not 0 < options.get("temperature", 1.0) < float("inf"):
-            raise UserError(
-                f"batch_size {batch_size} and temperature {options.get('temperature', 1.0)} must be positive"
-            )
-        encoded = encode(PromptSet.load(prompts), self.tokenizer, max_length=self.max_length - max_new_tokens)
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, pad_token_id=self.pad_id, eos_token_id=self.end_ids or None,
-            **{"do_sample": False, **options},
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        answers: dict[int, str] = {}
-        with progress(total=len(encoded), desc=desc, unit="prompt") as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                ids, mask = pad([encoded[i] for i in rows], self.pad_id, "left")
-                edited = nullcontext() if adapter is None else adapter.on(self, prompt_lengths=mask.sum(1))
-                with torch.inference_mode(), edited:
-                    where = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-                    out = self.backend.call(self, "generate", {**where, "generation_config": config})
-                texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
-                step = len(texts) // len(rows)  # several samples a prompt: the first is kept
-                answers.update(zip(rows, texts[::step], strict=True))
-                bar.update(len(rows))
-        return [answers[i] for i in range(len(encoded))]
+        return generation.generate(self, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=adapter,
+                                   seed=seed, desc=desc, on_text=on_text, **options)  # fmt: skip
 
     def prove(self, layers: Sequence[int] | None = None) -> None:
         """Proves the sites in a few passes of 16 tokens; at `layers` (first, middle and last unless given) that writing
