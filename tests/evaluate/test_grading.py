@@ -209,3 +209,13 @@ def test_paired_counts_add_up():
     assert found.p == paired(b, a).p == mcnemar(a, b)
     with pytest.raises(UserError, match="5 and 4 verdicts"):
         paired(a, b[:4])
+
+
+def test_gold_rows_of_other_prompts_are_noticed_by_any_column_that_holds_the_question(tmp_path):
+    questions = [f"is number {i} of the list odd" for i in range(6)]
+    answers = write(tmp_path / "a.csv", rows(prompt=[f"Answer this: {q}?" for q in questions], answer=BASE))
+    gold = rows(instruction=["Say it in digits"] * 6, input=[f"{q} =" for q in questions], target=GOLD)
+    right, turned = write(tmp_path / "right.jsonl", gold), write(tmp_path / "turned.jsonl", gold[1:] + gold[:1])
+    line = (answers, "--grader", "final_integer", "--gold")
+    assert said(*line, right)["arms"]["answer"]["passed"] == 3
+    assert "another order: the prompt of answer 0 is that of gold row 5" in told(*line, turned)

@@ -138,7 +138,9 @@ def _with_gold(prompts: Sequence[Prompt], file: str | Path, column: str | None) 
                         "give one row for each")  # fmt: skip
     else:
         matched = list(rows)
-        _check_order(prompts, [_text(row) for row in rows], file)
+        for name in PROMPTS:
+            if name in rows[0]:
+                _check_order(prompts, [str(row.get(name) or "") for row in rows], file)
     values = _cells(file, matched, chosen)
     return [replace(p, meta={**p.meta, "gold": value}) for p, value in zip(prompts, values, strict=True)]
 
