@@ -161,8 +161,8 @@ def _talk(talk: Conversation, lines: Iterator[str], at_terminal: bool) -> None:
             elif word.startswith("/"):
                 raise UserError(f"unknown command {word!r}; allowed: {COMMANDS}")
             else:
-                talk.say(line.strip(), on_text=_show)
-                typer.echo("")
+                answer = talk.say(line.strip(), on_text=_show if at_terminal else None)
+                typer.echo("" if at_terminal else answer)
         except KeyboardInterrupt:
             if not at_terminal:
                 raise
