@@ -16,6 +16,7 @@ from torch import Tensor
 from ..atomic import write_bytes
 from ..errors import UserError
 from .linear_map import read_safetensors
+from .symmetric import symmetric_product
 
 FORMAT = "workbench.moments"
 Pair = tuple[str, str]
@@ -100,7 +101,8 @@ class Moments:
             factors[name] = centred.to(self.products)
         with _no_tf32():
             for a, b in self.product:
-                self.product[a, b] += (factors[a].T @ factors[b]).double()
+                x, y = factors[a].T, factors[b]
+                self.product[a, b] += symmetric_product(x, y) if a == b else x @ y  # float64 += float32
         return self
 
     def mean(self, name: str) -> Float[Tensor, " d"]:
@@ -113,12 +115,19 @@ class Moments:
         """sum (x_a - at_a)^T (x_b - at_b), [d_a, d_b]: G - s_a^T u_b - u_a^T s_b + n u_a^T u_b with u = at - shift."""
         product = self._product(a, b)
         u_a, u_b = at_a - self.shift[a], at_b - self.shift[b]
-        cross = torch.outer(self.sum[a], u_b) + torch.outer(u_a, self.sum[b])
-        return product - cross + self.n * torch.outer(u_a, u_b)
+        return torch.addr(product, self.sum[a], u_b, alpha=-1).addr_(u_a, self.sum[b] - self.n * u_b, alpha=-1)
 
     def cov(self, a: str, b: str) -> Float[Tensor, "d_a d_b"]:
         """Centred sum of products, sum (x_a - mean_a)^T (x_b - mean_b), [d_a, d_b]; not divided by n."""
-        return self._product(a, b) - torch.outer(self.sum[a], self.sum[b]) / self._rows()
+        return torch.addr(self._product(a, b), self.sum[a], self.sum[b], alpha=-1 / self._rows())
+
+    def squares(self, name: str, at: Float[Tensor, " d"] | None = None) -> Float[Tensor, " d"]:
+        """sum (x - at)^2 by column, [d]: the diagonal of `about`; about the mean, as that of `cov`, unless `at` is given."""
+        product, s = self._product(name, name).diagonal(), self.sum[name]
+        if at is None:
+            return product - s.square() / self._rows()
+        u = at - self.shift[name]
+        return product - 2 * s * u + self.n * u.square()
 
     def raw(self, a: str, b: str) -> Float[Tensor, "d_a d_b"]:
         """Uncentred sum of products, sum x_a^T x_b, [d_a, d_b]."""
@@ -144,13 +153,16 @@ class Moments:
         self._same_blocks({name: other.width(name) for name in other.names})
         if set(self.product) != set(other.product):
             raise UserError("these moments keep different cross products; accumulate both with the same pairs")
-        result = self._copy()
-        result.n = self.n + sign * other.n
+        result = Moments(pairs=self._pairs, products=self.products)
+        result.n, result.shift = self.n + sign * other.n, dict(self.shift)
         for name in self.names:
             moved = other.sum[name] + other.n * (other.shift[name] - self.shift[name])
             result.sum[name] = self.sum[name] + sign * moved
+        near = {name for name in self.names if torch.equal(other.shift[name], self.shift[name])}
         for a, b in self.product:
-            result.product[a, b] = self.product[a, b] + sign * other.about(a, b, self.shift[a], self.shift[b])
+            apart = not {a, b} <= near
+            theirs = other.about(a, b, self.shift[a], self.shift[b]) if apart else other.product[a, b]
+            result.product[a, b] = torch.add(self.product[a, b], theirs, alpha=sign)
         return result
 
     def to(self, device: torch.device | str) -> Moments:

@@ -86,9 +86,12 @@ def fit_ridge_targets(
     scores: dict[str, Tensor] = {}
     if alpha == "cv":
         scores = fold_scores(whole, chosen_parts, source, targets, penalties, metric=metric, centred=centred)
-    elif alpha == "gcv":
-        scores = {target: spectrum.gcv(target, penalties)[None] for target in targets}
-    return {target: _chosen(spectrum, target, scores.get(target), alphas, penalties, unit, dtype) for target in targets}
+    made = {}
+    for target in targets:
+        cross = spectrum.cross(target)
+        found = spectrum.gcv(target, penalties, cross=cross)[None] if alpha == "gcv" else scores.get(target)
+        made[target] = _chosen(spectrum, target, cross, found, alphas, penalties, unit, dtype)
+    return made
 
 
 def fold_scores(
@@ -122,6 +125,7 @@ def penalty(alpha: int | float | str) -> float:
 def _chosen(
     spectrum: Spectrum,
     target: str,
+    cross: Tensor,
     scores: Tensor | None,
     alphas: Sequence[int | float],
     penalties: list[float],
@@ -136,7 +140,7 @@ def _chosen(
         cv = tuple(zip(map(float, alphas), mean, strict=True))
         best = max(range(len(mean)), key=mean.__getitem__)
         folds = tuple(map(tuple, scores.tolist())) if len(scores) > 1 else ()
-    made = spectrum.ridge(target, penalties[best], dtype=dtype)
+    made = spectrum.ridge(target, penalties[best], dtype=dtype, cross=cross)
     relative = penalties[best] / unit
     made = LinearMap(made.weight, made.bias, {**made.meta, "alpha": relative})
     return RidgeFit(made, relative, penalties[best], cv, folds)

@@ -37,7 +37,7 @@ def check_counts(
     if n < needed:
         notes.append(f"{n} rows are few for width {d} (n/d = {n / d:.2f}): have at least {needed}")
     for name in (source, target):
-        still = int((train.cov(name, name).diagonal() <= constant_floor(train, name)).sum())
+        still = int((train.squares(name) <= constant_floor(train, name)).sum())
         if still == train.width(name):
             raise UserError(f"{name} is constant, so there is nothing to fit")
         if still:

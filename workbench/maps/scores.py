@@ -21,6 +21,7 @@ from ..errors import UserError
 from .linear_map import LinearMap
 from .moments import Moments
 from .spectrum import Spectrum, constant_floor
+from .symmetric import symmetric_product
 from .whitening import Whitener
 
 METRICS = ("uniform", "weighted", "whitened")
@@ -106,7 +107,7 @@ def score_map(
 
 def live_squares(moments: Moments, target: str) -> Float[Tensor, " d_out"]:
     """Sum of squares of each output about its mean, [d_out]; 0 where it is rounding alone."""
-    squares = moments.cov(target, target).diagonal()
+    squares = moments.squares(target)
     return torch.where(squares > constant_floor(moments, target), squares, 0.0)
 
 
@@ -122,7 +123,7 @@ class HeldOut:
     def of(cls, spectrum: Spectrum, part: Moments) -> HeldOut:
         """Args: spectrum: of the training rows; part: moments of the held-out rows."""
         at, v, name = spectrum.x_mean, spectrum.vectors, spectrum.source
-        return cls(spectrum, part, v.T @ part.about(name, name, at, at) @ v)
+        return cls(spectrum, part, symmetric_product(v.T @ part.about(name, name, at, at), v))
 
     def path(
         self,
@@ -136,7 +137,7 @@ class HeldOut:
 
         With M = V^T Sxy, B = V^T Sxy' (about the training means) and weights C on the outputs,
         SSE(a) = tr(C Syy') - 2 g . diag(M C B^T) + g^T (A o (M C M^T)) g, g = 1 / (l + a): three products per target,
-        then O(d^2) per penalty, however many there are.
+        one of them symmetric, then O(d^2) per penalty, however many there are.
         """
         if metric not in METRICS:
             raise UserError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
@@ -144,7 +145,6 @@ class HeldOut:
         at = spectrum.y_mean(target)
         cross = spectrum.cross(target)
         held = spectrum.vectors.T @ part.about(spectrum.source, target, spectrum.x_mean, at)
-        around = part.about(target, target, at, at)
         sst = live_squares(part, target)
         if metric != "uniform" and not float(sst.sum()) > 0:
             raise UserError(f"{target} is constant in the held-out rows, so no R2 is defined")
@@ -152,6 +152,7 @@ class HeldOut:
             k = (whitener or Whitener.of_block(spectrum.train, target)).inverse_root
             mean = spectrum.train.mean(target)
             cross, held = cross @ k, held @ k
+            around = part.about(target, target, at, at)
             total = ((k @ around) * k).sum()
             scale, best = 1 / ((k @ part.about(target, target, mean, mean)) * k).sum(), 1.0
             weighted = cross
@@ -159,8 +160,9 @@ class HeldOut:
             live = sst > 0
             weights = torch.where(live, 1 / sst, 0.0) / len(sst) if metric == "uniform" else 1 / sst.sum() * live
             best = float(live.double().mean()) if metric == "uniform" else 1.0
-            weighted, total, scale = cross * weights, (around.diagonal() * weights).sum(), torch.ones_like(sst[0])
-        linear, square = (weighted * held).sum(1), self.inner * (weighted @ cross.T)
+            around = part.squares(target, at)
+            weighted, total, scale = cross * weights, (around * weights).sum(), torch.ones_like(sst[0])
+        linear, square = (weighted * held).sum(1), self.inner * symmetric_product(weighted, cross.T)
         gains = torch.stack([spectrum.gain(alpha) for alpha in alphas])
         sse = total - 2 * gains @ linear + ((gains @ square) * gains).sum(1)
         return (best - scale * sse).cpu()

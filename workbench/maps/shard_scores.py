@@ -14,6 +14,7 @@ from .jackknife import Estimate, jackknife
 from .linear_map import LinearMap
 from .moments import Moments, total
 from .scores import live_squares
+from .symmetric import quadratic_diagonal, symmetric_product
 
 ROUNDING = 1e-13
 """a variance below this share of the squares that it is left of is rounding"""
@@ -49,7 +50,7 @@ class ShardScores:
         train: Moments,
         precision: Float[Tensor, "d d"] | None = None,
     ) -> ShardScores:
-        """One product per shard.
+        """One product per shard, of which half is needed; none for a map that only scales.
 
         Args:
             fitted: y = x @ W + b; shards: moments of disjoint sets of rows, at least two of them with rows.
@@ -65,21 +66,25 @@ class ShardScores:
         x_mean, y_mean = train.mean(source), train.mean(target)
         weight = fitted.weight.to(x_mean)
         offset = fitted.bias.to(y_mean) + x_mean @ weight - y_mean  # what is added to (x - x_mean) W
-        turned = None if precision is None else weight @ precision
+        scale = _scale(weight)
+        turned = image = None  # W P and W P W^T, of which the whitened error is made by sums alone
+        if precision is not None:
+            turned = weight @ precision if scale is None else scale * precision
+            image = symmetric_product(turned, weight.T) if scale is None else scale**2 * precision
         sse, first, second, white = [], [], [], []
         for shard in filled:
-            sxy, syy = (shard.about(a, target, at, y_mean) for a, at in ((source, x_mean), (target, y_mean)))
-            carried = shard.about(source, source, x_mean, x_mean) @ weight
+            sxy, sxx = shard.about(source, target, x_mean, y_mean), shard.about(source, source, x_mean, x_mean)
             sum_y = shard.n * (shard.mean(target) - y_mean)
             gap = sum_y - shard.n * (shard.mean(source) - x_mean) @ weight
-            squares = syy.diagonal()
-            sse.append(squares - 2 * (weight * sxy).sum(0) + (weight * carried).sum(0) - 2 * gap * offset
-                       + shard.n * offset.square())  # fmt: skip
+            squares = shard.squares(target, y_mean)
+            carried = quadratic_diagonal(sxx, weight) if scale is None else scale**2 * sxx.diagonal()
+            error = squares - 2 * (weight * sxy).sum(0) + carried
+            sse.append(error - 2 * gap * offset + shard.n * offset.square())
             first.append(sum_y)
             second.append(squares)
-            if precision is not None and turned is not None:
-                around = (syy * precision).sum()
-                error = around - 2 * (turned * sxy).sum() + (turned * carried).sum()
+            if precision is not None and turned is not None and image is not None:
+                around = (shard.about(target, target, y_mean, y_mean) * precision).sum()
+                error = around - 2 * (turned * sxy).sum() + (image * sxx).sum()
                 pull = offset @ precision
                 white.append(torch.stack([error - 2 * gap @ pull + shard.n * offset @ pull, around]))
         pair = [shard.select([(source, target)]) for shard in filled]
@@ -127,3 +132,11 @@ class ShardScores:
             error, around = (keep @ self.white).unbind()
             whitened = 1 - error / around
         return torch.stack([uniform, 1 - sse.sum() / sst.sum(), whitened])
+
+
+def _scale(weight: Tensor) -> float | None:
+    """c where W is c I (the identity, a scalar, the mean), else None."""
+    if weight.shape[0] != weight.shape[1]:
+        return None
+    c = weight[0, 0]
+    return float(c) if torch.equal(weight, c * torch.eye(len(weight)).to(weight)) else None

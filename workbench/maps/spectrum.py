@@ -100,18 +100,23 @@ class Spectrum:
         """W = V diag(1 / (l + alpha)) M in float64."""
         return self.vectors @ (self.gain(alpha)[:, None] * self.cross(target))
 
-    def ridge(self, target: str, alpha: float = 0.0, *, dtype: torch.dtype = torch.float64) -> LinearMap:
+    def ridge(
+        self, target: str, alpha: float = 0.0, *, dtype: torch.dtype = torch.float64,
+        cross: Float[Tensor, "d d_out"] | None = None,
+    ) -> LinearMap:  # fmt: skip
         """The ridge map at an absolute penalty: min ||Yc - Xc W||^2 + alpha ||W||^2 (sklearn's `Ridge(alpha)`).
 
-        At 0: minimum-norm least squares.
+        At 0: minimum-norm least squares. cross: M, where it is at hand.
         """
-        return self.path(target, [alpha], dtype=dtype)[0]
+        return self.path(target, [alpha], dtype=dtype, cross=cross)[0]
 
     def path(
-        self, target: str, alphas: Sequence[int | float], *, dtype: torch.dtype = torch.float64
-    ) -> list[LinearMap]:
-        """One ridge map per absolute penalty."""
-        cross, x_mean, y_mean = self.cross(target), self.x_mean, self.y_mean(target)
+        self, target: str, alphas: Sequence[int | float], *, dtype: torch.dtype = torch.float64,
+        cross: Float[Tensor, "d d_out"] | None = None,
+    ) -> list[LinearMap]:  # fmt: skip
+        """One ridge map per absolute penalty. cross: M, where it is at hand."""
+        x_mean, y_mean = self.x_mean, self.y_mean(target)
+        cross = self.cross(target) if cross is None else cross
         maps = []
         for alpha in alphas:
             weight = self.vectors @ (self.gain(alpha)[:, None] * cross)
@@ -119,19 +124,23 @@ class Spectrum:
             maps.append(LinearMap(weight.to(dtype), (y_mean - x_mean @ weight).to(dtype), meta))
         return maps
 
-    def gcv(self, target: str, alphas: Sequence[int | float]) -> Float[Tensor, " k"]:
+    def gcv(
+        self, target: str, alphas: Sequence[int | float], *, cross: Float[Tensor, "d d_out"] | None = None
+    ) -> Float[Tensor, " k"]:
         """R2 by generalised cross-validation for every absolute penalty, uniform over outputs, without a second pass.
 
         1 - mean_j GCV_j / (Syy_jj / n), GCV_j = n RSS_j / (n - df)^2; outputs that never vary are left out. -inf
         where a penalty leaves no degree of freedom (n <= df). It takes rows as exchangeable, which tokens of one
-        prompt are not: folds by prompt are the safe choice, this the fast one.
+        prompt are not: folds by prompt are the safe choice, this the fast one. cross: M, where it is at hand.
 
         Source: Golub, Heath, Wahba 1979.
         """
         n = self.train.n
-        squares = self.covariance(target, target).diagonal()
+        at = self.y_mean(target)
+        squares = self.train.squares(target) if self.centred else self.train.squares(target, at)
         live = squares > constant_floor(self.train, target)
-        energy = (self.cross(target)[:, live].square() / squares[live]).sum(1)  # mean over outputs comes last
+        share = torch.where(live, 1 / squares, 0.0)
+        energy = (self.cross(target) if cross is None else cross).square() @ share  # mean over outputs comes last
         scores = []
         for alpha in alphas:
             gain = self.gain(alpha)
