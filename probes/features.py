@@ -19,6 +19,7 @@ from workbench.maps.linear_map import LinearMap
 from workbench.sites import Site
 
 from .dictionaries import Dictionary, check_features
+from .readouts import Readout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +200,7 @@ class _Pass:
         self, operators: Mapping[str, LinearMap], dictionary: Dictionary, index: Tensor, firing: float, shards: int
     ) -> None:
         self.operators, self.firing, self.shards, self.index = dict(operators), firing, shards, index
+        self.readouts: dict[str, Readout] = {}
         self.whole = dictionary.kind == "topk"  # its features compete, so all must be encoded
         self.dictionary = dictionary if self.whole else dictionary.select(index)
         self.directions = dictionary.directions[index.to(dictionary.W_dec.device)]
@@ -211,11 +213,12 @@ class _Pass:
         """Moves everything to the rows' device and dtype, once."""
         self.dictionary.check(width=y.shape[1])
         dtype = torch.promote_types(y.dtype, torch.float32)
-        self.operators = {name: op.to(x.device, dtype) for name, op in self.operators.items()}
-        self.dictionary, self.directions = self.dictionary.to(x.device, dtype), self.directions.to(x.device, dtype)
+        exact, directions = self.dictionary.to(x.device), self.directions.to(x.device)
+        self.readouts = {name: Readout.of(op, exact, directions, dtype) for name, op in self.operators.items()}
+        self.dictionary, self.directions = exact.to(dtype), directions.to(dtype)
         self.sums = {name: value.to(x.device) for name, value in self.sums.items()}
         self.fires = {name: value.to(x.device) for name, value in self.fires.items()}
-        self.dtype, self.ready = dtype, True
+        self.ready = True
 
     def add(self, x: Tensor, y: Tensor, groups: Tensor) -> None:
         if not self.ready:
@@ -227,19 +230,18 @@ class _Pass:
         order = shard.argsort(stable=True)  # rows of one shard lie together: a sum per shard is a sum over a slice
         parts = torch.bincount(shard, minlength=self.shards).tolist()
         x, y = x[order.to(x.device)], y[order.to(y.device)]
-        truth, active = y @ self.directions.T, self._fires(y)
-        for name, operator in self.operators.items():
-            predicted_row = operator(x)
-            predicted, fires = predicted_row @ self.directions.T, self._fires(predicted_row)
-            start = 0
+        truth, active = y @ self.directions.T, self._fires(self.dictionary.encode(y))
+        for name, readout in self.readouts.items():
+            predicted, acts = readout(x)
+            fires, start = self._fires(acts), 0
             for s, size in enumerate(parts):
                 part = slice(start, start + size)
                 if size:
                     self._sum(name, s, truth[part], predicted[part], active[part], fires[part])
                 start += size
 
-    def _fires(self, rows: Tensor) -> Tensor:
-        fires = self.dictionary.encode(rows) > self.firing
+    def _fires(self, acts: Tensor) -> Tensor:
+        fires = acts > self.firing
         return fires[:, self.index.to(fires.device)] if self.whole else fires
 
     def _sum(self, name: str, s: int, t: Tensor, p: Tensor, active: Tensor, fires: Tensor) -> None:
