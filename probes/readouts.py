@@ -37,7 +37,9 @@ class Readout:
         """
         u = directions.T
         if dictionary.normalise != "none":
-            return cls(u.to(dtype), u.new_zeros(u.shape[1]).to(dtype), dictionary.to(dtype), operator.to(u.device, dtype))
+            return cls(
+                u.to(dtype), u.new_zeros(u.shape[1]).to(dtype), dictionary.to(dtype), operator.to(u.device, dtype)
+            )
         weight, bias = (part.to(u.device, torch.float64) for part in (operator.weight, operator.bias))
         u, exact = u.double(), dictionary.to(torch.float64)
         return cls(_folded(weight, u).to(dtype), (bias @ u).to(dtype), _moved(exact, weight, bias).to(dtype), None)

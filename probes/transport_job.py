@@ -12,9 +12,7 @@ from torch import Tensor
 from workbench.errors import UserError
 from workbench.hashes import tensor_bytes
 from workbench.maps.ridge import Choice
-from workbench.sites import Site
 from workbench.tokens import check_tokens
-from workbench.transport.pairs import check_pairs, site_pairs
 from workbench.transport.positions import check_positions
 from workbench.transport.sums import Split
 
@@ -44,16 +42,21 @@ class TransportJob:
     """folders, or bundled:NAME; those that come with the model are always read"""
     text: str = ""
     """prompts of the causal figures, by name; empty: the held-out ones (of bundled:recipient: bundled:evaluation_text)"""
+    pairs: tuple[str, ...] = ()
+    """these pairs in place of all of some sites, such as 3:5"""
+    causal: str = "auto"
+    """pairs of the causal figures and the shortcuts: all, neighbours, none, or pairs such as 3:5,0:4; auto: all where
+    they are few, else neighbours"""
+    keep_maps: str = "needed"
+    """which operators stay on disk: those that causal figures, shortcuts and features are made of, or all"""
     grid_only: bool = False
     """neither efficiency, features nor causal figures"""
 
 
-def check_job(model: Model, prompts: PromptSet, job: TransportJob) -> None:
-    """Raises UserError for sites, tokens, positions and parts that the model and the prompts do not have."""
+def check_job(prompts: PromptSet, job: TransportJob) -> None:
+    """Raises UserError for tokens, positions and parts that there are not; `PairChoice.of` does so for pairs."""
     check_tokens(job.tokens)
     check_positions(job.positions)
-    sites = [model.site(s) for s in job.sites] if job.sites else [Site(layer) for layer in range(model.n_layers)]
-    check_pairs(site_pairs(sites))
     Split.of(len(prompts), folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed)
 
 

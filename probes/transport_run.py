@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -20,11 +21,13 @@ from workbench.maps.moments import Moments, total
 from workbench.runs import Run, environment
 from workbench.sites import Site
 from workbench.transport.grid import TransportGrid, transport_grid
+from workbench.transport.map_files import MapFolder
 from workbench.transport.pairs import SitePair
 from workbench.transport.sums import Split
 
 from .efficiency import transport_efficiency
 from .features import Batch, store_batches
+from .transport_choice import Jumps, PairChoice
 from .transport_job import TransportJob, check_job, dictionaries_of, hash_of_tensors
 
 if TYPE_CHECKING:
@@ -38,10 +41,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workbench")
 MARKER, FORMAT = "transport.toml", "workbench.transport"
-MANY = 28
-"""pairs above which the causal table and the shortcuts are of neighbouring sites alone"""
 SEQUENCES = 128  # prompts of the causal figures
 BUNDLED_TEXT = "bundled:evaluation_text"  # held-out text of the kind that the bundled models were trained to predict
+FITTED = ".maps.partial"  # where maps lie until their grid is whole
+LATER = ("dictionaries", "text", "causal", "keep_maps")
+"""of a job: what the grid does not depend on"""
 FEATURE_PROMPTS = 512  # held-out prompts of the features' figures
 TOKENS_OF_NAME = 8  # those that a feature fires on hardest
 
@@ -58,26 +62,29 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     run = Run(out)
     if run.folder.exists() and (not run.folder.is_dir() or (any(run.folder.iterdir()) and not _is_run(run.folder))):
         raise UserError(f"{run.folder} is not a transport run: it holds no {MARKER}; choose another folder")
-    check_job(model, prompts, job)  # what is wrong is told before the work
+    check_job(prompts, job)  # what is wrong is told before the work
     dictionaries = dictionaries_of(model, job)
+    choice = PairChoice.of(model, job, dictionaries)
     make_parent(run.folder / MARKER)
     text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
     with run.alone(), run.logging():
-        _clear_stale(run.folder, text)
+        _clear_stale(run.folder, text, job)
         write_text(run.folder / MARKER, text)
-        metrics = _Steps(run, model, prompts, job, dictionaries).all()
+        metrics = _Steps(run, model, prompts, job, dictionaries, choice).all()
         write_json(run.folder / "environment.json", metrics["environment"])
         write_json(run.folder / "metrics.json", metrics)
         write_transport_report(run.folder)
     return run
 
 
-def _clear_stale(folder: Path, text: str) -> None:
-    """Results of another job are not this one's."""
+def _clear_stale(folder: Path, text: str, job: TransportJob) -> None:
+    """Results of another job are not this one's. What the grid's step made stands or falls with that step."""
     file = folder / MARKER
     if file.exists() and file.read_text(encoding="utf-8") != text:
+        of_grid = () if job.grid_only else (folder / "efficiency.parquet",)
         for stale in (*folder.glob("*.parquet"), folder / "metrics.json", folder / "report.html"):
-            stale.unlink(missing_ok=True)
+            if stale not in of_grid:
+                stale.unlink(missing_ok=True)
 
 
 def _is_run(folder: Path) -> bool:
@@ -88,13 +95,20 @@ class _Steps:
     """The steps of one run; each is kept by the hash of what it depends on."""
 
     def __init__(
-        self, run: Run, model: Model, prompts: PromptSet, job: TransportJob, dictionaries: Sequence[Dictionary]
-    ) -> None:
+        self, run: Run, model: Model, prompts: PromptSet, job: TransportJob, dictionaries: Sequence[Dictionary],
+        choice: PairChoice,
+    ) -> None:  # fmt: skip
         self.run, self.model, self.prompts, self.job, self.dictionaries = run, model, prompts, job, dictionaries
-        self.key: list[Any] = [model.fingerprint_id, prompts.hash, asdict(job), str(model.dtype)]
+        self.choice, self.causal = choice, [[str(a), str(b)] for a, b in choice.causal]
+        # what later steps alone are made of is no part of the grid's key: its maps are, as files that must be there
+        about = {key: value for key, value in asdict(job).items() if key not in LATER}
+        self.key: list[Any] = [model.fingerprint_id, prompts.hash, about, str(model.dtype)]
 
     def all(self) -> dict[str, Any]:
         files = ("grid",) if self.job.grid_only else ("grid", "efficiency.parquet", "means.safetensors")
+        for name in ("operators", "controls"):
+            maps = MapFolder(Path("grid") / name)
+            files += tuple(str(maps.file(pair)) for pair in getattr(self.choice, name))
         made: dict[str, Any] = {"grid": self._step("grid", self._grid, files)}
         self.grid = TransportGrid.load(self.run.folder / "grid")
         if not self.job.grid_only:
@@ -106,15 +120,17 @@ class _Steps:
             if self.dictionaries:
                 read = [hash_of_tensors(d.tensors) for d in self.dictionaries]
                 made["features"] = self._step("features", self._features, read=read)
-            made["causal"] = self._step("causal", self._causal, read=self._text.hash)
-            made["shortcut"] = self._step("shortcut", self._shortcut, read=self._text.hash)
-        warnings = [*self.grid.warnings, *(w for part in made.values() for w in part.pop("warnings", []))]
+            read = [self._text.hash, self.causal]
+            made["causal"] = self._step("causal", self._causal, read=read)
+            made["shortcut"] = self._step("shortcut", self._shortcut, read=read)
+        warnings = [*self.grid.warnings, *(w for part in made.values() for w in part.pop("warnings", [])),
+                    *self.choice.left_out]  # fmt: skip
         job = {"name": f"Transport in {self.model.name}", **asdict(self.job), "n_prompts": len(self.prompts)}
         return {"format": FORMAT, "schema": 1, "job": job, **made, "warnings": warnings, "environment": environment()}
 
     def _step(self, name: str, make: Callable[[], Any], artefacts: tuple[str, ...] = (), *, read: Any = None) -> Any:
         """read: what the step depends on beside the model, the prompts and the job."""
-        return self.run.step(name, [*self.key, read], make, artefacts or (f"{name}.parquet",))
+        return self.run.step(name, [*self.key, read], make, artefacts or (f"{name}.parquet",), _whole)
 
     def _write(self, name: str, table: pd.DataFrame) -> None:
         table.to_parquet(self.run.folder / f"{name}.parquet", index=False)
@@ -129,33 +145,34 @@ class _Steps:
 
         def visit(pair: SitePair, block: str, parts: list[Moments], held: list[Moments]) -> None:
             a, b = map(str, pair)
-            means[b] = total(parts).mean(b).cpu().float()
+            # of this pair alone: a sum over all of them for each would take longer than the fits
+            train, test = ([part.select([(block, b)]) for part in some] for some in (parts, held))
+            means[b] = total(train).mean(b).cpu().float()
             try:
-                found = transport_efficiency(parts, total(held), block, b, alpha=self.job.alpha)
+                found = transport_efficiency(train, total(test), block, b, alpha=self.job.alpha)
             except UserError as err:
                 notes.append(f"no efficiency of {a} to {b}: {err}")
                 return
-            names = (
-                "optimal",
-                "truncated",
-                "bound",
-                "ceiling",
-                "ceiling_corrected",
-                "efficiency",
-                "efficiency_truncated",
-            )
+            names = ("optimal", "truncated", "bound", "ceiling", "ceiling_corrected", "efficiency",
+                     "efficiency_truncated")  # fmt: skip
             columns = {name: getattr(found, name).cpu().numpy() for name in names}
             tables.append(pd.DataFrame({"source": a, "target": b, "rank": found.ranks.numpy(), **columns}))
             last = {name: float(getattr(found, name)[-1]) for name in ("optimal", "bound", "efficiency")}
             sizes.append({"source": a, "target": b, **last, **asdict(found.size)})
 
-        job = self.job
-        grid = transport_grid(
-            self.model, self.prompts, sites=job.sites or None, tokens=job.tokens, positions=job.positions,
-            alpha=job.alpha, folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed, keep_maps=True,
-            visit=None if job.grid_only else visit,
-        )  # fmt: skip
-        grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
+        job, choice, maps = self.job, self.choice, self.run.folder / FITTED
+        shutil.rmtree(maps, ignore_errors=True)  # of a run that was stopped
+        (self.run.folder / "steps" / "grid.json").unlink(missing_ok=True)  # what stands there is about to be replaced
+        try:
+            grid = transport_grid(
+                self.model, self.prompts, pairs=choice.pairs, tokens=job.tokens, positions=job.positions,
+                alpha=job.alpha, folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed,
+                keep_maps=choice.operators, keep_controls=choice.controls, maps=maps,
+                visit=None if job.grid_only else visit,
+            )  # fmt: skip
+            grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
+        finally:
+            shutil.rmtree(maps, ignore_errors=True)
         made = {**grid_metrics(grid), "warnings": notes}
         if not job.grid_only:
             self._write("efficiency", pd.concat(tables) if tables else pd.DataFrame())
@@ -180,8 +197,8 @@ class _Steps:
         tables, counts, notes = [], [], []
         if self.job.positions != "same":
             notes.append(f"features are measured at the same token alone, not with positions={self.job.positions!r}")
-        wanted = {} if notes else {pair: d for pair in self.grid.pairs for d in self.dictionaries
-                                   if self.model.site(str(d.site)) == pair[1]}  # fmt: skip
+        wanted = {pair: d for pair in self.choice.features for d in self.dictionaries
+                  if self.model.site(str(d.site)) == pair[1]}  # fmt: skip
         if wanted:
             sites = sorted({site for pair in wanted for site in pair})
             with profile_model(self.model, self.held[:FEATURE_PROMPTS], sites=sites, tokens=self.job.tokens) as store:
@@ -200,11 +217,6 @@ class _Steps:
         self._write("features", pd.concat(tables).reset_index(drop=True) if tables else pd.DataFrame())
         return {"pairs": counts, "warnings": notes}
 
-    def _chosen(self) -> list[SitePair]:
-        """The pairs of the causal figures."""
-        pairs = self.grid.pairs
-        return pairs if len(pairs) <= MANY else [(a, b) for a, b in pairs if b.layer - a.layer <= 1]
-
     def _causal(self) -> dict[str, Any]:
         import pandas as pd
 
@@ -215,9 +227,12 @@ class _Steps:
             return {
                 "warnings": [f"causal arms write at the same token alone, not with positions={self.job.positions!r}"]
             }
+        if not self.choice.causal:
+            self._write("causal", pd.DataFrame())
+            return {"warnings": ["no causal figures and no shortcuts were asked for (--causal none)"]}
         tables, about = [], {}
         means = load_file(self.run.folder / "means.safetensors")
-        for a, b in self._chosen():
+        for a, b in self.choice.causal:
             found = causal_effects(self.model, self._text, a, b, self.grid.operators[a, b], mean=means[str(b)])
             tables.append(_of_pair(found.frame().reset_index(), a, b))
             about = {
@@ -235,8 +250,10 @@ class _Steps:
 
         from workbench.evaluate.shortcut import greedy_skips, shortcut_curve
 
-        jumps = {(a.layer, b.layer - a.layer): self.grid.operators[a, b] for a, b in self._chosen()
-                 if a.point == b.point == "resid_post"}  # fmt: skip
+        jumps = Jumps(self.grid.operators, self.choice.causal)
+        if not self.choice.causal and self.job.causal == "none":
+            self._write("shortcut", pd.DataFrame())
+            return {}
         if self.job.positions != "same" or not jumps:
             self._write("shortcut", pd.DataFrame())
             return {"warnings": ["blocks are skipped between resid_post sites at the same token alone"]}
@@ -259,6 +276,11 @@ def grid_metrics(grid: TransportGrid) -> dict[str, Any]:
     lines = [{"source": r["source"], "target": r["target"], "bos": bool(r["bos"]), "arm": r["arm"],
               **{k: _number(r[k]) for k in keep}} for r in grid.frame().to_dict("records")]  # fmt: skip
     return {"lines": lines, "meta": dict(grid.meta)}
+
+
+def _whole(path: Path) -> None:
+    if path.name == "grid":
+        TransportGrid.load(path)
 
 
 def _without_first(store: Store, a: Site, b: Site) -> Iterator[Batch]:

@@ -23,6 +23,9 @@ def transport(
     out: Annotated[Path, typer.Option(help="run folder to make, or to go on with")],
     layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these [all]")] = None,
     sites: Annotated[str | None, typer.Option(help="such as resid_pre.0,resid_post.4, in place of --layers")] = None,
+    pairs: Annotated[
+        str, typer.Option(help="such as 3:5,resid_pre.1:4: these alone, in place of all of some sites")
+    ] = "",
     tokens: Annotated[str, typer.Option(help="last, all, first:n, last:n, every:n, response, assistant, user")] = "all",
     positions: Annotated[
         str, typer.Option(help="where a row starts from: same, previous, random, shuffled, attention")
@@ -35,9 +38,19 @@ def transport(
         list[str] | None, typer.Option(help="sparse autoencoder at a target: folder, file or bundled:NAME; repeatable")
     ] = None,
     text: Annotated[str, typer.Option(help="prompts of the causal figures [the held-out ones of --prompts]")] = "",
+    causal: Annotated[
+        str,
+        typer.Option(
+            help="pairs of causal figures and shortcuts: all, neighbours, none, 3:5,0:4; auto: all of up to 28"
+        ),
+    ] = "auto",
+    keep_maps: Annotated[
+        str, typer.Option(help="operators left on disk: needed (by causal figures and features), or all")
+    ] = "needed",
     grid_only: Annotated[bool, typer.Option("--grid-only", help="no efficiency, features or causal figures")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split, the draws and --limit")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print pairs, disk and passes, and run nothing")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "hooks",
@@ -49,7 +62,10 @@ def transport(
     that they carry (where there is a dictionary), and what they are worth to the model.
     """
     named = site_list(sites, layers)
+    if pairs and named is not None:
+        raise UserError("both --pairs and --sites or --layers were given; give one of them")
     strength: Any = "gcv" if alpha == "gcv" else alpha_value(alpha)
+    from probes.transport_choice import transport_cost
     from probes.transport_job import TransportJob
     from probes.transport_run import run_transport
 
@@ -65,8 +81,12 @@ def transport(
     chosen = () if named is None else tuple(str(loaded.site(s)) for s in named)
     job = TransportJob(
         loaded.name, prompts, chosen, tokens, positions, strength, folds, shards, holdout, seed,
-        tuple(name for given in dictionary or [] for name in names_of(given)), text, grid_only,
+        tuple(name for given in dictionary or [] for name in names_of(given)), text,
+        grid_only=grid_only, pairs=tuple(names_of(pairs)) if pairs else (), causal=causal, keep_maps=keep_maps,
     )  # fmt: skip
+    if dry_run:
+        cost = transport_cost(loaded, read, out, job)
+        return printed_json(cost.as_dict()) if as_json else typer.echo(str(cost))
     with stops_told():
         run = run_transport(loaded, read, out, job)
     metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))

@@ -7,9 +7,8 @@ import torch
 
 from probes.dictionaries import KINDS, NORMALISATIONS
 from probes.readouts import Readout
+from tests.probes.test_dictionaries import D, draw, planted
 from workbench.maps.linear_map import LinearMap
-
-from .test_dictionaries import D, draw, planted
 
 
 @pytest.mark.parametrize("subtract", [False, True])

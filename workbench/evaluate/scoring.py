@@ -19,6 +19,7 @@ from ..sites import text_config
 from .statistics import Interval, mean_interval
 
 LOGIT_BUDGET = 1 << 24  # logits held at once in float32, in numbers: 64 MB
+HELD_BUDGET = 1 << 29  # bytes of the states of several arms that are held at once
 STATE_BUDGET = 1 << 27  # logits of a family whose head stands alone not, all arms together
 
 
@@ -88,7 +89,8 @@ def score(model: Model, sequences: Sequences, arms: Mapping[str, Run], *, batch_
 
     An arm is called with (ids [b, t], mask [b, t], indices of the sequences) and gives a context in which the model
     runs. Batches are padded on the right. The logits are made a few tokens at a time, so that no [b, t, v] of float32
-    is ever held; a family whose head cannot be told apart from its model is run in smaller batches instead.
+    is ever held, and arms are taken some at a time, so that neither are the states of hundreds of them; a family whose
+    head cannot be told apart from its model is run in smaller batches instead.
     """
     if "untouched" in arms:
         raise UserError("an arm may not be called 'untouched': that is the plain model; choose another name")
@@ -101,14 +103,18 @@ def score(model: Model, sequences: Sequences, arms: Mapping[str, Run], *, batch_
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
                 ids, mask = pad([sequences.ids[i] for i in part], model.pad_id, "right")
-                states = {"untouched": head.states(ids, mask)}
-                for name, run in arms.items():
-                    with run(ids, mask, part):
-                        states[name] = head.states(ids, mask)
                 starts = torch.tensor([sequences.starts[i] for i in part])
                 counted = mask.bool() & (torch.arange(ids.shape[1]) >= starts[:, None])
-                for name, sums in _sums(head, states, ids, counted).items():
-                    out[name][part] = sums
+                plain = head.states(ids, mask)
+                group = max(1, HELD_BUDGET // plain.nbytes)
+                names = list(arms)
+                for first in range(0, max(1, len(names)), group):
+                    states = {"untouched": plain}
+                    for name in names[first : first + group]:
+                        with arms[name](ids, mask, part):
+                            states[name] = head.states(ids, mask)
+                    for name, sums in _sums(head, states, ids, counted).items():
+                        out[name][part] = sums
     return {name: Scores(*sums.unbind(1)) for name, sums in out.items()}
 
 

@@ -22,7 +22,7 @@ from ..progress import progress
 from ..rendering import pad
 from ..sites import Site, text_config
 from .causal import EVERYWHERE, UNTOUCHED, choose, replaced, transport
-from .scoring import Scores, Sequences, ratio_interval, score
+from .scoring import Run, Scores, Sequences, ratio_interval, score
 from .statistics import Interval
 
 if TYPE_CHECKING:
@@ -256,8 +256,12 @@ def _measure(
     model: Model, sequences: Sequences, sets: list[frozenset[int]], operators: Mapping[Jump, LinearMap], batch_size: int
 ) -> list[Shortcut]:
     """The whole model, then each set of blocks, in the order given."""
-    picks = [{jump: operators[jump] for jump in runs_of(blocks)} for blocks in sets]
-    arms = {str(i): (lambda *_, pick=pick: skipped(model, pick)) for i, pick in enumerate(picks)}
+
+    def run(blocks: frozenset[int]) -> Run:
+        # maps are asked for when their arm is run: they may lie on disk
+        return lambda *_: skipped(model, {jump: operators[jump] for jump in runs_of(blocks)})
+
+    arms = {str(i): run(blocks) for i, blocks in enumerate(sets)}
     scores = score(model, sequences, arms, batch_size=batch_size)
     context = float(sequences.predicted.mean()) + 1
     plain = scores[UNTOUCHED]

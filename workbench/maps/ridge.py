@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,8 @@ def fit_ridge_targets(
 ) -> dict[str, RidgeFit]:
     """Ridge maps from one source to many targets: one eigendecomposition per training set serves them all.
 
+    `iter_ridge_targets` hands out the same fits one by one.
+
     Args:
         parts: moments, one per fold; for "gcv" or a given alpha their division does not matter.
         source, targets: names of blocks.
@@ -71,6 +73,24 @@ def fit_ridge_targets(
 
     Source: formulas and their proofs in Golub, Heath, Wahba 1979 and in the notes of `HeldOut.path`.
     """
+    return dict(iter_ridge_targets(parts, source, targets, alpha=alpha, alphas=alphas, absolute=absolute, metric=metric,
+                                   centred=centred, dtype=dtype, width=width))  # fmt: skip
+
+
+def iter_ridge_targets(
+    parts: Sequence[Moments],
+    source: str,
+    targets: Sequence[str],
+    *,
+    alpha: Choice = "cv",
+    alphas: Sequence[int | float] = ALPHAS,
+    absolute: bool = False,
+    metric: str = "uniform",
+    centred: bool = True,
+    dtype: torch.dtype = torch.float32,
+    width: int | None = None,
+) -> Iterator[tuple[str, RidgeFit]]:
+    """`fit_ridge_targets` target by target: no more than one map need be held at a time."""
     pairs = [(source, target) for target in targets]
     chosen_parts = [part.select(pairs) for part in parts]
     whole = total(chosen_parts)
@@ -86,12 +106,10 @@ def fit_ridge_targets(
     scores: dict[str, Tensor] = {}
     if alpha == "cv":
         scores = fold_scores(whole, chosen_parts, source, targets, penalties, metric=metric, centred=centred)
-    made = {}
     for target in targets:
         cross = spectrum.cross(target)
         found = spectrum.gcv(target, penalties, cross=cross)[None] if alpha == "gcv" else scores.get(target)
-        made[target] = _chosen(spectrum, target, cross, found, alphas, penalties, unit, dtype)
-    return made
+        yield target, _chosen(spectrum, target, cross, found, alphas, penalties, unit, dtype)
 
 
 def fold_scores(

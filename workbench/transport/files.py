@@ -1,4 +1,4 @@
-"""A transport grid on disk: json, parquet and safetensors, never a pickle."""
+"""A transport grid on disk: json, parquet and safetensors, never a pickle. Its maps are files of their own, read late."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ..atomic import staged_folder, write_json
 from ..errors import UserError
-from ..maps.linear_map import LinearMap, read_safetensors
+from ..maps.linear_map import read_safetensors
 from ..sites import Site
+from .map_files import MapFolder, copy_maps
 
 if TYPE_CHECKING:
     from .grid import TransportGrid
     from .pairs import SitePair
 
-FORMAT, VERSION, MARKER = "workbench.transport_grid", 1, "grid.json"
+FORMAT, VERSION, MARKER = "workbench.transport_grid", 2, "grid.json"
+MAPS = ("operators", "controls")
 
 
 def save_grid(grid: TransportGrid, path: str | Path, *, overwrite: bool = False) -> None:
@@ -27,16 +29,12 @@ def save_grid(grid: TransportGrid, path: str | Path, *, overwrite: bool = False)
 
     header = {"format": FORMAT, "version": VERSION, "made_by": __version__, "meta": dict(grid.meta),
               "pairs": [[str(a), str(b)] for a, b in grid.pairs]}  # fmt: skip
-    kept = {"operators": grid.operators, "controls": grid.controls}
-    header["maps"] = {name: {_key(pair): dict(m.meta) for pair, m in maps.items()} for name, maps in kept.items()}
     with staged_folder(path, marker=MARKER, overwrite=overwrite) as folder:
         write_json(folder / MARKER, header)
         grid.table.to_parquet(folder / "grid.parquet", index=False)
         _write(folder / "per_output.safetensors", {_key(pair): value for pair, value in grid.per_output.items()})
-        for name, maps in kept.items():
-            if maps:
-                parts = {f"{_key(p)}.{k}": getattr(m, k) for p, m in maps.items() for k in ("weight", "bias")}
-                _write(folder / f"{name}.safetensors", parts)
+        for name in MAPS:
+            copy_maps(getattr(grid, name), folder / name)
 
 
 def load_grid(path: str | Path) -> TransportGrid:
@@ -55,20 +53,11 @@ def load_grid(path: str | Path) -> TransportGrid:
     try:
         pairs: list[SitePair] = [(Site.parse(a), Site.parse(b)) for a, b in header["pairs"]]
         outputs = {pair: tensors[_key(pair)] for pair in pairs}
-        kept = {name: _maps(path / f"{name}.safetensors", pairs, found) for name, found in header["maps"].items()}
-        return TransportGrid(table, outputs, header["meta"], kept["operators"], kept["controls"])
+        return TransportGrid(table, outputs, header["meta"], *(MapFolder(path / name) for name in MAPS))
     except (KeyError, TypeError) as err:
         raise UserError(
             f"{path}: its {MARKER} and its tensors do not fit together ({err}); run the transport again"
         ) from err
-
-
-def _maps(file: Path, pairs: list[SitePair], metas: dict[str, dict[str, object]]) -> dict[SitePair, LinearMap]:
-    if not metas:
-        return {}
-    tensors, _ = read_safetensors(file)
-    return {pair: LinearMap(tensors[f"{_key(pair)}.weight"], tensors[f"{_key(pair)}.bias"], metas[_key(pair)])
-            for pair in pairs if _key(pair) in metas}  # fmt: skip
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -77,7 +66,7 @@ def _header(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as err:
         raise UserError(f"{path} is no transport grid: its {MARKER} is missing or cannot be read as JSON") from err
     if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path / MARKER} does not say format {FORMAT!r}, version {VERSION}")
+        raise UserError(f"{path / MARKER} does not say format {FORMAT!r}, version {VERSION}; run the transport again")
     return header
 
 

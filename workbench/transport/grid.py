@@ -18,6 +18,7 @@ from ..maps.ridge import ALPHAS, Choice
 from ..maps.scores import METRICS
 from ..sites import Site
 from ..tokens import Policy
+from .map_files import KeptMaps
 from .pairs import OPERATOR, SHUFFLED, FittedArm, Options, SitePair, check_pairs, fit_pairs, site_pairs
 from .positions import check_positions
 from .routing import routing_notes
@@ -51,7 +52,7 @@ class TransportGrid:
     meta: Mapping[str, Any] = field(repr=False)
     """JSON values: model, prompts, tokens, positions, folds, shards, alpha, seed, passes, warnings"""
     operators: Mapping[SitePair, LinearMap] = field(default_factory=dict, repr=False)
-    """the maps without BOS, where they were kept"""
+    """the maps without BOS, where they were kept; of a grid from disk each is read when it is asked for"""
     controls: Mapping[SitePair, LinearMap] = field(default_factory=dict, repr=False)
     """the maps fitted to shuffled pairs, where they were kept"""
 
@@ -112,7 +113,7 @@ class TransportGrid:
         return found.reset_index(drop=True)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes a folder: grid.json, grid.parquet, per_output.safetensors and the maps that were kept."""
+        """Writes a folder: grid.json, grid.parquet, per_output.safetensors, and the maps that were kept, a file each."""
         from .files import save_grid
 
         save_grid(self, path, overwrite=overwrite)
@@ -149,7 +150,9 @@ def transport_grid(
     baselines: Sequence[str] = BASELINES,
     control: bool = True,
     with_bos: bool = True,
-    keep_maps: bool = False,
+    keep_maps: bool | Sequence[SitePair] = False,
+    keep_controls: bool | Sequence[SitePair] | None = None,
+    maps: str | Path | None = None,
     seed: int = 0,
     products: torch.dtype = torch.float32,
     memory: int | None = None,
@@ -174,13 +177,16 @@ def transport_grid(
         baselines: of `maps.baselines`. control: also fit each pair with the sources of other prompts, which should score 0.
         with_bos: the default leaves rows at position 0 out: where there are any, fit a second time with them, for
             comparison. Their massive activations make R2 look high whatever the map does.
-        keep_maps: keep the operators (and the control's) without BOS.
+        keep_maps: keep the operators without BOS: of all pairs, of none, or of those given. keep_controls: the same of
+            the control's maps (as keep_maps, unless given).
+        maps: a folder that the kept maps are written to as they are fitted, so that memory holds one at a time; None
+            holds them all.
         products: of the moments: float32 as stored activations are, or float64.
         memory: bytes that moments may take; what does not fit is done in further passes over the rows.
         visit: called with the moments of each pair, for figures that this grid does not hold.
 
     Raises UserError for sites that are not there, a source that is not before its target, too few prompts or rows for
-    the width, sites that never vary, and values that are not finite.
+    the width, sites that never vary, values that are not finite, and maps that do not fit on the disk.
 
     >>> grid = transport_grid(load("bundled:recipient"), "bundled:profile")                       # doctest: +SKIP
     >>> grid.cell(0, 3)["r2_uniform"], grid.cell(0, 3, arm="shuffled")["r2_uniform"]              # doctest: +SKIP
@@ -198,7 +204,8 @@ def transport_grid(
     about: dict[str, Any] = {"positions": positions, "control": options.control}
     passes = plan_sums(rows, wanted, copies=(folds + shards) * (1 + first) + 4, memory=memory, **about)
     arms: list[tuple[bool, FittedArm]] = []
-    maps: dict[str, dict[SitePair, LinearMap]] = {OPERATOR: {}, SHUFFLED: {}}
+    keep = {OPERATOR: keep_maps, SHUFFLED: keep_maps if keep_controls is None else keep_controls}
+    kept = KeptMaps.of(keep, wanted, {site: rows.width(site) for pair in wanted for site in pair}, maps)
     n_first, routing = 0, dict[str, dict[str, float]]()
     for some in passes:
         every = sum_pairs(rows, some, split, first=first, products=products, seed=seed, **about)
@@ -208,8 +215,8 @@ def transport_grid(
             routing |= {f"{a}>{b}": dict(sums.routing) for a, b in sums.pairs if sums.routing}
             for bos in (False, True) if n_first else (False,):
                 for fitted in fit_pairs(sums, sums.pairs, options, first=bos):
-                    if keep_maps and not bos and fitted.arm in maps:
-                        maps[fitted.arm][fitted.pair] = fitted.map.to(torch.float32)
+                    if not bos:
+                        kept.add(fitted.arm, fitted.pair, fitted.map)
                     arms.append((bos, replace(fitted, map=LinearMap.zeros(1, 1))))
             if visit is not None:
                 parts, held = sums.parts()
@@ -225,7 +232,7 @@ def transport_grid(
     }  # fmt: skip
     outputs = {one.pair: torch.stack([one.per_output.value, one.per_output.error]) for bos, one in arms
                if not bos and one.arm == OPERATOR}  # fmt: skip
-    return TransportGrid(_table(arms), outputs, meta, maps[OPERATOR], maps[SHUFFLED])
+    return TransportGrid(_table(arms), outputs, meta, kept.maps[OPERATOR], kept.maps[SHUFFLED])
 
 
 def _pairs(

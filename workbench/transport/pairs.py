@@ -14,7 +14,7 @@ from ..maps.baselines import BASELINES, baseline
 from ..maps.jackknife import Estimate
 from ..maps.linear_map import LinearMap
 from ..maps.moments import Moments, total
-from ..maps.ridge import Choice, fit_ridge_targets
+from ..maps.ridge import Choice, iter_ridge_targets
 from ..maps.row_counts import check_counts
 from ..maps.shard_scores import ShardScores
 from ..maps.whitening import Whitener
@@ -111,20 +111,20 @@ def _fit_source(
     notes = {
         name: check_counts(whole, block, name, penalised=options.alpha != 0, method="a transport") for name in names
     }
-    fits = fit_ridge_targets(chosen, block, names, alpha=options.alpha, alphas=options.alphas, absolute=options.absolute,
-                             dtype=torch.float64)  # fmt: skip
+    fits = iter_ridge_targets(chosen, block, names, alpha=options.alpha, alphas=options.alphas,
+                              absolute=options.absolute, dtype=torch.float64)  # fmt: skip
     n_held = sum(shard.n for shard in shards)
-    for target, name in zip(targets, names, strict=True):
+    for target, (name, fit) in zip(targets, fits, strict=True):
         if name not in precisions:
             inverse = Whitener.of_block(whole, name).inverse_root
             precisions[name] = inverse @ inverse
         score: dict[str, Any] = {"train": whole, "precision": precisions[name]}
-        maps: dict[str, LinearMap] = {arm: fits[name].map}
+        maps: dict[str, LinearMap] = {arm: fit.map}
         if arm == OPERATOR:
             maps |= {b: baseline(whole, b, block, name) for b in options.baselines if _applies(b, whole, block, name)}
         for one, fitted in maps.items():
             scores = ShardScores.of(fitted, shards, block, name, **score)
-            ridge = fits[name] if one == arm else None
+            ridge = fit if one == arm else None
             yield FittedArm(
                 (source, target), one, fitted, scores.overall, scores.per_output,
                 None if ridge is None else ridge.alpha, None if ridge is None else ridge.alpha_absolute, whole.n, n_held,
