@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .dictionaries import Dictionary
 
 SAELENS, GEMMA, LEARNING = "sae_weights.safetensors", "params.npz", "ae.pt"
+GEMMA_NAME = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|att|mlp)")
 UNPACKED = 20  # times its size on disk: weights hardly compress, a bomb does a thousandfold
 SLACK = 1 << 20
 ARCHITECTURES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated", "batchtopk": "jumprelu"}
@@ -138,7 +139,7 @@ def _saelens_scale(folder: Path, normalise: str, cfg: Mapping[str, Any], scale: 
 
 
 def _gemma(file: Path) -> Dictionary:
-    """params.npz of Gemma Scope: JumpReLU, b_dec not subtracted, the layer in the folder's name."""
+    """params.npz of Gemma Scope: JumpReLU, b_dec not subtracted, layer, kind and model in the folders' names."""
     _check_archive(file, _npy_bytes)
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -148,9 +149,12 @@ def _gemma(file: Path) -> Dictionary:
             f"{file} is damaged, or holds what is not a plain array ({_line(err)}); fetch it again"
         ) from err
     _check_tensors(file, tensors, "jumprelu")
-    layer = re.search(r"layer_(\d+)", str(file.parent))
-    site = None if layer is None else f"resid_post.{layer[1]}"
-    return _make(file, "jumprelu", tensors, site=site, model="", k=None)
+    layers, scope = re.findall(r"layer_(\d+)", str(file.parent)), re.findall(GEMMA_NAME, str(file))
+    size, tuned, kind = scope[-1] if scope else ("", "", "res")
+    # those of attention read its heads before their output matrix, which is no site
+    site = f"{'mlp_out' if kind == 'mlp' else 'resid_post'}.{layers[-1]}" if layers and kind != "att" else None
+    model = f"google/gemma-2-{size}" + "-it" * (tuned == "it") if scope else ""
+    return _make(file, "jumprelu", tensors, site=site, model=model, k=None)
 
 
 LEARNING_CLASSES = {
@@ -241,7 +245,7 @@ def _make(
     try:
         place = None if site is None else str(Site.parse(str(site)))
     except UserError:  # a point that the workbench has no name for, such as hook_z: the file is read, the site unknown
-        place = None
+        place, options = None, {**options, "meta": {**options.get("meta", {}), "hook_name": str(site)}}
     kept = {n: tensors[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec", *EXTRA[kind]) if n != "k"}
     # halves are for the disk: a CPU computes in float32
     kept = {n: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for n, v in kept.items()}

@@ -38,20 +38,24 @@ class PairChoice:
     """those of the causal figures and the shortcuts"""
     features: tuple[SitePair, ...]
     """those into a site that a dictionary reads"""
+    dictionaries: tuple[Dictionary, ...]
+    """those of the features, each with the target that it reads as its site"""
     keep_all: bool
 
     @classmethod
-    def of(cls, model: Model, job: TransportJob, dictionaries: Sequence[Dictionary]) -> PairChoice:
-        """Raises UserError for pairs that the model or the grid does not have, and for unknown words."""
+    def of(cls, model: Model, job: TransportJob) -> PairChoice:
+        """Raises UserError for pairs that the model or the grid does not have, for unknown words, and what
+        `dictionaries_of` raises."""
         pairs = _fitted(model, job)
         if job.keep_maps not in KEEP:
             raise UserError(f"unknown choice of maps to keep {job.keep_maps!r}; allowed: {', '.join(KEEP)}")
         causal = _causal(model, job.causal, pairs)
+        dictionaries = dictionaries_of(model, job, {b for _, b in pairs})
         if job.grid_only or job.positions != "same":  # there, no step asks for a map
-            return cls(tuple(pairs), (), (), job.keep_maps == "all")
-        read = {model.site(str(d.site)) for d in dictionaries}
+            return cls(tuple(pairs), (), (), tuple(dictionaries), job.keep_maps == "all")
+        read = {Site.parse(str(d.site)) for d in dictionaries}
         features = tuple(pair for pair in pairs if pair[1] in read)
-        return cls(tuple(pairs), tuple(causal), features, job.keep_maps == "all")
+        return cls(tuple(pairs), tuple(causal), features, tuple(dictionaries), job.keep_maps == "all")
 
     @property
     def operators(self) -> tuple[SitePair, ...]:
@@ -189,7 +193,7 @@ def transport_cost(model: Model, prompts: PromptSet, out: str | Path, job: Trans
     Raises UserError as it does for sites and pairs, and where the moments of one pair do not fit into memory.
     """
     check_job(prompts, job)
-    choice, rows = PairChoice.of(model, job, dictionaries_of(model, job)), ModelRows(model, prompts, tokens=job.tokens)
+    choice, rows = PairChoice.of(model, job), ModelRows(model, prompts, tokens=job.tokens)
     widths = {site: model.width_of(site) for pair in choice.pairs for site in pair}
     memory = free_bytes(model.device)
     passes = plan_sums(rows, list(choice.pairs), positions=job.positions, control=job.positions != "shuffled",

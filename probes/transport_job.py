@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from workbench.errors import UserError
 from workbench.hashes import tensor_bytes
 from workbench.maps.ridge import Choice
+from workbench.sites import Site
 from workbench.tokens import check_tokens
 from workbench.transport.positions import check_positions
 from workbench.transport.sums import Split
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from workbench.prompts import PromptSet
 
     from .dictionaries import Dictionary
+
+log = logging.getLogger("workbench")
+ALIASES = {"gpt2-small": "gpt2"}
+"""names of TransformerLens for what Hugging Face calls otherwise"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class TransportJob:
     holdout: float = 0.25
     seed: int = 0
     dictionaries: tuple[str, ...] = ()
-    """folders, or bundled:NAME; those that come with the model are always read"""
+    """folders, files or bundled:NAME, or SITE=NAME; those that come with the model are read where these leave room"""
     text: str = ""
     """prompts of the causal figures, by name; empty: the held-out ones (of bundled:recipient: bundled:evaluation_text)"""
     pairs: tuple[str, ...] = ()
@@ -60,23 +66,82 @@ def check_job(prompts: PromptSet, job: TransportJob) -> None:
     Split.of(len(prompts), folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed)
 
 
-def dictionaries_of(model: Model, job: TransportJob) -> list[Dictionary]:
-    """Those that a job names and those that come with its model; UserError for one of another site or width."""
+def dictionaries_of(model: Model, job: TransportJob, targets: Collection[Site]) -> list[Dictionary]:
+    """Those that a job names and, where it names none at their site, those that come with its model; site by site.
+
+    A name is a folder, a file or bundled:NAME, or SITE=NAME where the files do not say a site or say a wrong one.
+    Raises UserError for one without a site, at a site that no pair leads to, of another width, or at the site of another.
+    """
+    if job.grid_only:
+        if job.dictionaries:
+            raise UserError("dictionaries were given, and grid_only measures no features; leave one of the two out")
+        return []
+    found: dict[Site, tuple[str, Dictionary]] = {}
+    for name in dict.fromkeys(job.dictionaries):
+        site, one = _placed(model, name, targets)
+        if site in found:
+            raise UserError(f"dictionaries {found[site][0]} and {name} both belong to {site}; give one for each site")
+        found[site] = name, one
+    if model.name == "bundled:recipient":
+        for layer in (1, 2, 3):
+            if Site(layer) in targets and Site(layer) not in found:
+                name = f"bundled:recipient.resid_post.{layer}"
+                found[Site(layer)] = name, _placed(model, name, targets)[1]
+    for name, one in found.values():
+        for note in foreign(model, one):
+            log.warning("dictionary %s: %s", name, note)
+    return [one for _, one in found.values()]
+
+
+def _placed(model: Model, name: str, targets: Collection[Site]) -> tuple[Site, Dictionary]:
+    """A dictionary with the site of the grid that it reads."""
     from .dictionaries import Dictionary
 
-    if job.grid_only:
+    said, path = split_site(name)
+    one = Dictionary.load(path)
+    if said is None and one.site is None:
+        hook = one.meta.get("hook_name")
+        where = f"belongs to {hook}, which is no site here" if hook else "does not say which site it belongs to"
+        raise UserError(f"dictionary {path} {where}; give the site before it, as in --dictionary resid_post.5={path}")
+    try:
+        site = model.site(said or one.site or "")
+    except UserError as err:
+        raise UserError(f"dictionary {path} does not belong to {model.name}: {err}") from err
+    here = [target for target in targets if _place(target) == _place(site)]
+    if not here:
+        raise UserError(f"dictionary {path} belongs to {site}, to which no pair leads; targets: "
+                        f"{', '.join(map(str, sorted(targets)))}")  # fmt: skip
+    if one.width != model.width_of(site):
+        raise UserError(f"dictionary {path} reads width {one.width}; {site} of {model.name} has width "
+                        f"{model.width_of(site)}: use one that was trained on this model")  # fmt: skip
+    return here[0], replace(one, site=str(here[0]))
+
+
+def _place(site: Site) -> Site:
+    """The same name for the same place: what goes into a block is what comes out of the one before it."""
+    return Site(site.layer - 1) if site.point == "resid_pre" and site.layer else site
+
+
+def split_site(name: str) -> tuple[Site | None, str]:
+    """What SITE=NAME, or NAME alone, says.
+
+    >>> split_site("resid_post.5=saes/a"), split_site("runs/lr=3/a")
+    ((Site(layer=5, point='resid_post'), 'saes/a'), (None, 'runs/lr=3/a'))
+    """
+    site, sign, path = name.partition("=")
+    try:
+        return (Site.parse(site), path) if sign and path else (None, name)
+    except UserError:
+        return None, name
+
+
+def foreign(model: Model, dictionary: Dictionary) -> list[str]:
+    """One line where a dictionary names another model: names differ from place to place, so it is no error."""
+    names = [name.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].lower() for name in (dictionary.model, model.name)]
+    if not names[0] or ALIASES.get(names[0], names[0]) == ALIASES.get(names[1], names[1]):
         return []
-    names = list(job.dictionaries)
-    if model.name == "bundled:recipient":
-        names += [f"bundled:recipient.resid_post.{layer}" for layer in (1, 2, 3)]
-    found = [Dictionary.load(name) for name in dict.fromkeys(names)]
-    for name, one in zip(dict.fromkeys(names), found, strict=True):
-        if one.site is None:
-            raise UserError(f"dictionary {name} does not say which site it belongs to; its cfg.json needs a hook_name")
-        if one.width != model.width_of(model.site(one.site)):
-            raise UserError(f"dictionary {name} reads width {one.width}; {one.site} of {model.name} has width "
-                            f"{model.width_of(model.site(one.site))}")  # fmt: skip
-    return found
+    return [f"the dictionary at {dictionary.site} says that it was trained on {dictionary.model}, and this is {model.name}: "
+            "where these are not the same model its features mean nothing here"]  # fmt: skip
 
 
 def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:

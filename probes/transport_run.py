@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from workbench.transport.sums import Split
 from .efficiency import transport_efficiency
 from .features import Batch, store_batches
 from .transport_choice import Jumps, PairChoice
-from .transport_job import TransportJob, check_job, dictionaries_of, hash_of_tensors
+from .transport_job import TransportJob, check_job, foreign, hash_of_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from workbench.models import Model
     from workbench.prompts import PromptSet
     from workbench.store import Store
-
-    from .dictionaries import Dictionary
 
 log = logging.getLogger("workbench")
 MARKER, FORMAT = "transport.toml", "workbench.transport"
@@ -63,14 +61,13 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     if run.folder.exists() and (not run.folder.is_dir() or (any(run.folder.iterdir()) and not _is_run(run.folder))):
         raise UserError(f"{run.folder} is not a transport run: it holds no {MARKER}; choose another folder")
     check_job(prompts, job)  # what is wrong is told before the work
-    dictionaries = dictionaries_of(model, job)
-    choice = PairChoice.of(model, job, dictionaries)
+    choice = PairChoice.of(model, job)
     make_parent(run.folder / MARKER)
     text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
     with run.alone(), run.logging():
         _clear_stale(run.folder, text, job)
         write_text(run.folder / MARKER, text)
-        metrics = _Steps(run, model, prompts, job, dictionaries, choice).all()
+        metrics = _Steps(run, model, prompts, job, choice).all()
         write_json(run.folder / "environment.json", metrics["environment"])
         write_json(run.folder / "metrics.json", metrics)
         write_transport_report(run.folder)
@@ -94,12 +91,8 @@ def _is_run(folder: Path) -> bool:
 class _Steps:
     """The steps of one run; each is kept by the hash of what it depends on."""
 
-    def __init__(
-        self, run: Run, model: Model, prompts: PromptSet, job: TransportJob, dictionaries: Sequence[Dictionary],
-        choice: PairChoice,
-    ) -> None:  # fmt: skip
-        self.run, self.model, self.prompts, self.job, self.dictionaries = run, model, prompts, job, dictionaries
-        self.choice, self.causal = choice, [[str(a), str(b)] for a, b in choice.causal]
+    def __init__(self, run: Run, model: Model, prompts: PromptSet, job: TransportJob, choice: PairChoice) -> None:
+        self.run, self.model, self.prompts, self.job, self.choice = run, model, prompts, job, choice
         # what later steps alone are made of is no part of the grid's key: its maps are, as files that must be there
         about = {key: value for key, value in asdict(job).items() if key not in LATER}
         self.key: list[Any] = [model.fingerprint_id, prompts.hash, about, str(model.dtype)]
@@ -117,10 +110,10 @@ class _Steps:
                              seed=self.job.seed)  # fmt: skip
             held = [i for i, part in enumerate(split.part.tolist()) if part >= split.folds]
             self.held = type(self.prompts)(tuple(self.prompts[i] for i in held), f"{self.prompts.name} (held out)")
-            if self.dictionaries:
-                read = [hash_of_tensors(d.tensors) for d in self.dictionaries]
+            if self.choice.dictionaries:
+                read: list[Any] = [[d.site, hash_of_tensors(d.tensors)] for d in self.choice.dictionaries]
                 made["features"] = self._step("features", self._features, read=read)
-            read = [self._text.hash, self.causal]
+            read = [self._text.hash, [[str(a), str(b)] for a, b in self.choice.causal]]
             made["causal"] = self._step("causal", self._causal, read=read)
             made["shortcut"] = self._step("shortcut", self._shortcut, read=read)
         warnings = [*self.grid.warnings, *(w for part in made.values() for w in part.pop("warnings", [])),
@@ -197,8 +190,9 @@ class _Steps:
         tables, counts, notes = [], [], []
         if self.job.positions != "same":
             notes.append(f"features are measured at the same token alone, not with positions={self.job.positions!r}")
-        wanted = {pair: d for pair in self.choice.features for d in self.dictionaries
-                  if self.model.site(str(d.site)) == pair[1]}  # fmt: skip
+        notes += [note for d in self.choice.dictionaries for note in foreign(self.model, d)]
+        by_site = {Site.parse(str(d.site)): d for d in self.choice.dictionaries}
+        wanted = {pair: by_site[pair[1]] for pair in self.choice.features}
         if wanted:
             sites = sorted({site for pair in wanted for site in pair})
             with profile_model(self.model, self.held[:FEATURE_PROMPTS], sites=sites, tokens=self.job.tokens) as store:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from probes.transport_choice import MANY, PairChoice, named, neighbours, transport_cost
@@ -14,7 +16,7 @@ from workbench.transport.pairs import site_pairs
 
 
 def chosen(**options) -> PairChoice:
-    return PairChoice.of(make_model("llama"), TransportJob("m", "p", **options), ())
+    return PairChoice.of(make_model("llama"), TransportJob("m", "p", **options))
 
 
 def names(pairs) -> list[str]:
@@ -44,7 +46,7 @@ def test_neighbours_are_the_next_sites_of_the_grid_whatever_layers_it_has():
     sites = [Site(layer) for layer in range(0, 40, 4)]
     found = neighbours(site_pairs(sites))
     assert len(site_pairs(sites)) > MANY
-    assert found == list(zip(sites, sites[1:], strict=False))
+    assert found == list(pairwise(sites))
     mixed = neighbours(site_pairs([Site(0), Site.parse("mlp_out.1"), Site(1), Site(2)]))
     assert (Site(0), Site(1)) in mixed
     assert (Site(0), Site.parse("mlp_out.1")) in mixed
