@@ -65,9 +65,14 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     make_parent(run.folder / MARKER)
     text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
     with run.alone(), run.logging():
+        if not _is_run(run.folder):
+            write_text(run.folder / MARKER, text)
+        steps = _Steps(run, model, prompts, job, choice)
+        grid = steps.grid_made()
+        # only now, so that input that cannot be fitted costs nobody the results that were there
         _clear_stale(run.folder, text, job)
         write_text(run.folder / MARKER, text)
-        metrics = _Steps(run, model, prompts, job, choice).all()
+        metrics = steps.all(grid)
         write_json(run.folder / "environment.json", metrics["environment"])
         write_json(run.folder / "metrics.json", metrics)
         write_transport_report(run.folder)
@@ -97,12 +102,17 @@ class _Steps:
         about = {key: value for key, value in asdict(job).items() if key not in LATER}
         self.key: list[Any] = [model.fingerprint_id, prompts.hash, about, str(model.dtype)]
 
-    def all(self) -> dict[str, Any]:
+    def grid_made(self) -> dict[str, Any]:
+        """The result of the first step."""
         files = ("grid",) if self.job.grid_only else ("grid", "efficiency.parquet", "means.safetensors")
         for name in ("operators", "controls"):
             maps = MapFolder(Path("grid") / name)
             files += tuple(str(maps.file(pair)) for pair in getattr(self.choice, name))
-        made: dict[str, Any] = {"grid": self._step("grid", self._grid, files)}
+        made: dict[str, Any] = self._step("grid", self._grid, files)
+        return made
+
+    def all(self, grid: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {"grid": grid}
         self.grid = TransportGrid.load(self.run.folder / "grid")
         if not self.job.grid_only:
             made["efficiency"] = made["grid"].pop("efficiency")
@@ -155,7 +165,6 @@ class _Steps:
 
         job, choice, maps = self.job, self.choice, self.run.folder / FITTED
         shutil.rmtree(maps, ignore_errors=True)  # of a run that was stopped
-        (self.run.folder / "steps" / "grid.json").unlink(missing_ok=True)  # what stands there is about to be replaced
         try:
             grid = transport_grid(
                 self.model, self.prompts, pairs=choice.pairs, tokens=job.tokens, positions=job.positions,
@@ -163,6 +172,9 @@ class _Steps:
                 keep_maps=choice.operators, keep_controls=choice.controls, maps=maps,
                 visit=None if job.grid_only else visit,
             )  # fmt: skip
+            (self.run.folder / "steps" / "grid.json").unlink(
+                missing_ok=True
+            )  # what stands there is about to be replaced
             grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
         finally:
             shutil.rmtree(maps, ignore_errors=True)

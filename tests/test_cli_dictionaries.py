@@ -62,7 +62,9 @@ def line(home: Path, out: Path, *more: Any, family: str = "llama") -> tuple[Any,
 
 
 @pytest.mark.parametrize(
-    ("family", "write"), [("llama", saelens), ("gpt2", learning), ("gemma2", gemma)], ids=lambda v: getattr(v, "__name__", v)
+    ("family", "write"),
+    [("llama", saelens), ("gpt2", learning), ("gemma2", gemma)],
+    ids=lambda v: getattr(v, "__name__", v),
 )
 def test_each_format_is_read_at_its_site(home, tmp_path, family, write):
     good(*line(home, tmp_path / "run", "--dictionary", write(tmp_path / "d"), family=family))
@@ -120,16 +122,25 @@ def test_a_place_that_is_no_site_is_named(home, tmp_path):
     cfg = json.loads((folder / "cfg.json").read_text())
     cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_z"
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    told(workbench(*line(home, tmp_path / "run", "--dictionary", folder)), "belongs to blocks.1.attn.hook_z, which is no site")
+    told(
+        workbench(*line(home, tmp_path / "run", "--dictionary", folder)),
+        "belongs to blocks.1.attn.hook_z, which is no site",
+    )
 
 
 def test_dictionaries_that_get_in_each_others_way(home, tmp_path):
     one, two = saelens(tmp_path / "one"), saelens(tmp_path / "two")
-    told(workbench(*line(home, tmp_path / "run", "--dictionary", f"{one},{two}")), "both belong to resid_post.1; give one")
+    told(
+        workbench(*line(home, tmp_path / "run", "--dictionary", f"{one},{two}")),
+        "both belong to resid_post.1; give one",
+    )
     told(workbench(*line(home, tmp_path / "run", "--dictionary", one, "--grid-only")), "grid_only measures no features")
     told(workbench(*line(home, tmp_path / "run", "--dictionary", tmp_path / "none")), "no such file or folder")
     (tmp_path / "empty").mkdir()
-    told(workbench(*line(home, tmp_path / "run", "--dictionary", tmp_path / "empty")), "holds none of sae_weights.safetensors")
+    told(
+        workbench(*line(home, tmp_path / "run", "--dictionary", tmp_path / "empty")),
+        "holds none of sae_weights.safetensors",
+    )
     (one / "cfg.json").unlink()
     told(workbench(*line(home, tmp_path / "run", "--dictionary", one)), "cfg.json cannot be read")
     (two / "sae_weights.safetensors").write_bytes((two / "sae_weights.safetensors").read_bytes()[:200])

@@ -127,6 +127,9 @@ class _Watch:
             post = self._settled(made)[0]
             if self.pre is None or post is None or self.pre.shape != post.shape:
                 self.found[layer] = Anatomy().without(INNER, "its blocks do not pass on states [batch, token, width]")
+            elif not bool(torch.isfinite(self.pre).all() & torch.isfinite(post).all()):
+                raise UserError(f"{self.model.name}: block {layer} makes NaN or infinity of a short text; its weights are "
+                                "damaged, or its dtype is too narrow: fetch it again, or load it in float32")  # fmt: skip
             else:
                 sums = BlockSums(self.pre, post, torch.finfo(made.dtype).eps, list(self.records.values()), self.numbers)
                 self.found[layer] = _anatomy(sums, [*self.known, *_sums_of(list(self.found.values()))])
