@@ -127,35 +127,6 @@ def test_other_positions_leave_out_what_they_cannot_have_and_say_so(tmp_path):
         assert word in result.stderr
 
 
-def test_chosen_pairs_are_measured_and_more_of_them_later(tmp_path):
-    line = (*LINE, "--pairs", "1:2,1:3", "--alpha", "gcv", "--out", tmp_path / "run")
-    assert "2 pairs of sites, causal figures of 1" in good(*line, "--causal", "1:2", "--dry-run").stdout
-    assert not (tmp_path / "run").exists()
-    result = good(*line, "--causal", "1:2")
-    assert "warning: causal figures and shortcuts are of 1 of 2 pairs" in result.stderr
-    assert "--causal all measures every pair" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert set(pd.read_parquet(tmp_path / "run" / "causal.parquet")["target"]) == {"resid_post.2"}
-    before = (tmp_path / "run" / "grid" / "grid.json").stat().st_mtime_ns
-    # the dictionaries that come with the model need the maps of both pairs, so these are there
-    good(*line, "--causal", "all")
-    assert set(pd.read_parquet(tmp_path / "run" / "causal.parquet")["target"]) == {"resid_post.2", "resid_post.3"}
-    assert (tmp_path / "run" / "grid" / "grid.json").stat().st_mtime_ns == before
-    without = good(*line, "--causal", "none")
-    assert "no causal figures and no shortcuts were asked for" in without.stderr
-    assert "<h2>Causal</h2>" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert not list((tmp_path / "run").glob(".maps*"))
-
-
-def test_a_map_that_is_gone_is_fitted_again(tmp_path):
-    line = (*LINE, "--pairs", "1:2", "--alpha", "gcv", "--out", tmp_path / "run")
-    good(*line)
-    operators = TransportGrid.load(tmp_path / "run" / "grid").operators
-    (pair,), held = operators, dict(operators)
-    operators.file(pair).unlink()
-    good(*line)
-    assert TransportGrid.load(tmp_path / "run" / "grid").operators == held
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

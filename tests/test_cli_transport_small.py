@@ -1,12 +1,15 @@
-"""`workbench transport` on rows that cannot be fitted: one line each, before or at the fit, and nothing that was there lost."""
+"""`workbench transport` on a small random model: pairs that are chosen, and rows that cannot be fitted, told in one line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+
+from workbench.transport import TransportGrid
 
 from .conftest import WIDTH, make_module, save_folder
 from .test_cli import good, told, tree, workbench
@@ -26,6 +29,33 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def line(home: Path, out: Path, prompts: str, *more: Any, model: str = "llama") -> tuple[Any, ...]:
     return ("transport", home / model, "--prompts", home / prompts, "--pairs", "0:1", "--folds", 2, "--shards", 2,
             "--grid-only", "--out", out, *more)  # fmt: skip
+
+
+def test_chosen_pairs_are_measured_and_more_of_them_later(home, tmp_path):
+    run = tmp_path / "run"
+    whole = ("transport", home / "llama", "--prompts", home / "many.txt", "--pairs", "0:1,0:2", "--alpha", "0.1", "--folds", 2,
+             "--shards", 2, "--keep-maps", "all", "--out", run)  # fmt: skip
+    assert "2 pairs of sites, causal figures of 1\n2 maps and 0" in good(*whole, "--causal", "0:1", "--dry-run").stdout
+    assert not run.exists()
+    result = good(*whole, "--causal", "0:1")
+    assert "warning: causal figures and shortcuts are of 1 of 2 pairs" in result.stderr
+    assert "--causal all measures every pair" in (run / "report.html").read_text(encoding="utf-8")
+    assert set(pd.read_parquet(run / "causal.parquet")["target"]) == {"resid_post.1"}
+    before = (run / "grid" / "grid.json").stat().st_mtime_ns
+    good(*whole, "--causal", "all")
+    assert set(pd.read_parquet(run / "causal.parquet")["target"]) == {"resid_post.1", "resid_post.2"}
+    assert (run / "grid" / "grid.json").stat().st_mtime_ns == before
+    without = good(*whole, "--causal", "none")
+    assert "no causal figures and no shortcuts were asked for" in without.stderr
+    assert "<h2>Causal</h2>" not in (run / "report.html").read_text(encoding="utf-8")
+    assert not list(run.glob(".maps*"))
+    # a map that is gone is fitted again
+    operators = TransportGrid.load(run / "grid").operators
+    held = dict(operators)
+    operators.file(next(iter(operators))).unlink()
+    good(*whole, "--causal", "none")
+    assert len(held) == 2
+    assert TransportGrid.load(run / "grid").operators == held
 
 
 def refused(*line: Any) -> str:
