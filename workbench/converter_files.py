@@ -58,7 +58,7 @@ class ConverterSet(Sequence[Converter]):
         site for which there is no converter.
         """
         there = {c.donor: c.to_donor.d_out for c in self}
-        for site, part in adapter.parts.items():
+        for site, part in (pair for term in adapter.split() for pair in term.parts.items()):
             if site in there and part.width != there[site]:
                 raise UserError(
                     f"the adapter has width {part.width} at {site} and these converters carry adapters of width "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +115,11 @@ def paste_adapter(
     Raises:
         UserError: a site of the adapter without a converter, or with two; widths that do not meet.
     """
+    if adapter.terms:
+        made = [paste_adapter(t, converters, recipient_fingerprint=recipient_fingerprint) for t in adapter.split()]
+        whole = functools.reduce(Adapter.__add__, made) * strength
+        meta = {**made[0].meta, "pairs": [pair for one in made for pair in one.meta["pairs"]]}
+        return replace(whole, name=adapter.name, meta=meta)
     by_donor: dict[Site, Converter] = {}
     for converter in converters:
         if converter.donor in by_donor:
@@ -124,19 +130,21 @@ def paste_adapter(
         have = ", ".join(map(str, by_donor)) or "none"
         raise UserError(f"no converter for {', '.join(missing)} (given: {have}); fit them, or use adapter.only(layers)")
     parts: dict[Site, LowRank] = {}
-    pairs = []
+    pairs, evidence = [], []
     for site, part in adapter.parts.items():
         used = by_donor[site]
         folded = fold(part, used.to_donor, used.to_recipient)
         parts[used.recipient] = parts[used.recipient] + folded if used.recipient in parts else folded
         pairs.append([str(site), str(used.recipient), used.method])
+        if used.quality_to_donor or used.quality_to_recipient:
+            evidence.append(used.as_dict())
     return Adapter(
         parts,
         positions=adapter.positions,
         strength=adapter.strength * strength,
         name=adapter.name,
         base=dict(recipient_fingerprint or {}),
-        meta={"kind": "paste", "donor": dict(adapter.base), "pairs": pairs},
+        meta={"kind": "paste", "donor": dict(adapter.base), "pairs": pairs, "evidence": {"converters": evidence}},
     )
 
 

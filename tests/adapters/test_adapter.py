@@ -76,10 +76,76 @@ def test_algebra():
     torch.testing.assert_close((-a).delta(Site(1), h), -a.delta(Site(1), h))
     assert a * 2 == 2 * a != a
     assert (a + b).base == {"name": "org/tiny"}
-    with pytest.raises(UserError, match="'last' and 'all'"):
-        a + adapter(positions="all")
     with pytest.raises(UserError, match="org/tiny and org/other"):
         a + Adapter({Site(1): part()}, base={"name": "org/other"})
+
+
+def test_adapters_for_different_positions_add_to_one_of_two_terms():
+    first, last = adapter(positions="first:2", strength=2.0), adapter()
+    both = first + last
+    assert [term.positions for term in both.split()] == ["first:2", "last"]
+    assert both == last + first != both * 2
+    assert both.hash == (last + first).hash != (both * 2).hash != last.hash
+    assert (both.sites, both.layers, both.width, both.rank) == ([Site(1), Site(3)], [1, 3], 6, 3)
+    assert [term.rank for term in (both + last).split()] == [3, 6]  # what is at the same positions is joined
+    assert ((both * 0.5).split()[0].strength, both.only([3]).layers) == (0.5, [3])
+    h = torch.randn(4, 6)
+    torch.testing.assert_close(both.split()[0].delta(Site(1), h), 2 * last.delta(Site(1), h))
+    assert both.to(torch.bfloat16).split()[1].parts[Site(1)].V.dtype == torch.bfloat16
+    assert "positions 'first:2', and" in repr(both)
+
+
+def test_an_adapter_of_two_terms_never_passes_for_one():
+    both = adapter(positions="first:2") + adapter()
+    for use in (lambda: both.parts[Site(1)], lambda: list(both.parts), lambda: dict(both.parts.items()),
+                lambda: Site(1) in both.parts, lambda: both.delta(Site(1), torch.zeros(6))):  # fmt: skip
+        with pytest.raises(UserError, match="acts differently at first:2 and last; take one"):
+            use()
+
+
+def test_an_adapter_of_two_terms_is_saved(tmp_path):
+    both = (adapter(positions="first:2") + adapter(positions="last:3")) * 0.5
+    both.save(tmp_path / "a")
+    loaded = Adapter.load(tmp_path / "a")
+    assert loaded == both
+    assert (loaded.hash, loaded.name, loaded.base) == (both.hash, both.name, both.base)
+    file = tmp_path / "a" / "adapter.json"
+    header = json.loads(file.read_text())
+    for terms, said in (
+        ([], "terms must be a list of two objects or more"),
+        ([header["terms"][0], 5], "terms must be a list of two objects or more"),
+        ([header["terms"][0]] * 2, "sites|positions|missing"),
+        ([header["terms"][0], header["terms"][1] | {"positions": "middle"}], "unknown positions 'middle'"),
+    ):
+        file.write_text(json.dumps(header | {"terms": terms}))
+        with pytest.raises(UserError, match=said):
+            Adapter.load(tmp_path / "a")
+
+
+def test_two_terms_act_where_each_says_on_the_same_state(tiny):
+    first, last = adapter(positions="first:2"), adapter(positions="last", strength=3.0)
+    first, last = (Adapter(a.only([1]).parts, a.positions, a.strength) for a in (first, last))
+    ids = torch.arange(3, 9)[None]
+    with tiny.read([Site(1)]) as plain:
+        tiny.logits(ids, torch.ones_like(ids))
+    with (first + last).on(tiny), tiny.read([Site(1)]) as edited:
+        tiny.logits(ids, torch.ones_like(ids))
+    h = plain[Site(1)][0]
+    expected = h.clone()
+    expected[:2] += first.delta(Site(1), h[:2])
+    expected[-1] += last.delta(Site(1), h[-1])
+    torch.testing.assert_close(edited[Site(1)][0], expected)
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_of_the_write_side_is_one_more_rank(act, dtype):
+    p, c, h = part(act=act).to(dtype), torch.randn(6, dtype=dtype), torch.randn(5, 6, dtype=dtype)
+    torch.testing.assert_close(p.plus(c).delta(h), p.delta(h) + c)
+    assert p.plus(c).rank == p.rank + 1
+    assert p.constant() is None
+    nothing = LowRank(torch.zeros(6, 2), p.b.float(), p.U.float(), act)
+    torch.testing.assert_close(nothing.constant(), nothing.delta(torch.randn(6)))
 
 
 def test_steering_vector():
@@ -101,12 +167,20 @@ def test_save_load_equal(tmp_path, dtype):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"neither adapter\.json nor a pyreft"):
+    with pytest.raises(UserError, match=r"neither adapter\.json, nor adapter_config\.json, nor a pyreft"):
         Adapter.load(tmp_path)
     (tmp_path / "a.pt").write_bytes(pickle.dumps({}))
-    with pytest.raises(UserError, match="give the folder"):
+    with pytest.raises(UserError, match="was refused"):
         Adapter.load(tmp_path / "a.pt")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"is not an adapter: give a folder, or a file that ends in \.gguf"):
+        Adapter.load(tmp_path / "a.txt")
     adapter().save(tmp_path / "a")
+    with pytest.raises(UserError, match="give the folder"):
+        Adapter.load(tmp_path / "a" / "adapter.safetensors")
+    with pytest.raises(UserError, match="says itself where it acts"):
+        Adapter.load(tmp_path / "a", site=3)
+    assert Adapter.load(tmp_path / "a", positions="all").positions == "all"
     (tmp_path / "a" / "adapter.safetensors").write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         Adapter.load(tmp_path / "a")

@@ -243,7 +243,6 @@ def test_unknown_kinds_positions_and_second_edits_are_refused(tmp_path):
     changes = {
         "adapters that are read": {"intervention_types": ["<class 'pyreft.interventions.OtherIntervention'>"]},
         "holds .* is missing": {"intervention_types": ["<class 'pyreft.interventions.LoreftIntervention'>"]},
-        "at several positions": {"sorted_keys": ["layer_2_comp_block_output_unit_pos_nunit_1#1"]},
         "cannot read the pyreft key": {"sorted_keys": ["layer_2_comp_head_output_unit_pos_nunit_1#0"]},
         "is not a pyreft config": {"sorted_keys": []},
     }
@@ -252,9 +251,127 @@ def test_unknown_kinds_positions_and_second_edits_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             Adapter.load(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "a" / "training_metadata.json").write_text('{"positions": "f1+l1"}')
-    with pytest.raises(UserError, match=r"'f1\+l1' are not read"):
+    metadata = tmp_path / "a" / "training_metadata.json"
+    for positions in ("x1", "f1l1", "l1+f1", "f0", "+", "", "f1+"):
+        metadata.write_text(json.dumps({"positions": positions}))
+        with pytest.raises(UserError, match="are not read; allowed: f1"):
+            Adapter.load(tmp_path / "a")
+    metadata.write_text('{"positions": "f1+l1"}')
+    with pytest.raises(UserError, match="does not say whether first and last positions share them"):
         Adapter.load(tmp_path / "a")
+    metadata.write_text('{"positions": "f1+l1", "share_weight": 1}')
+    with pytest.raises(UserError, match="share_weight must be true or false, got 1"):
+        Adapter.load(tmp_path / "a")
+    metadata.write_text('{"positions": "f2+l1", "share_weight": true}')
+    assert Adapter.load(tmp_path / "a").positions == "first:2+last"
+
+
+def both_ends(seed: int = 0) -> Adapter:
+    """Two sites, other parts at the first positions than at the last."""
+    g = torch.Generator().manual_seed(seed)
+
+    def parts() -> dict[Site, LowRank]:
+        return {Site(l): LowRank(torch.randn(WIDTH, RANK, generator=g), torch.randn(RANK, generator=g),
+                                 torch.randn(RANK, WIDTH, generator=g)) for l in (1, 3)}  # fmt: skip
+
+    return Adapter(parts(), "first:3") + Adapter(parts(), "last:2")
+
+
+def test_two_units_at_a_layer_are_two_terms(tmp_path):
+    adapter = both_ends()
+    write(adapter, tmp_path / "a")
+    assert read(tmp_path / "a") == adapter
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    # pyreft gives the first half of the keys the first positions, in this order
+    assert [key[-2:] for key in config["sorted_keys"]] == ["#0", "#0", "#1", "#1"]
+    training = json.loads((tmp_path / "a" / "training_metadata.json").read_text())
+    assert (training["positions"], training["share_weight"]) == ("f3+l2", False)
+    write(adapter.split()[0] * 2, tmp_path / "b")
+    assert read(tmp_path / "b").positions == "first:3"
+    shared = Adapter(adapter.split()[0].parts, "first:1+last")
+    write(shared, tmp_path / "c")
+    assert read(tmp_path / "c") == shared
+    with pytest.raises(UserError, match="half of its interventions"):
+        write(adapter.split()[0] + adapter.split()[1].only([3]), tmp_path / "d")
+
+
+def test_kinds_belong_to_units(tmp_path):
+    module = folder_of("Loreft", tmp_path / "a")
+    folder = tmp_path / "a"
+    other = folder_of("Direft", tmp_path / "b")
+    key = "layer_2_comp_block_output_unit_pos_nunit_1#"
+    torch.save(other.saved(), folder / f"intkey_{key}1.bin")
+    config = json.loads((folder / "config.json").read_text())
+    config["sorted_keys"] = [key + "0", key + "1"]
+    config["intervention_types"] += [f"<class 'pyreft.interventions.{other.kind}Intervention'>"]
+    config["representations"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "training_metadata.json").write_text('{"positions": "f1+l1"}')
+    h = torch.randn(5, WIDTH)
+    for term, intervention in zip(Adapter.load(folder).split(), (module, other), strict=True):
+        torch.testing.assert_close(h + term.delta(Site(2), h), intervention(h).detach(), atol=1e-4, rtol=1e-4)
+    (folder / "training_metadata.json").write_text('{"positions": "l1"}')
+    with pytest.raises(UserError, match="twice at positions last, the second on what the first made"):
+        Adapter.load(folder)
+
+
+KINDS = ["Nodireft", "Noreft", "Loreft", "Direft", "Consreft", "Lobireft"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_pyreft_itself_saves_is_what_it_computes(kind, tmp_path):
+    pyreft = pytest.importorskip("pyreft", reason="pyreft is not installed; the formulas are written out above")
+    torch.manual_seed(0)
+    # LoReFT saves no more than its rotation, DiReFT and its kin a parametrization: both are read
+    made = getattr(pyreft.interventions, f"{kind}Intervention")(
+        embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32, add_bias=True)  # fmt: skip
+    made.eval()
+    folder_of("Nodireft", tmp_path / "a")
+    config = tmp_path / "a" / "config.json"
+    config.write_text(config.read_text().replace("NodireftIntervention", f"{kind}Intervention"))
+    torch.save(made.state_dict(), next((tmp_path / "a").glob("intkey_*")))
+    part, h = Adapter.load(tmp_path / "a").parts[Site(2)], torch.randn(16, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(h + part.delta(h), made(h), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("at", ["l1", "f1+l1"])
+def test_a3_pyreft_opens_what_is_written_and_gives_the_same_outputs(at, tmp_path, monkeypatch):
+    pyreft = pytest.importorskip("pyreft", reason="pyreft is not installed")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from workbench.models import Model
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    module = LlamaForCausalLM(config).eval()
+    whole = both_ends() * 0.3
+    adapter = whole if at == "f1+l1" else Adapter(whole.split()[0].parts, "last", 0.3)
+    write(adapter, tmp_path / "a")
+    intervention = pyreft.interventions.NodireftIntervention
+
+    class Told(intervention):  # pyreft takes these two from its training script, and saves neither
+        def __init__(self, **kwargs):
+            super().__init__(**{**kwargs, "add_bias": True, "dtype": torch.float32})
+
+    monkeypatch.setattr(pyreft.interventions, "NodireftIntervention", Told)
+    opened = pyreft.ReftModel.load(str(tmp_path / "a"), module)
+    ids = torch.arange(3, 13)[None]
+    n = len(opened.interventions)
+    places = [[0, 1, 2], [8, 9]] if at == "f1+l1" else [[9]]
+    # pyreft wants lists of one length: it fills the shorter with a place behind the prompt, a pad token
+    if at == "f1+l1":
+        padded = torch.cat([ids, torch.zeros(1, 1, dtype=ids.dtype)], 1)
+        rows = [places[0]] * (n // 2) + [[*places[1], 10]] * (n // 2)
+    else:
+        padded, rows = ids, [places[0]] * n
+    _, theirs = opened({"input_ids": padded}, unit_locations={"sources->base": (None, [[row] for row in rows])})
+    model = Model(LlamaForCausalLM(config).eval(), None, "tiny")
+    model.module.load_state_dict(module.state_dict())
+    with adapter.on(model):
+        ours = model.logits(ids, torch.ones_like(ids))
+    torch.testing.assert_close(ours, theirs.logits[:, :10], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

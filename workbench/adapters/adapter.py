@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..atomic import staged_folder
-from ..bundled import located
 from ..errors import UserError
 from ..sites import Site
 from .low_rank import LowRank
@@ -26,9 +23,6 @@ from .low_rank import LowRank
 if TYPE_CHECKING:
     from ..backends.torch_hooks import Where
     from ..models import Model
-
-FORMAT = "workbench.adapter"
-VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +36,9 @@ class Adapter:
         name: for people.
         base: fingerprint of the model that it belongs to; {} where that is not known.
         meta: anything else about it, JSON values. Name and meta take no part in `==`.
+        terms: set by `+` where it acts differently at different positions: adapters of one positions each whose sum, on
+            the same states, it is. It has no parts of its own then, and whoever asks for them gets a UserError; `split`
+            gives the adapters one by one, whatever the kind.
 
     >>> import torch
     >>> a = vector(Site(2), torch.ones(4))
@@ -55,6 +52,7 @@ class Adapter:
     name: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    terms: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         from ..backends.torch_hooks import check_policy
@@ -63,6 +61,10 @@ class Adapter:
             raise UserError(
                 f"strength {self.strength} is not a finite number; 1 is the adapter as it is, 0 the plain model"
             )
+        if self.terms:
+            object.__setattr__(self, "positions", " and ".join(term.positions for term in self.terms))
+            object.__setattr__(self, "parts", _Apart(self.positions))
+            return
         if not self.parts:
             raise UserError("an adapter needs at least one part")
         check_policy(self.positions)
@@ -70,19 +72,32 @@ class Adapter:
         object.__setattr__(self, "parts", MappingProxyType(ordered))
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{site} (width {part.width}, rank {part.rank})" for site, part in self.parts.items())
+        what = ", and ".join(
+            ", ".join(f"{site} (width {part.width}, rank {part.rank})" for site, part in term.parts.items())
+            + f", positions {term.positions!r}"
+            for term in self.split()
+        )
         of = f", of {self.base['name']}" if self.base.get("name") else ""
-        return f"Adapter({self.name!r} at {sites}, positions {self.positions!r}, strength {self.strength:.3g}{of})"
+        return f"Adapter({self.name!r} at {what}, strength {self.strength:.3g}{of})"
+
+    def split(self) -> list[Adapter]:
+        """The adapters of one positions each whose sum it is; of most adapters, itself alone."""
+        return [replace(t, strength=self.strength, name=self.name, base=self.base) for t in self.terms] or [self]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Sites that are edited, in order."""
+        return sorted({site for term in self.split() for site in term.parts})
 
     @property
     def layers(self) -> list[int]:
         """Layers that are edited, ascending."""
-        return sorted({site.layer for site in self.parts})
+        return sorted({site.layer for site in self.sites})
 
     @property
     def width(self) -> int:
         """Width of the states that it edits; UserError where its parts differ in width."""
-        widths = sorted({part.width for part in self.parts.values()})
+        widths = sorted({part.width for term in self.split() for part in term.parts.values()})
         if len(widths) > 1:
             raise UserError(f"this adapter has parts of several widths: {widths}")
         return widths[0]
@@ -90,17 +105,22 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank among its parts."""
-        return max(part.rank for part in self.parts.values())
+        return max(part.rank for term in self.split() for part in term.parts.values())
 
     def only(self, layers: Iterable[int]) -> Adapter:
         """The adapter with the parts at these layers alone; UserError for layers that it does not edit."""
         wanted = set(layers)
         if not wanted or not wanted <= set(self.layers):
             raise UserError(f"this adapter edits layers {self.layers}; asked for {sorted(wanted)}")
+        if self.terms:
+            kept = [term.only(wanted & set(term.layers)) for term in self.terms if wanted & set(term.layers)]
+            return replace(_sum(kept), strength=self.strength, name=self.name, base=self.base, meta=self.meta)
         return replace(self, parts={site: part for site, part in self.parts.items() if site.layer in wanted})
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """As `Tensor.to`: another device or dtype."""
+        if self.terms:
+            return replace(self, terms=tuple(term.to(*args, **kwargs) for term in self.terms))
         return replace(self, parts={site: part.to(*args, **kwargs) for site, part in self.parts.items()})
 
     def delta(self, site: Site, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -127,20 +147,10 @@ class Adapter:
         if self.strength == 0:
             yield
             return
-        ready = self.to(model.device, model.dtype)
-        with model.edit({site: ready._edit(site) for site in ready.parts}, prompt_lengths):
+        ready = self.to(model.device, model.dtype).split()
+        edits = {site: _edit(site, [term for term in ready if site in term.parts]) for site in self.sites}
+        with model.edit(edits, prompt_lengths):
             yield
-
-    def _edit(self, site: Site) -> Callable[[Tensor, Where], Tensor]:
-        def fn(h: Tensor, where: Where) -> Tensor:
-            chosen = where.mask(self.positions)
-            if not bool(chosen.any()):
-                return h
-            edited = h.clone()
-            edited[chosen] = h[chosen] + self.delta(site, h[chosen])
-            return edited
-
-        return fn
 
     def check(self, model: Model, allow_mismatch: bool = False) -> None:
         """Raises UserError where the adapter cannot act on `model`: another model, another width, a missing layer."""
@@ -150,13 +160,13 @@ class Adapter:
                 f"this adapter belongs to {self.base.get('name', 'another model')}, not to "
                 f"{model.fingerprint.get('name', model.name)}: {difference}; paste it, or pass allow_mismatch=True"
             )
-        for site, part in self.parts.items():
+        for site, part in (pair for term in self.split() for pair in term.parts.items()):
             if site.point != "mlp_act" and part.width != model.width:
                 raise UserError(
                     f"this adapter has width {part.width} at {site} and {model.name} has width {model.width}; an "
                     "adapter of another model reaches it through a paste"
                 )
-        for site in self.parts:
+        for site in self.sites:
             Site.parse(site, model.n_layers)
 
     def __mul__(self, scale: int | float) -> Adapter:
@@ -169,20 +179,17 @@ class Adapter:
         return self * -1
 
     def __add__(self, other: Adapter) -> Adapter:
-        """Both at once, on the same states: ranks are concatenated where they share a site; strengths go into U."""
+        """Both at once, on the same states: ranks are concatenated where they share a site; strengths go into U.
+
+        Of adapters for different positions it is an adapter of several `terms`.
+        """
         if not isinstance(other, Adapter):
             return NotImplemented
-        if self.positions != other.positions:
-            raise UserError(f"adapters for positions {self.positions!r} and {other.positions!r} do not add")
         if self.base and other.base and (difference := _difference(self.base, other.base)):
             names = self.base.get("name", "?"), other.base.get("name", "?")
             raise UserError(f"adapters of {names[0]} and {names[1]} do not add: {difference}")
-        parts = {site: part * self.strength for site, part in self.parts.items()}
-        for site, part in other.parts.items():
-            scaled = part * other.strength
-            parts[site] = parts[site] + scaled if site in parts else scaled
         name = " + ".join(filter(None, (self.name, other.name)))
-        return Adapter(parts, self.positions, 1.0, name, self.base or other.base)
+        return replace(_sum([*self.split(), *other.split()]), name=name, base=self.base or other.base)
 
     def __sub__(self, other: Adapter) -> Adapter:
         return self + -other if isinstance(other, Adapter) else NotImplemented
@@ -190,6 +197,8 @@ class Adapter:
     @property
     def hash(self) -> str:
         """sha256 (hex) of what takes part in `==`: what a step that uses the adapter depends on."""
+        if self.terms:
+            return hashlib.sha256("".join(term.hash for term in self.split()).encode()).hexdigest()
         head = [self.positions, float(self.strength), dict(self.base), [str(site) for site in self.parts]]
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for part in self.parts.values():
@@ -203,51 +212,80 @@ class Adapter:
         if not isinstance(other, Adapter):
             return NotImplemented
         mine, theirs = (self.positions, self.strength, self.base), (other.positions, other.strength, other.base)
+        if self.terms or other.terms:
+            return mine == theirs and self.terms == other.terms
         return mine == theirs and dict(self.parts) == dict(other.parts)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Writes adapter.json and adapter.safetensors; UserError where `folder` exists, unless `overwrite`."""
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "positions": self.positions,
-            "strength": self.strength,
-            "base": dict(self.base),
-            "meta": dict(self.meta),
-            "sites": {str(site): {"act": part.act} for site, part in self.parts.items()},
-        }
-        tensors = {
-            f"{site}.{key}": getattr(part, key).detach().cpu().contiguous()
-            for site, part in self.parts.items()
-            for key in ("V", "b", "U")
-        }
-        with staged_folder(folder, marker="adapter.json", overwrite=overwrite) as staged:
-            (staged / "adapter.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
-            (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
+        """Writes adapter.json and adapter.safetensors, and of a paste its card, README.md.
+
+        Raises UserError where `folder` exists, unless `overwrite`.
+        """
+        from .adapter_files import write_adapter
+
+        write_adapter(self, Path(folder), overwrite=overwrite)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Adapter:
-        """Reads what `save` wrote, a folder that pyreft wrote, or `bundled:NAME`; UserError for anything else."""
-        folder = located(folder, "adapters")
-        if not folder.exists():
-            raise UserError(f"{folder} does not exist; give an adapter folder, or bundled:NAME")
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not an adapter folder; give the folder, not a file in it")
-        if (folder / "adapter.json").is_file():
-            from .adapter_files import read_adapter
+    def load(cls, path: str | Path, *, site: str | int | Site | None = None, positions: str | None = None) -> Adapter:
+        """Reads an adapter of any format that is known, found by what is there; see `formats`.
 
-            return read_adapter(folder)
-        if (folder / "config.json").is_file():
-            from .pyreft import read
+        Args:
+            path: what `save` wrote, `bundled:NAME`, a pyreft or adapter-hub folder, a GGUF control vector, or a file of
+                steering vectors or of AdapterBias (.safetensors, .pt).
+            site: where a steering vector acts, for files that do not say it.
+            positions: in place of those of the file, or of what its format does where the file does not say them.
 
-            return read(folder)
-        raise UserError(f"{folder} holds no adapter: neither adapter.json nor a pyreft config.json is there")
+        Raises:
+            UserError: anything else, or a file that is damaged or holds more than numbers.
+        """
+        from .formats import load_adapter
+
+        return load_adapter(path, site=site, positions=positions)
 
 
 def vector(site: Site, v: Float[Tensor, " d"], **options: Any) -> Adapter:
     """A steering vector as an adapter: delta(h) = v at `site` (V = 0, b = 1, U = v); options go to `Adapter`."""
     return Adapter({site: LowRank(v.new_zeros(len(v), 1), v.new_ones(1), v[None].clone())}, **options)
+
+
+class _Apart(Mapping[Site, LowRank]):
+    """In the place of the parts of an adapter that has several terms: the parts of none may be taken for all."""
+
+    def __init__(self, positions: str) -> None:
+        self.positions = positions
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UserError(f"this adapter acts differently at {self.positions}; take one of adapter.split()")
+
+    __getitem__ = __iter__ = __contains__ = _refuse
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _sum(adapters: Iterable[Adapter]) -> Adapter:
+    """The sum on the same states, without name and base: one term for each positions, strengths in U."""
+    by_positions: dict[str, dict[Site, LowRank]] = {}
+    for adapter in adapters:
+        parts = by_positions.setdefault(adapter.positions, {})
+        for site, part in adapter.parts.items():
+            scaled = part * adapter.strength
+            parts[site] = parts[site] + scaled if site in parts else scaled
+    terms = tuple(Adapter(parts, positions) for positions, parts in sorted(by_positions.items()))
+    return terms[0] if len(terms) == 1 else Adapter({}, terms=terms)
+
+
+def _edit(site: Site, terms: list[Adapter]) -> Callable[[Tensor, Where], Tensor]:
+    def fn(h: Tensor, where: Where) -> Tensor:
+        edited = h
+        for term in terms:
+            chosen = where.mask(term.positions)
+            if bool(chosen.any()):
+                edited = h.clone() if edited is h else edited
+                edited[chosen] += term.delta(site, h[chosen])
+        return edited
+
+    return fn
 
 
 def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:

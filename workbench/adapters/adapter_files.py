@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ..atomic import staged_folder
 from ..errors import UserError
 from ..maps.linear_map import read_safetensors
 from ..sites import Site
-from .adapter import FORMAT, VERSION, Adapter
+from .adapter import Adapter
+from .card import CARD, card_text
 from .low_rank import LowRank
+
+FORMAT = "workbench.adapter"
+VERSIONS = (1, 2)
+"""2 has `terms`, one entry of positions and sites for each, in place of the two; all else is as in 1"""
 
 
 def read_json(file: Path, advice: str) -> Any:
@@ -28,36 +36,59 @@ def read_json(file: Path, advice: str) -> Any:
         raise UserError(f"{file} is damaged: it cannot be read as JSON; {advice}") from err
 
 
+def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes adapter.json and adapter.safetensors, and the card of a paste; see `Adapter.save`."""
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 2 if adapter.terms else 1,
+        "name": adapter.name,
+        "strength": adapter.strength,
+        "base": dict(adapter.base),
+        "meta": dict(adapter.meta),
+    }
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for prefix, term in _prefixed(adapter.split()):
+        sites = {str(site): {"act": part.act} for site, part in term.parts.items()}
+        entries.append({"positions": term.positions, "sites": sites})
+        for site, part in term.parts.items():
+            for key in ("V", "b", "U"):
+                # cloned: safetensors takes no two names for one memory, as of a part that acts in two places
+                tensors[f"{prefix}{site}.{key}"] = getattr(part, key).detach().cpu().contiguous().clone()
+    header |= {"terms": entries} if adapter.terms else entries[0]
+    with staged_folder(folder, marker="adapter.json", overwrite=overwrite) as staged:
+        (staged / "adapter.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
+        if adapter.meta.get("kind") == "paste":
+            (staged / CARD).write_text(card_text(adapter), encoding="utf-8")
+
+
+def _prefixed(terms: list[Any]) -> list[tuple[str, Any]]:
+    """Each term with what the names of its tensors begin with: nothing where it is the only one."""
+    return [("" if len(terms) == 1 else f"{i}.", term) for i, term in enumerate(terms)]
+
+
 def read_adapter(folder: Path) -> Adapter:
     """Reads adapter.json and adapter.safetensors; UserError, in one line, for anything that is not whole."""
     file = folder / "adapter.json"
     header = read_json(file, "write the adapter again")
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise UserError(f"{file} is not of format {FORMAT!r} version {VERSION}")
-    _check_header(file, header)
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") not in VERSIONS:
+        raise UserError(f"{file} is not of format {FORMAT!r} version {' or '.join(map(str, VERSIONS))}")
+    several = header["version"] == 2
+    _check_header(file, header, _RULES | (_TERMS if several else _PLACES))
+    entries = header["terms"] if several else [header]
+    for entry in entries:
+        _check_header(file, entry, _PLACES)
     tensors, _ = read_safetensors(folder / "adapter.safetensors")
-    return _assemble(folder, header, tensors)
+    terms = [_assemble(folder, prefix, entry, tensors) for prefix, entry in _prefixed(entries)]
+    if len({term.positions for term in terms}) < len(terms):
+        raise UserError(f"{file} is damaged: two of its terms have the same positions; write the adapter again")
+    whole = terms[0] if len(terms) == 1 else Adapter({}, terms=tuple(terms))
+    return replace(whole, strength=header["strength"], name=header["name"], base=header["base"], meta=header["meta"])
 
 
-def _check_header(file: Path, header: Mapping[str, Any]) -> None:
-    """UserError for the first entry of adapter.json that is missing or of another type than `save` writes."""
-    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "name": ("a string", lambda x: isinstance(x, str)),
-        "positions": ("a string", lambda x: isinstance(x, str)),
-        "strength": ("a finite number", _is_finite_number),
-        "base": (
-            "an object of strings",
-            lambda x: isinstance(x, dict) and all(isinstance(entry, str) for entry in x.values()),
-        ),
-        "meta": ("an object", lambda x: isinstance(x, dict)),
-        "sites": (
-            'an object such as {"resid_post.5": {"act": "linear"}}',
-            lambda x: (
-                isinstance(x, dict)
-                and all(isinstance(entry, dict) and isinstance(entry.get("act"), str) for entry in x.values())
-            ),
-        ),
-    }
+def _check_header(file: Path, header: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """UserError for the first entry of adapter.json that is missing or of another type than `write_adapter` writes."""
     for key, (wanted, fits) in rules.items():
         if key not in header:
             raise UserError(f"{file} is damaged: {key} is missing; write the adapter again")
@@ -72,21 +103,50 @@ def _is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _assemble(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+Rule = tuple[str, Callable[[Any], bool]]
+_RULES: dict[str, Rule] = {
+    "name": ("a string", lambda x: isinstance(x, str)),
+    "strength": ("a finite number", _is_finite_number),
+    "base": (
+        "an object of strings",
+        lambda x: isinstance(x, dict) and all(isinstance(entry, str) for entry in x.values()),
+    ),
+    "meta": ("an object", lambda x: isinstance(x, dict)),
+}
+_PLACES: dict[str, Rule] = {
+    "positions": ("a string", lambda x: isinstance(x, str)),
+    "sites": (
+        'an object such as {"resid_post.5": {"act": "linear"}}',
+        lambda x: (
+            isinstance(x, dict)
+            and all(isinstance(entry, dict) and isinstance(entry.get("act"), str) for entry in x.values())
+        ),
+    ),
+}
+_TERMS: dict[str, Rule] = {
+    "terms": (
+        "a list of two objects or more",
+        lambda x: isinstance(x, list) and len(x) > 1 and all(isinstance(entry, dict) for entry in x),
+    )
+}
+
+
+def _assemble(folder: Path, prefix: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """One adapter of one positions, of strength 1."""
     parts: dict[Site, LowRank] = {}
-    for text, entry in header["sites"].items():
-        missing = [key for key in ("V", "b", "U") if f"{text}.{key}" not in tensors]
+    for text, said in entry["sites"].items():
+        found = {key: tensors[name] for key in ("V", "b", "U") if (name := f"{prefix}{text}.{key}") in tensors}
+        missing = [key for key in ("V", "b", "U") if key not in found]
         if missing:
             raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing; write the adapter again")
-        for key in ("V", "b", "U"):
-            check_finite(tensors[f"{text}.{key}"], folder / "adapter.safetensors", f"{key} of {text}")
+        for key, tensor in found.items():
+            check_finite(tensor, folder / "adapter.safetensors", f"{key} of {text}")
         try:
-            site, (v, b, u) = Site.parse(text), (tensors[f"{text}.{key}"] for key in ("V", "b", "U"))
-            parts[site] = LowRank(v, b, u, entry["act"])
+            parts[Site.parse(text)] = LowRank(found["V"], found["b"], found["U"], said["act"])
         except ValueError as err:
             raise UserError(f"{folder} is damaged: {err}; write the adapter again") from err
     try:
-        return Adapter(parts, header["positions"], header["strength"], header["name"], header["base"], header["meta"])
+        return Adapter(parts, entry["positions"])
     except ValueError as err:
         raise UserError(f"{folder / 'adapter.json'} is damaged: {err}; write the adapter again") from err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ ACTS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "linear": lambda z: z,
         "relu": F.relu,
         "gelu": F.gelu,
+        "gelu_new": partial(F.gelu, approximate="tanh"),
         "silu": F.silu,
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
@@ -32,7 +34,7 @@ class LowRank:
 
     Args:
         V: read side, [d, r]; b: [r]; U: write side, [r, d].
-        act: one of linear, relu, gelu, silu, tanh, sigmoid.
+        act: one of linear, relu, gelu, gelu_new (its tanh approximation), silu, tanh, sigmoid.
 
     Raises:
         UserError: shapes that do not fit together; an unknown act.
@@ -76,6 +78,26 @@ class LowRank:
         """As `Tensor.to`: another device or dtype."""
         V, b, U = (tensor.to(*args, **kwargs) for tensor in (self.V, self.b, self.U))
         return LowRank(V, b, U, self.act)
+
+    def plus(self, c: Float[Tensor, " d"]) -> LowRank:
+        """The part whose delta is this one's plus the constant c [d]: one more rank, which reads nothing (V = 0, b = 1).
+
+        So a bias of the write side needs no case of its own: it folds, adds and is saved as any other rank.
+
+        >>> part = LowRank(torch.eye(2)[:, :1], torch.zeros(1), torch.ones(1, 2), "tanh")
+        >>> part.plus(torch.tensor([0.5, -2.0])).delta(torch.zeros(2)).tolist()
+        [0.5, -2.0]
+        """
+        one = ACTS[self.act](torch.ones((), dtype=torch.float64)).to(c.device)
+        row = (c.double() / one).to(self.U)
+        return replace(self, V=torch.cat([self.V, self.V.new_zeros(self.width, 1)], 1),
+                       b=torch.cat([self.b, self.b.new_ones(1)]), U=torch.cat([self.U, row[None]]))  # fmt: skip
+
+    def constant(self) -> Float[Tensor, " d"] | None:
+        """The delta where it is the same on every state (no rank that writes reads), else None."""
+        if bool((self.V.any(0) & self.U.any(1)).any()):
+            return None
+        return self.delta(self.U.new_zeros(self.width))
 
     def __mul__(self, scale: int | float) -> LowRank:
         """The part whose delta is `scale` times this one's (U is scaled)."""

@@ -6,17 +6,16 @@ tensors and nothing that could run. Formulas: arXiv:2404.03592; arXiv:2506.19140
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..atomic import staged_folder
@@ -24,7 +23,9 @@ from ..errors import UserError
 from ..sites import Site
 from .adapter import Adapter
 from .adapter_files import check_finite, read_json
+from .interventions import low_rank_of
 from .low_rank import LowRank
+from .torch_archive import read_tensors
 
 POINTS = {
     "block_input": "resid_pre",
@@ -39,7 +40,10 @@ TRANSFORMERS = "4.45.1"  # the release that published folders name; pyreft asks 
 
 
 def read(folder: str | Path, *, act: str = "linear") -> Adapter:
-    """Reads a pyreft folder: NoDiReFT, LoReFT, DiReFT, NoReFT, ConsReFT or LobiReFT.
+    """Reads a pyreft folder: NoDiReFT, LoReFT, DiReFT, NoReFT, ConsReFT or LobiReFT, at `l1`, `f3`, `f1+l1` and the like.
+
+    Two units at a layer (`f1+l1`) become an adapter of two `terms`. Of a prompt that is shorter than both together,
+    pyreft gives each at most half; here both act where they meet.
 
     NoDiReFT keeps its tensors and dtype (V = W1^T, U = W2, both [r, d] on disk); the other forms are rewritten as
     delta(h) = (h @ V + b) @ U in float32. The bias of proj_layer has no effect in NoDiReFT and is not kept.
@@ -50,7 +54,7 @@ def read(folder: str | Path, *, act: str = "linear") -> Adapter:
             DiReFT only, where it can be said in one part.
 
     Raises:
-        UserError: weights missing, an unknown kind of intervention, positions with more than one edit per layer, or
+        UserError: weights missing, an unknown kind of intervention, two edits of one site at the same positions, or
             entries and tensors that are damaged.
     """
     folder = Path(folder)
@@ -60,63 +64,77 @@ def read(folder: str | Path, *, act: str = "linear") -> Adapter:
         raise UserError(f"{folder / 'config.json'} is not a pyreft config: it needs sorted_keys and intervention_types")
     if not list(folder.glob("intkey_*.bin")):
         raise UserError(f"weights missing: {folder} has a config but no intkey_*.bin file; fetch the complete folder")
-    parts: dict[Site, LowRank] = {}
     listed = config.get("representations") or []
     if not isinstance(listed, list) or len(listed) != len(keys) or not all(map(_is_representation, listed)):
         raise UserError(
             f"{folder / 'config.json'} is damaged: it needs one list in representations for each of its keys, such as "
             '[5, "block_output", ...]; fetch the folder again'
         )
-    by_layer = {(entry[0], entry[1]): kind for entry, kind in zip(listed, kinds, strict=True)}
-    for key in keys:
+    by_unit = _by_unit(listed, kinds)
+    training = _training(folder / "training_metadata.json")
+    where = _policies(folder, keys, training)
+    terms: dict[str, dict[Site, LowRank]] = {}
+    for key, policy in zip(keys, where, strict=True):
         layer, component, index = _parse(key)
-        if index:
-            raise UserError(f"{folder} edits layer {layer} at several positions; adapters with one position are read")
-        kind = by_layer.get((layer, component), kinds[0])
-        part = _part(_tensors(folder, key), kind, act, key)
+        part = low_rank_of(_tensors(folder, key), by_unit.get((layer, component, index), kinds[0]), act, key)
         for name in ("V", "b", "U"):
             check_finite(getattr(part, name), folder, f"{name} of {key}")
-        parts[Site(layer, POINTS[component])] = part
-    training = _training(folder / "training_metadata.json")
+        site, parts = Site(layer, POINTS[component]), terms.setdefault(policy, {})
+        if site in parts:
+            raise UserError(
+                f"{folder} edits {site} twice at positions {policy}, the second on what the first made of the state; that "
+                "is no sum on one state, so it is not read"
+            )
+        parts[site] = part
     base = {"name": training["model_name"]} if training.get("model_name") else {}
     meta = {"format": "pyreft", "training": training, "transformers_version": config.get("transformers_version")}
-    positions = _policy(training.get("positions", "l1"))
-    return Adapter(parts, positions=positions, name=training.get("dataset_name") or "", base=base, meta=meta)
+    made = [Adapter(parts, policy) for policy, parts in terms.items()]
+    return replace(
+        functools.reduce(Adapter.__add__, made), name=training.get("dataset_name") or "", base=base, meta=meta
+    )
 
 
 def write(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> None:
     """Writes an adapter as a NoDiReFT folder that pyreft's `ReftModel.load` takes; strength goes into the write side.
 
+    An adapter that differs between first and last positions becomes `f..+l..` with two units at each site, the firsts
+    listed before the lasts, as pyreft's `get_intervention_locations` shares them out; one that does the same at both
+    is written with `share_weight`.
+
     Raises:
         UserError: an act other than linear, positions or sites that pyreft cannot say, or a folder that exists.
     """
     component = {point: name for name, point in POINTS.items()}
-    for site, part in adapter.parts.items():
-        if part.act != "linear" or site.point not in component:
-            allowed = ", ".join(component)
-            raise UserError(f"pyreft cannot say {site} with act {part.act}; allowed: act linear at {allowed}")
-    keys = {site: f"layer_{site.layer}_comp_{component[site.point]}_unit_pos_nunit_1#0" for site in adapter.parts}
-    count = len(keys)
+    terms = sorted(adapter.split(), key=lambda term: term.positions)  # first before last
+    said = _said(terms)
+    listed: list[tuple[str, Site, LowRank]] = []
+    for index, term in enumerate(terms):
+        for site, part in term.parts.items():
+            if part.act != "linear" or site.point not in component:
+                allowed = ", ".join(component)
+                raise UserError(f"pyreft cannot say {site} with act {part.act}; allowed: act linear at {allowed}")
+            unit = sum(site in earlier.parts for earlier in terms[:index])
+            key = f"layer_{site.layer}_comp_{component[site.point]}_unit_pos_nunit_1#{unit}"
+            listed.append((key, site, part * term.strength))
     config = {
-        "intervention_constant_sources": [True] * count,
-        "intervention_dimensions": [part.width for part in adapter.parts.values()],
-        "intervention_types": [NODIREFT] * count,
+        "intervention_constant_sources": [True] * len(listed),
+        "intervention_dimensions": [part.width for _, _, part in listed],
+        "intervention_types": [NODIREFT] * len(listed),
         "mode": "parallel",
         "representations": [
-            [site.layer, component[site.point], "pos", 1, part.rank, *[None] * 9]
-            for site, part in adapter.parts.items()
+            [site.layer, component[site.point], "pos", 1, part.rank, *[None] * 9] for _, site, part in listed
         ],
-        "sorted_keys": list(keys.values()),
+        "sorted_keys": [key for key, _, _ in listed],
         "transformers_version": adapter.meta.get("transformers_version") or TRANSFORMERS,
     }
-    training = {**adapter.meta.get("training", {}), "positions": _positions(adapter.positions)}
+    training = {**adapter.meta.get("training", {}), **said}
     if adapter.base.get("name"):
         training["model_name"] = adapter.base["name"]
     with staged_folder(folder, marker="config.json", overwrite=overwrite) as staged:
         (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (staged / "training_metadata.json").write_text(json.dumps(training, indent=2) + "\n")
-        for site, part in adapter.parts.items():
-            (staged / f"intkey_{keys[site]}.bin").write_bytes(_archive(part * adapter.strength))
+        for key, _, part in listed:
+            (staged / f"intkey_{key}.bin").write_bytes(_archive(part))
 
 
 def _archive(part: LowRank) -> bytes:
@@ -136,88 +154,6 @@ def _archive(part: LowRank) -> bytes:
     return buffer.getvalue()
 
 
-def _part(state: dict[str, Tensor], kind: str, act: str, key: str) -> LowRank:
-    """One intervention as delta(h) = (h @ V + b) @ U."""
-    name = kind.strip("<>'").rsplit(".", 1)[-1].removesuffix("Intervention").lower()
-    forms = {
-        "nodireft": _nodireft,
-        "noreft": _noreft,
-        "loreft": _loreft,
-        "direft": _direft,
-        "consreft": _consreft,
-        "lobireft": _lobireft,
-    }
-    if name not in forms:
-        raise UserError(f"{key} is a {kind}; adapters that are read: {', '.join(forms)}")
-    if act != "linear" and name not in ("nodireft", "direft"):
-        raise UserError(
-            f"{name} with act {act} is not one low-rank part; only nodireft and direft are read with an act"
-        )
-    try:
-        part = forms[name](state)
-    except KeyError as err:
-        raise UserError(f"{key} says {name} but holds {sorted(map(str, state))}: {err} is missing") from err
-    except (RuntimeError, IndexError, ValueError) as err:  # shapes that do not fit together
-        reason = " ".join(str(err).split())[:200]
-        raise UserError(
-            f"{key} is damaged: its tensors do not fit together ({reason}); fetch the folder again"
-        ) from err
-    return replace(part, act=act)
-
-
-def _nodireft(s: dict[str, Tensor]) -> LowRank:
-    # (h W1^T + b) W2
-    return LowRank(s["learned_source.weight"].T.contiguous(), s["learned_source.bias"], s["proj_layer.weight"])
-
-
-def _noreft(s: dict[str, Tensor]) -> LowRank:
-    # (h W1^T + b1 - h W2^T - b2) W2
-    w1, w2, b = s["learned_source.weight"].float(), s["proj_layer.weight"].float(), s["learned_source.bias"].float()
-    return LowRank((w1 - w2).T.contiguous(), b - s["proj_layer.bias"].float() if "proj_layer.bias" in s else b, w2)
-
-
-def _loreft(s: dict[str, Tensor]) -> LowRank:
-    # (h W^T + b - h R) R^T
-    weight, bias = _source(s)
-    rotation = _rotation(s)
-    return LowRank(weight.T - rotation, bias, rotation.T.contiguous())
-
-
-def _direft(s: dict[str, Tensor]) -> LowRank:
-    # (h W^T + b) R^T
-    weight, bias = _source(s)
-    return LowRank(weight.T.contiguous(), bias, _rotation(s).T.contiguous())
-
-
-def _consreft(s: dict[str, Tensor]) -> LowRank:
-    # (b - h R) R^T
-    rotation = _rotation(s)
-    return LowRank(-rotation, s["learned_source"].float(), rotation.T.contiguous())
-
-
-def _lobireft(s: dict[str, Tensor]) -> LowRank:
-    # b R^T
-    rotation = _rotation(s)
-    return LowRank(torch.zeros_like(rotation), s["learned_source"].float(), rotation.T.contiguous())
-
-
-def _source(s: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    prefix = "" if "weight" in s else "learned_source."  # LoReFT saves its learned source without a prefix
-    return s[f"{prefix}weight"].float(), s[f"{prefix}bias"].float()
-
-
-def _rotation(s: dict[str, Tensor]) -> Float[Tensor, "d r"]:
-    """R, plain or as torch's orthogonal parametrization stores it: base @ Householder product of its lower triangle."""
-    if "rotate_layer" in s:
-        return s["rotate_layer"].float()
-    original = s["rotate_layer.parametrizations.weight.original"].float()
-    below = original.tril(diagonal=-1)
-    q = torch.linalg.householder_product(below, 2 / (1 + (below * below).sum(-2)))
-    q = q * original.diagonal().int().unsqueeze(-2)
-    base = s.get("rotate_layer.parametrizations.weight.0.base")
-    return q if base is None else base.float() @ q
-
-
 def _tensors(folder: Path, key: str) -> dict[str, Tensor]:
     match = KEY.fullmatch(key)
     assert match is not None
@@ -229,13 +165,7 @@ def _tensors(folder: Path, key: str) -> dict[str, Tensor]:
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"weights missing: {folder} has no {names[0]}; fetch the complete folder")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
-        raise UserError(f"{file} was refused: it is damaged, or holds more than tensors") from err
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} was refused: it is not a dictionary of tensors")
-    return dict(state)
+    return read_tensors(file)
 
 
 def _parse(key: str) -> tuple[int, str, int]:
@@ -245,19 +175,54 @@ def _parse(key: str) -> tuple[int, str, int]:
     return int(match[1]), match[2], int(match[5])
 
 
-def _policy(text: str) -> str:
-    match = re.fullmatch(r"([fl])(\d+)", text)
-    if match is None or match[2] == "0":
-        raise UserError(f"pyreft positions {text!r} are not read; allowed: one of f1, f2, ..., l1, l2, ...")
-    side, count = ("first" if match[1] == "f" else "last"), match[2]
-    return "last" if (side, count) == ("last", "1") else f"{side}:{count}"
+def _by_unit(listed: list[Any], kinds: list[str]) -> dict[tuple[int, str, int], str]:
+    """The kind of each intervention by layer, component, and its number among those of the same layer and component."""
+    seen: Counter[tuple[int, str]] = Counter()
+    found = {}
+    for (layer, component, *_), kind in zip(listed, kinds, strict=True):
+        found[layer, component, seen[layer, component]] = kind
+        seen[layer, component] += 1
+    return found
 
 
-def _positions(policy: str) -> str:
-    match = re.fullmatch(r"(first|last)(?::(\d+))?", policy)
-    if match is None:
-        raise UserError(f"pyreft cannot say positions {policy!r}; allowed: last, first:n, last:n")
-    return f"{match[1][0]}{match[2] or 1}"
+def _policies(folder: Path, keys: list[str], training: dict[str, Any]) -> list[str]:
+    """The positions of each key. Of `f..+l..` pyreft gives the first half of the keys the firsts, the others the lasts;
+    where weights are shared, each has both."""
+    text = training.get("positions", "l1")
+    match = re.fullmatch(r"(?:f([1-9]\d*))?(\+)?(?:l([1-9]\d*))?", text)
+    if match is None or bool(match[2]) != bool(match[1] and match[3]) or not (match[1] or match[3]):
+        raise UserError(f"pyreft positions {text!r} are not read; allowed: f1, f2, ..., l1, l2, ..., and both: f1+l1")
+    first, last = f"first:{match[1]}", "last" if match[3] == "1" else f"last:{match[3]}"
+    if not match[2]:
+        return [first if match[1] else last] * len(keys)
+    shared = training.get("share_weight", training.get("share_weights"))
+    if shared is None:
+        shared = False if any(_parse(key)[2] for key in keys) else None
+    if shared is None or (not shared and len(keys) % 2):
+        raise UserError(
+            f"{folder} has positions {text!r} and {len(keys)} interventions, and does not say whether first and last "
+            "positions share them; write share_weight, true or false, into training_metadata.json"
+        )
+    half = len(keys) // 2
+    return [f"{first}+{last}"] * len(keys) if shared else [first] * half + [last] * half
+
+
+def _said(terms: list[Adapter]) -> dict[str, Any]:
+    """What training_metadata.json says of the positions of an adapter."""
+    policies = [term.positions for term in terms]
+    matches = [re.fullmatch(r"(first|last)(?::(\d+))?", one) for policy in policies for one in policy.split("+")]
+    found = [f"{match[1][0]}{match[2] or 1}" for match in matches if match]
+    if len(found) < len(matches) or [one[0] for one in found] not in (["f"], ["l"], ["f", "l"]):
+        raise UserError(
+            f"pyreft cannot say positions {' and '.join(policies)!r}; allowed: last, first:n, last:n, and first:n with "
+            "last:n"
+        )
+    if len({len(term.parts) for term in terms}) > 1:
+        raise UserError(
+            "pyreft gives half of its interventions to the first positions and half to the last; this adapter has "
+            f"{' and '.join(str(len(term.parts)) for term in terms)} parts there"
+        )
+    return {"positions": "+".join(found)} | ({"share_weight": len(terms) == 1} if len(found) == 2 else {})
 
 
 def _strings(folder: Path, config: dict[str, Any], key: str) -> list[str]:
@@ -282,6 +247,9 @@ def _training(file: Path) -> dict[str, Any]:
         value = found.get(key)
         if not isinstance(value, str) and (value is not None or (key in found and key == "positions")):
             raise UserError(f"{file} is damaged: {key} must be a string, got {value!r:.80}; fetch the folder again")
+    for key in ("share_weight", "share_weights"):
+        if not isinstance(found.get(key, False), bool):
+            raise UserError(f"{file} is damaged: {key} must be true or false, got {found[key]!r:.80}")
     return found
 
 

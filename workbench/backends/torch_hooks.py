@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 
 FLOW = ("resid_pre", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
 """the points of a block in the order in which they come about"""
-POLICIES = ("last", "prompt", "generated", "all", "prompt+generated")
+POLICIES = ("last", "prompt", "generated", "all")
 
 
 def check_policy(policy: str) -> str:
     """Returns `policy`, or raises UserError naming those that are allowed."""
-    kind, _, count = policy.partition(":")
-    if policy in POLICIES or (kind in ("first", "last") and count.isdigit() and int(count) > 0):
-        return policy
-    raise UserError(f"unknown positions {policy!r}; allowed: {', '.join(POLICIES)}, first:n, last:n")
+    for one in policy.split("+"):
+        kind, _, count = one.partition(":")
+        if one not in POLICIES and not (kind in ("first", "last") and count.isdigit() and int(count) > 0):
+            raise UserError(f"unknown positions {policy!r}; allowed: {', '.join(POLICIES)}, first:n, last:n, and several "
+                            "of these joined by +")  # fmt: skip
+    return policy
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ class Where:
 
     def mask(self, policy: str) -> Bool[Tensor, "b t"]:
         """Which positions a policy names: `last` (the last prompt token), `prompt`, `generated`, `all`, `first:n`,
-        `last:n` (the first or last n prompt tokens)."""
+        `last:n` (the first or last n prompt tokens), or the union of several, `first:1+last:1`."""
+        return reduce(torch.logical_or, (self._one(one) for one in check_policy(policy).split("+")))
+
+    def _one(self, policy: str) -> Bool[Tensor, "b t"]:
         p, end = self.position, self.prompt_length[:, None]
-        kind, _, count = check_policy(policy).partition(":")
+        kind, _, count = policy.partition(":")
         if policy == "last":
             return p == end - 1
         if policy == "prompt":

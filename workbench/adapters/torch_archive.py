@@ -1,0 +1,59 @@
+"""Files that `torch.save` wrote, which some formats are made of by their own definition: read as tensors or refused."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def read_archive(file: Path) -> Any:
+    """The tensors, numbers, strings, lists and dictionaries in a torch archive; nothing in it is run.
+
+    Besides `weights_only`, which admits nothing that could run, no tensor may claim more numbers than the file holds: a
+    view that repeats one number a thousand million times is small on disk and not in memory.
+
+    Raises:
+        UserError: a file that is damaged, of torch before 1.6, or that holds anything else.
+    """
+    refused = UserError(f"{file} was refused: it is damaged, or holds more than tensors")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
+        raise refused from err
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise refused  # torch does not compress
+    held = sum(entry.file_size for entry in entries)
+    if held > file.stat().st_size:
+        raise refused
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as err:
+        raise refused from err
+    for tensor in _tensors(found):
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.numel() * tensor.element_size() > held:
+            raise UserError(f"{file} was refused: a tensor of shape {list(tensor.shape)} is not stored in full")
+    return found
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """`read_archive` for a state dict, names -> tensors; UserError for anything else."""
+    state = read_archive(file)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file} was refused: it is not a dictionary of tensors")
+    return {str(key): value.detach() for key, value in state.items()}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return [tensor for one in inside for tensor in _tensors(one)]
