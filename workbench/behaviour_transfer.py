@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .adapters.adapter import Adapter
+from .adapters.card import licence_of
 from .adapters.train import default_layer, train_adapter
 from .convert import ConverterFits, best_matching, match_layers, r2_table
 from .errors import UserError
@@ -211,28 +212,34 @@ class BehaviourTransfer:
 
     # -- pasting ------------------------------------------------------------------------------------------------------
 
-    def paste(self, chosen: Choice) -> dict[str, Any]:
-        """The paste, the published way beside it, and what does not belong to any draw; converters with their quality."""
+    def paste(self, chosen: Choice, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The paste, the published way beside it, and what does not belong to any draw; converters with their quality.
+
+        said: the forecast of `chosen`, for the card of the paste.
+        """
         t = self.shared
         validation = t.hash_of(self.table.validation)  # the mean delta is taken there
         inputs = [self.adapter("donor").hash, repr(chosen.candidate), chosen.strength, validation]
-        return self._step("paste", inputs, lambda: self._paste(chosen), ("paste", "pinv", "mean_delta"))
+        return self._step("paste", inputs, lambda: self._paste(chosen, said), ("paste", "pinv", "mean_delta"))
 
-    def _paste(self, chosen: Choice) -> dict[str, Any]:
+    def _paste(self, chosen: Choice, said: Mapping[str, Any] | None) -> dict[str, Any]:
         t, donor = self.shared, self.adapter("donor")
         timed = [self._timed(chosen, donor) for _ in range(REPEATS)]
-        adapter = timed[0][0]
+        candidate = chosen.candidate
+        fitted = [t.fits.converter(d, r, candidate.method, candidate.alpha) for d, r in candidate.pairs]
+        converters = [c.as_dict() for c in fitted]
+        licence = licence_of(str(t.donor.folder or t.donor.name))
+        known = {"evidence": {"converters": converters, "forecast": said}, "donor_licence": licence}
+        adapter = replace(timed[0][0], meta={**timed[0][0].meta, **known})
         self._keep(adapter, "paste")
         self._keep(self._published(donor, t.fits), "pinv")
-        self._keep(mean_delta(adapter, self.states), "mean_delta")
-        candidate = chosen.candidate
-        converters = [t.fits.converter(d, r, candidate.method, candidate.alpha) for d, r in candidate.pairs]
+        self._keep(mean_delta(timed[0][0], self.states), "mean_delta")
         return {
             "fit": statistics.median(fit for _, fit, _ in timed),
             "fold": statistics.median(fold for _, _, fold in timed),
             "repeats": REPEATS,
             "flops": t.fits.flops([(d, r, donor.parts[d].rank) for d, r in candidate.pairs]),
-            "converters": [c.as_dict() for c in converters],
+            "converters": converters,
         }
 
     def _timed(self, chosen: Choice, donor: Adapter) -> tuple[Adapter, float, float]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_adapters import adapters
 from .cli_errors import FLAGS, guarded
 from .cli_generate import chat, generate
 from .cli_grade import grade
@@ -222,9 +223,9 @@ def paste(
     made = load_converters(converters).paste(Adapter.load(adapter), strength=strength, allow_mismatch=allow_mismatch)
     made.save(out, overwrite=overwrite)
     if as_json:
-        return _json({"adapter": str(out), "sites": [str(s) for s in made.parts], "rank": made.rank, "width": made.width,
+        return _json({"adapter": str(out), "sites": [str(s) for s in made.sites], "rank": made.rank, "width": made.width,
                       "strength": made.strength})  # fmt: skip
-    sites = ", ".join(map(str, made.parts))
+    sites = ", ".join(map(str, made.sites))
     typer.echo(
         f"{out}: rank {made.rank} at {sites}, for {made.base.get('name', 'the recipient')} of width {made.width}"
     )
@@ -289,3 +290,4 @@ def verify(
 
 app.command()(transport)
 app.add_typer(stores, name="stores")
+app.add_typer(adapters, name="adapters")

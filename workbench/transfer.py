@@ -136,7 +136,7 @@ def transfer(job: Job, run: Run) -> dict[str, Any]:
         b.donor_adapter()
         forecast = b.forecast()
         chosen = b.chosen(forecast)
-        pasted = b.paste(chosen)
+        pasted = b.paste(chosen, forecast["chosen"])
         native = (
             b.native([r for _, r in chosen.candidate.pairs]) if job.evaluate.native and table.demonstrations else None
         )

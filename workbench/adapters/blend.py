@@ -86,14 +86,15 @@ class Blend:
         if not adapters or len(listed) != len(adapters):
             raise UserError(f"{len(listed)} schedules do not go with {len(adapters)} adapters; give at least one adapter, and "
                             "one schedule for all or one for each")  # fmt: skip
-        for adapter, text in zip(adapters, listed, strict=True):
+        pairs = [(term, text) for adapter, text in zip(adapters, listed, strict=True) for term in adapter.split()]
+        for adapter, text in pairs:
             if not Schedule(text).constant and adapter.positions not in ("generated", "all", "prompt+generated"):
                 raise UserError(
                     f"the schedule {text!r} is over generated tokens and positions {adapter.positions!r} hold none; "
                     "choose positions generated, or all for the prompt too"
                 )
-        object.__setattr__(self, "adapters", adapters)
-        object.__setattr__(self, "schedules", tuple(listed))
+        object.__setattr__(self, "adapters", tuple(adapter for adapter, _ in pairs))
+        object.__setattr__(self, "schedules", tuple(text for _, text in pairs))
 
     def __repr__(self) -> str:
         pairs = zip(self.adapters, self.schedules, strict=True)
