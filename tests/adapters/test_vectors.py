@@ -156,6 +156,11 @@ def test_truncated_and_garbled_files_are_refused_in_one_line(suffix, tmp_path):
 def test_archives_of_plain_values_are_read(tmp_path):
     torch.save({"a": [some(), 1, "x"], "b": {"c": None}}, tmp_path / "x.pt")
     assert read_archive(tmp_path / "x.pt")["b"] == {"c": None}
+    looped: list = [torch.zeros(1).expand(10**12)]
+    looped.append(looped)
+    torch.save(looped, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not stored in full"):
+        read_archive(tmp_path / "x.pt")
 
 
 def test_a_constant_is_written_and_read_again(tmp_path):
