@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import make_model
 from workbench.adapters.adapter import LowRank
-from workbench.convert import ConverterFits, best_matching, fit_converters, match_layers, r2_table
+from workbench.convert import ConverterFits, best_matching, fit_converters, layer_scores, match_layers
 from workbench.errors import UserError
 from workbench.maps.fit import fit_pinv, fit_ridge
 from workbench.paste import fold
@@ -42,6 +42,13 @@ def test_floor_differs_from_nearest_where_the_paper_differs_from_its_code():
         near, low = (match_layers(evens(donor), donor, recipient, p) for p in ("nearest", "floor"))
         assert low == {l: l * recipient // donor for l in evens(donor)}
         assert sum(near[l] != low[l] for l in near) == n_differ
+
+
+@pytest.mark.parametrize(("donor", "recipient"), [(28, 32), (36, 28), (16, 32), (7, 1)])
+def test_ends_answer_to_ends(donor, recipient):
+    matched = match_layers(range(donor), donor, recipient, "ends")
+    assert (matched[0], matched[donor - 1]) == (0, recipient - 1)
+    assert sorted(matched.values()) == list(matched.values())
 
 
 def test_keys_are_donor_layers_also_where_both_lists_have_one_length():
@@ -107,7 +114,9 @@ def test_held_out_rows_are_whole_prompts_and_the_same_for_both_sides(stores):
 
 
 def test_shuffled_pairs_predict_nothing(stores):
-    true, false = (r2_table(ConverterFits(*stores, shuffled=s), [Site(1)], [Site(1)], 0.3)[1, 1] for s in (False, True))
+    true, false = (
+        layer_scores(ConverterFits(*stores, shuffled=s), [Site(1)], [Site(1)], "r2", 0.3)[1, 1] for s in (False, True)
+    )
     assert false < 0.05
     assert true > false
 

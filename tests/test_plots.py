@@ -90,3 +90,16 @@ def test_dose_is_in_order_of_strength_with_and_without_kl():
         for point in b["dose"]:
             del point["kl"]
     assert "yaxis2" not in plots.dose(bare).layout
+
+
+def test_a_correspondence_shows_every_score_and_the_matching_over_it():
+    scores = {(d, r): d - r / 2 for d in (1, 3) for r in (0, 2, 4)}
+    figure = plots.correspondence(scores, {1: 0, 3: 2}, "held-out R2 <b>")
+    heat, path = figure.data
+    assert [list(row) for row in heat.z] == [[1.0, 0.0, -1.0], [3.0, 2.0, 1.0]]
+    assert (list(path.x), list(path.y)) == (["0", "2"], ["1", "3"])
+    assert (heat.zmin, heat.zmax) == (-3.0, 3.0)
+    assert "<b>" not in figure.to_json()
+    assert len(plots.correspondence(scores).data) == 1
+    assert plots.correspondence({(0, 0): 0.5}).data[0].zmin is None  # nothing below 0: no sign to show
+    assert plots.correspondence({}).layout.annotations[0].text

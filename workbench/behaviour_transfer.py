@@ -16,7 +16,8 @@ from torch import Tensor
 from .adapters.adapter import Adapter
 from .adapters.card import licence_of
 from .adapters.train import default_layer, train_adapter
-from .convert import ConverterFits, best_matching, match_layers, r2_table
+from .convert import ConverterFits
+from .converter_specs import method_pairs
 from .errors import UserError
 from .evaluate.behaviour import log_odds
 from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
@@ -32,6 +33,7 @@ from .forecast import (
     rank,
 )
 from .jobs import BehaviourTable
+from .layer_matching import match_layers, matched_sites
 from .progress import progress
 from .prompts import PromptSet
 from .sites import Site
@@ -90,7 +92,7 @@ class BehaviourTransfer:
             raise UserError(
                 f"behaviour {self.name!r} has neither an adapter nor demonstrations to train one on; give one"
             )
-        trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, profile=t.store(side),
+        trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, profile=t.scale(side),
                                 seed=t.job.seed, name=f"{self.name} {arm}", **self._training)  # fmt: skip
         self._keep(trained.adapter, arm)
         return {"seconds": trained.seconds, "flops": trained.flops, "steps": trained.steps, "curve": trained.curve,
@@ -132,18 +134,16 @@ class BehaviourTransfer:
         """What is forecast; every candidate pastes every layer of the adapter."""
         t, table = self.shared, self.shared.job.paste
         nd, nr = t.donor.n_layers, t.recipient.n_layers
-        ridge = [("ridge", a) for a in table.alphas]
+        methods = [("ridge", a) for a in table.alphas] if table.methods is None else method_pairs(table.methods)
         if table.match == "forecast":
             if len(donor.parts) == 1:
-                return candidates_of(donor, nr, ridge)
-            return matched_candidates(donor, t.fits, on, target, nd, ridge)
-        if table.match == "r2":
-            sites = [Site(l) for l in range(nr)]
-            matched = best_matching(r2_table(t.fits, list(donor.parts), sites, table.alphas[0]))
-        else:
-            matched = match_layers(donor.layers, nd, nr, table.match)
+                return candidates_of(donor, nr, methods)
+            return matched_candidates(donor, t.fits, on, target, nd, methods)
+        sites = [Site(l) for l in range(nr)]
+        matched = matched_sites(t.fits, list(donor.parts), sites, table.match, n_donor=nd, n_recipient=nr,
+                                alpha=table.alphas[0])  # fmt: skip
         pairs = tuple((s, Site(matched[s.layer], s.point)) for s in donor.parts)
-        return [Candidate(pairs, method, alpha) for method, alpha in ridge]
+        return [Candidate(pairs, method, alpha) for method, alpha in methods]
 
     def forecast(self) -> dict[str, Any]:
         """Forecasts every candidate, chooses, and measures some of them on validation prompts to check the forecast."""
@@ -245,7 +245,7 @@ class BehaviourTransfer:
     def _timed(self, chosen: Choice, donor: Adapter) -> tuple[Adapter, float, float]:
         """The paste made anew from the two profiles, with the seconds of fitting and of folding."""
         t = self.shared
-        fresh = ConverterFits(t.store("donor"), t.store("recipient"), t.job.profile.holdout, t.job.seed)
+        fresh = t.new_fits()
         for d, r in chosen.candidate.pairs:  # reading the profile is not the paste's time
             fresh.states("donor", d), fresh.states("recipient", r)
         start = time.perf_counter()

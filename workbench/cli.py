@@ -172,9 +172,16 @@ def convert(
     ],
     out: Out,
     donor_layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 [all of its profile]")] = None,
-    match: Annotated[str, typer.Option(help="which recipient layer answers: nearest, floor, r2")] = "nearest",
-    method: Annotated[str, typer.Option(help="ridge, or pinv as published")] = "ridge",
+    match: Annotated[
+        str, typer.Option(help="which recipient layer answers: nearest, floor, ends, cka, svcca, r2")
+    ] = "nearest",
+    method: Annotated[
+        str, typer.Option(help="ridge, ridge:cv, pinv as published, procrustes, rrr:16, pls:32, whitened, cycle:1")
+    ] = "ridge",
     alpha: Annotated[str, typer.Option(help="ridge strength in units of the mean diagonal of X'X, or cv")] = "0.1",
+    pairing: Annotated[
+        str, typer.Option(help="rows that answer one another: last, or aligned (of all tokens)")
+    ] = "last",
     holdout: Annotated[float, typer.Option(help="share of prompts kept for the quality figures")] = 0.2,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split")] = 0,
     overwrite: Overwrite = False,
@@ -193,7 +200,7 @@ def convert(
     for store in stores:
         store.verify()  # every row is read for the fit anyway
     made = fit_set(*stores, layers=layers, match=match, method=method, alpha=strength,
-                   holdout=holdout, seed=seed)  # fmt: skip
+                   holdout=holdout, seed=seed, pairing=pairing)  # fmt: skip
     save_converters(made, out, overwrite=overwrite)
     rows = quality_rows(made)
     if as_json:

@@ -1,26 +1,43 @@
-"""Converters between two models, and which layer of one answers to which of the other."""
+"""Converters between two models: fitted to two profiles, formed as maps or only folded into an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .adapters.adapter import LowRank
+from .converter_specs import METHODS, ConverterSpec
 from .errors import UserError
+from .layer_matching import best_matching, layer_scores, match_layers
+from .maps.autoencoder import ReluMap, fit_autoencoder
+from .maps.fit import fit_ridge, fit_ridge_moments
 from .maps.linear_map import LinearMap
+from .maps.pair_factors import Cores, PairFactors
 from .maps.quality import Quality, quality, r2
 from .maps.solver import Solver
+from .paired_profiles import PairedProfiles
+from .row_pairs import donor_name, folds, n_folds, recipient_name
 from .sites import Site
 
 if TYPE_CHECKING:
     from .store import Store
 
-METHODS = ("ridge", "pinv")
+__all__ = [
+    "METHODS",
+    "Converter",
+    "ConverterFits",
+    "best_matching",
+    "fit_converters",
+    "fits_of_recipients",
+    "layer_scores",
+    "match_layers",
+]
+Alpha = int | float | Literal["cv"]
+CORE_BUDGET = 1 << 26  # numbers of solved pairs that are kept for the next fold
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,175 +70,158 @@ class Converter:
         }
 
 
-def match_layers(
-    donor_layers: Sequence[int],
-    n_donor: int,
-    n_recipient: int,
-    policy: str = "nearest",
-    recipient_layers: Sequence[int] | None = None,
-) -> dict[int, int]:
-    """Which recipient layer answers to each donor layer, by relative depth: {donor: recipient}.
-
-    nearest: the recipient layer nearest to l * n_recipient / n_donor, ties to the lower (the released code of
-    Command-V); floor: the largest not above it (its paper's formula, arXiv:2506.19140). Keys are always donor layers:
-    the released code turns the map round where both lists have one length. Raises UserError for unknown policies and
-    layers out of range.
-
-    >>> match_layers([0, 2, 4], 28, 32), match_layers([0, 2, 4], 28, 32, "floor")
-    ({0: 0, 2: 2, 4: 5}, {0: 0, 2: 2, 4: 4})
-    """
-    targets = sorted(range(n_recipient) if recipient_layers is None else recipient_layers)
-    for name, layers, n in (("donor", donor_layers, n_donor), ("recipient", targets, n_recipient)):
-        wrong = [l for l in layers if not 0 <= l < n]
-        if wrong or not layers:
-            raise UserError(f"{name} layers {wrong} are out of range: allowed 0 to {n - 1}, and at least one")
-    scale = n_recipient / n_donor
-    if policy == "nearest":
-        return {l: min(targets, key=lambda t: (abs(t - scale * l), t)) for l in donor_layers}
-    if policy == "floor":
-        return {
-            l: max((t for t in targets if t <= l * n_recipient // n_donor), default=targets[0]) for l in donor_layers
-        }
-    raise UserError(
-        f"unknown layer matching {policy!r} by depth; allowed: nearest, floor (r2 and forecast need profiles)"
-    )
-
-
-def best_matching(scores: Mapping[tuple[int, int], float], monotone: bool = True) -> dict[int, int]:
-    """The matching {donor: recipient} with the largest summed score; recipient layers never fall when monotone.
-
-    scores: of each (donor layer, recipient layer), held-out R2 or a forecast. Dynamic programming over donor layers.
-    """
-    donors, recipients = sorted({d for d, _ in scores}), sorted({r for _, r in scores})
-    if not monotone:
-        return {d: max(recipients, key=lambda r: (scores[d, r], -r)) for d in donors}
-    best: dict[int, tuple[float, tuple[int, ...]]] = {
-        r: (0.0, ()) for r in recipients
-    }  # best score of a path that ends at or below r
-    for d in donors:
-        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
-        top: tuple[float, tuple[int, ...]] = (float("-inf"), ())
-        for r in recipients:
-            score, path = best[r]
-            top = max(top, (score + scores[d, r], (*path, r)), key=lambda t: t[0])
-            reached[r] = top
-        best = reached
-    return dict(zip(donors, best[recipients[-1]][1], strict=True))
-
-
-def paired_rows(donor: Store, recipient: Store, holdout: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(rows to fit, rows held out) of two stores that pair, split by prompt with a seed.
-
-    Raises UserError when the stores do not pair (other prompts, positions or order).
-    """
-    from .store import check_pair
-
-    check_pair(donor, recipient)
-    prompts = torch.as_tensor(donor.prompt_index)
-    n = int(prompts.max()) + 1
-    if not 0 <= holdout < 1 or n - int(n * holdout) < 2:
-        raise UserError(f"holdout {holdout} leaves {n - int(n * holdout)} of {n} prompts to fit; leave at least two")
-    held = torch.zeros(n, dtype=torch.bool)
-    held[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: int(n * holdout)]] = True
-    mask = held[prompts]
-    return (~mask).nonzero().flatten(), mask.nonzero().flatten()
-
-
 @dataclass
-class ConverterFits:
+class ConverterFits(PairedProfiles):
     """Everything needed to fit converters between any two layers of two profiles, factorised once a layer.
 
     Converters are formed by `converter`, or never: `fold` takes a low-rank adapter part straight through a pair at a
-    cost of rank x width (spec of the fold: arXiv:2506.19140, eq. 3; Gram form ours).
+    cost of rank x width (spec of the fold: arXiv:2506.19140, eq. 3; Gram form ours). Methods are named as
+    `converter_specs.ConverterSpec` reads them; rows and arguments are those of `PairedProfiles`.
     """
 
-    donor: Store
-    recipient: Store
-    holdout: float = 0.2
-    seed: int = 0
-    shuffled: bool = False  # the control: donor rows of other prompts
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _cores: dict[Any, Cores] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        self.fit_rows, self.held_rows = paired_rows(self.donor, self.recipient, self.holdout, self.seed)
-        order = torch.randperm(len(self.fit_rows), generator=torch.Generator().manual_seed(self.seed + 1))
-        self._donor_rows = self.fit_rows[order] if self.shuffled else self.fit_rows
+    def cores(self, donor: Site, recipient: Site, spec: ConverterSpec) -> Cores:
+        """A converter of a pair in the coordinates of `factors`; the last ones solved are kept."""
+        key = donor, recipient, spec
+        if key not in self._cores:
+            made = self._solve(self.factors(donor, recipient), donor, recipient, spec)
+            while self._cores and sum(c.there.numel() * 2 for c in self._cores.values()) > CORE_BUDGET:
+                del self._cores[next(iter(self._cores))]
+            self._cores[key] = made
+        return self._cores[key]
 
-    def states(self, side: str, site: Site, held: bool = False) -> Float[Tensor, "n d"]:
-        """The profile rows of one site, those that are fitted or those held out (float32)."""
-        store = self.donor if side == "donor" else self.recipient
-        rows = self.held_rows if held else self._donor_rows if side == "donor" else self.fit_rows
-        return self._once(("states", side, site, held), lambda: store.read(site, rows, dtype=torch.float32))
+    def _solve(self, pair: PairFactors, donor: Site, recipient: Site, spec: ConverterSpec) -> Cores:
+        if spec.kind == "ridge":
+            return pair.ridge(*self.alphas(donor, recipient, spec))
+        if spec.kind in ("rrr", "pls"):
+            return (pair.reduced_rank if spec.kind == "rrr" else pair.pls)(int(spec.number))
+        return pair.cycle(spec.number) if spec.kind == "cycle" else getattr(pair, spec.kind)()
 
-    def solver(self, side: str, site: Site, centre: bool) -> Solver:
-        """Factorised rows: centred for ridge; for pinv uncentred, with the cut of torch's pinv on float32 rows."""
+    def alphas(self, donor: Site, recipient: Site, spec: ConverterSpec) -> tuple[float, float]:
+        """The ridge strengths (to the donor, to the recipient); `cv` chooses each by cross-validation over prompts."""
+        if spec.value != "cv":
+            return spec.number, spec.number
+        return self._once("pair", ("alphas", donor, recipient), lambda: self._chosen_alphas(donor, recipient))
 
-        def make() -> Solver:
-            x = self.states(side, site)
-            return Solver.factor(x, centre, 0.0 if centre else max(x.shape) * torch.finfo(torch.float32).eps)
+    def _chosen_alphas(self, donor: Site, recipient: Site) -> tuple[float, float]:
+        if self.summed:
+            parts, names = (
+                folds(self.donor, self.recipient, self.rows, (donor, recipient), self.seed),
+                (recipient_name(recipient), donor_name(donor)),
+            )
+            there, back = (fit_ridge_moments(parts, source=a, target=b) for a, b in (names, names[::-1]))
+        else:
+            x, y = self.states("recipient", recipient), self.states("donor", donor)
+            how: dict[str, Any] = {
+                "groups": self.rows.prompt.tolist(),
+                "folds": n_folds(self.rows),
+                "seed": self.seed,
+            }
+            there, back = (fit_ridge(a, b, alpha="cv", **how) for a, b in ((x, y), (y, x)))
+        return there.alpha, back.alpha
 
-        return self._once(("solver", side, site, centre), make)
+    # -- converters and folds -----------------------------------------------------------------------------------------
 
-    def length(self, site: Site, delta: Float[Tensor, "n d"]) -> float:
-        """Mean length of deltas of the recipient at `site`, in standard deviations of its profile (`Solver.length`)."""
-        return float(self.solver("recipient", site, True).length(delta).mean())
-
-    def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
-
-    def converter(self, donor: Site, recipient: Site, method: str = "ridge", alpha: float = 0.1) -> Converter:
-        """Both maps of one pair, with their quality on the held-out prompts."""
-        centre, alpha = _method(method, alpha)
-        x, y = self.states("recipient", recipient), self.states("donor", donor)
-        there = self.solver("recipient", recipient, centre).solve(y, alpha)
-        back = self.solver("donor", donor, centre).solve(x, alpha)
-        made = Converter(donor, recipient, there, back, method, alpha)
+    def converter(self, donor: Site, recipient: Site, method: str = "ridge", alpha: Alpha = 0.1) -> Converter:
+        """Both maps of one pair, with their quality on the held-out prompts; `method` as `ConverterSpec` reads it."""
+        spec = _linear(method, alpha)
+        there, back = self._maps(donor, recipient, spec)
+        strength = self.alphas(donor, recipient, spec)[0] if spec.kind == "ridge" else 0.0
+        made = Converter(donor, recipient, there, back, "ridge" if spec.kind == "ridge" else str(spec), strength)
         if len(self.held_rows) < 2:
             return made
+        scored = self._quality(donor, recipient, there, back)
+        return replace(made, quality_to_donor=scored[0], quality_to_recipient=scored[1])
+
+    def _maps(self, donor: Site, recipient: Site, spec: ConverterSpec) -> tuple[LinearMap, LinearMap]:
+        if spec.kind != "pinv":
+            there, back = self.factors(donor, recipient).maps(self.cores(donor, recipient, spec), str(spec))
+            return there, back
+        x, y = self.solver("recipient", recipient, False), self.solver("donor", donor, False)
+        if not self.summed:
+            return x.solve(self.states("donor", donor), 0.0), y.solve(self.states("recipient", recipient), 0.0)
+        cross, meta = self._cross(donor, recipient, False), {"method": "pinv", "n": len(self.rows)}
+        weights = x.of_cross(cross, 0.0).float(), y.of_cross(cross.T, 0.0).float()
+        there, back = (LinearMap(w, torch.zeros(w.shape[1]).to(w), meta) for w in weights)
+        return there, back
+
+    def _quality(
+        self, donor: Site, recipient: Site, there: LinearMap | ReluMap, back: LinearMap | ReluMap
+    ) -> tuple[Quality, Quality]:
         hx, hy = self.states("recipient", recipient, held=True), self.states("donor", donor, held=True)
-        return replace(
-            made,
-            quality_to_donor=quality(there, hx, hy, back=back, train_mean=y.mean(0), n_train=len(y)),
-            quality_to_recipient=quality(back, hy, hx, back=there, train_mean=x.mean(0), n_train=len(x)),
-        )
+        means, n = (self.mean("recipient", recipient), self.mean("donor", donor)), len(self.rows)
+        return (quality(there, hx, hy, back=back, train_mean=means[1], n_train=n),
+                quality(back, hy, hx, back=there, train_mean=means[0], n_train=n))  # fmt: skip
 
-    def flops(self, parts: Sequence[tuple[Site, Site, int]]) -> float:
-        """FLOPs of a paste of (donor site, recipient site, rank) each: factorising both profiles and folding.
-
-        Two a multiply-add, and 9 k^3 for an eigendecomposition (Golub and Van Loan, Matrix Computations, section 8.3).
-        """
-        total = 0.0
-        for side, site in {("donor", d) for d, _, _ in parts} | {("recipient", r) for _, r, _ in parts}:
-            n, width = self.states(side, site).shape
-            k = min(n, width)
-            total += 4.0 * n * width * k + 9.0 * k**3
-        for d, r, rank in parts:
-            (n, a), b = self.states("donor", d).shape, self.states("recipient", r).shape[1]
-            total += 4.0 * n * rank * (a + b) + 2.0 * rank * (min(n, a) * a + min(n, b) * b)
-        return total
-
-    def fold(self, part: LowRank, donor: Site, recipient: Site, method: str = "ridge", alpha: float = 0.1) -> LowRank:
+    def fold(self, part: LowRank, donor: Site, recipient: Site, method: str = "ridge", alpha: Alpha = 0.1) -> LowRank:
         """An adapter part of the donor at `donor` as one of the recipient at `recipient`; equals folding `converter`."""
-        centre, alpha = _method(method, alpha)
-        x, y = self.states("recipient", recipient).double(), self.states("donor", donor).double()
-        read = self.solver("recipient", recipient, centre)
-        v64 = part.V.double()
-        v = read.coefficients(y @ v64, alpha)  # W @ V, the width of the donor never squared
-        b = part.b.double()
+        spec = _linear(method, alpha)
+        if spec.kind not in ("ridge", "pinv"):
+            pair, cores = self.factors(donor, recipient), self.cores(donor, recipient, spec)
+            v, u = pair.read(cores.there, part.V), pair.write(cores.back, part.U)
+            b = part.b.double() + pair.y.mean @ part.V.double() - pair.x.mean @ v
+            return LowRank(v.float(), b.float(), u.float(), part.act)
+        centre = spec.kind == "ridge"
+        alphas = self.alphas(donor, recipient, spec) if centre else (0.0, 0.0)
+        read, write = self.solver("recipient", recipient, centre), self.solver("donor", donor, centre)
+        v64, b = part.V.double(), part.b.double()
+        if self.summed:
+            cross = self._cross(donor, recipient, centre)
+            v, u = read.of_cross(cross @ v64, alphas[0]), _written(write, part.U.double(), cross.T, alphas[1])
+        else:
+            y, x = self.states("donor", donor).double(), self.states("recipient", recipient).double()
+            v = read.coefficients(y @ v64, alphas[0])  # W @ V, the width of the donor never squared
+            u = write.project(part.U, x, alphas[1])
         if centre:
-            b = b + y.mean(0) @ v64 - read.mean @ v
-        u = self.solver("donor", donor, centre).project(part.U, x, alpha)
+            b = b + write.mean @ v64 - read.mean @ v
         return LowRank(v.float(), b.float(), u.float(), part.act)
 
+    def reference(self, donor: Site, recipient: Site, hidden: int = 128, steps: int = 500) -> tuple[Quality, Quality]:
+        """Held-out quality (to the donor, to the recipient) of a small ReLU autoencoder: what a map that is not linear
+        would gain. It does not fold into an adapter. Raises UserError where no prompts are held out."""
+        if len(self.held_rows) < 2:
+            raise UserError("the reference needs held-out prompts for its figures; give a holdout above 0")
+        x, y = self.states("recipient", recipient), self.states("donor", donor)
+        there, back = (fit_autoencoder(a, b, hidden=hidden, steps=steps, seed=self.seed) for a, b in ((x, y), (y, x)))
+        return self._quality(donor, recipient, there, back)
 
-def _method(method: str, alpha: float) -> tuple[bool, float]:
-    if method not in METHODS:
-        raise UserError(f"unknown converter {method!r}; allowed: {', '.join(METHODS)}")
-    if not 0 <= alpha < float("inf"):
-        raise UserError(f"alpha {alpha} is not a number of 0 or more, in units of the mean diagonal of X'X")
-    return (True, alpha) if method == "ridge" else (False, 0.0)
+    def held_out_r2(self, donor: Site, recipient: Site, alpha: float = 0.1) -> float:
+        """R2 (variance-weighted) of the ridge map to the donor on held-out rows."""
+        there, _ = self._maps(donor, recipient, ConverterSpec("ridge", alpha))
+        held = self.states("donor", donor, held=True)
+        return r2(held, there(self.states("recipient", recipient, held=True))).weighted
+
+
+def _linear(method: str, alpha: Alpha) -> ConverterSpec:
+    spec = ConverterSpec.parse(method, alpha)
+    if spec.kind == "autoencoder":
+        raise UserError("a ReLU autoencoder does not fold into an adapter: it is a reference for quality figures alone "
+                        "(ConverterFits.reference); take a linear converter such as ridge")  # fmt: skip
+    return spec
+
+
+def _written(write: Solver, u: Tensor, cross: Tensor, alpha: float) -> Tensor:
+    """u B with B = (Y'Y + a)^-1 Y'X, from Y'X."""
+    return ((u @ write.q) * (write.gain(alpha) / write.s)) @ write.q.T @ cross
+
+
+def fits_of_recipients(
+    donor: Store, recipients: Sequence[Store], *, holdout: float = 0.2, seed: int = 0, pairing: str = "last"
+) -> list[ConverterFits]:
+    """Fits from one donor to several recipients; the donor's rows are read and factorised once for all.
+
+    They are shared where the same rows of the donor are fitted, as with `last`; aligned rows depend on the recipient's
+    tokenizer. Raises UserError as `ConverterFits`, and for no recipients.
+    """
+    if not recipients:
+        raise UserError("no recipients; give the profile of at least one")
+    made = [ConverterFits(donor, r, holdout, seed, pairing=pairing) for r in recipients]
+    first = made[0]
+    for other in made[1:]:
+        if torch.equal(first.fit_rows, other.fit_rows) and not (first.summed or other.summed):
+            other._donors = first._donors
+    return made
 
 
 def fit_converters(
@@ -230,29 +230,18 @@ def fit_converters(
     pairs: Iterable[tuple[Site | int, Site | int]] | Mapping[int, int],
     *,
     method: str = "ridge",
-    alpha: float = 0.1,
+    alpha: Alpha = 0.1,
     holdout: float = 0.2,
     seed: int = 0,
+    pairing: str = "last",
 ) -> list[Converter]:
     """Fits the converters of the pairs (donor site, recipient site) on two profiles of the same prompts.
 
-    method: `ridge` (centred, with bias; `alpha` in units of the mean diagonal of X'X) or `pinv` (uncentred, no bias, as
-    published). holdout: the share of prompts kept for the quality figures. Raises UserError when the stores do not pair
-    or lack a site.
+    method: as `converter_specs.ConverterSpec` reads it: `ridge` (centred, with bias; `alpha` in units of the mean
+    diagonal of X'X, or `cv`), `pinv` (uncentred, no bias, as published), `procrustes`, `rrr:16`, `pls:32`, `whitened`,
+    `cycle:1`. holdout: the share of prompts kept for the quality figures. pairing: `last`, or `aligned` for profiles of
+    all tokens. Raises UserError when the stores do not pair or lack a site.
     """
-    fits = ConverterFits(donor, recipient, holdout, seed)
+    fits = ConverterFits(donor, recipient, holdout, seed, pairing=pairing)
     listed = pairs.items() if isinstance(pairs, Mapping) else pairs
     return [fits.converter(Site.parse(d), Site.parse(r), method, alpha) for d, r in listed]
-
-
-def r2_table(
-    fits: ConverterFits, donors: Sequence[Site], recipients: Sequence[Site], alpha: float
-) -> dict[tuple[int, int], float]:
-    """Held-out R2 (variance-weighted) of the map to the donor, for every pair of layers: what `best_matching` takes."""
-    table = {}
-    for d in donors:
-        for r in recipients:
-            there = fits.solver("recipient", r, True).solve(fits.states("donor", d), alpha)
-            held = fits.states("donor", d, held=True)
-            table[d.layer, r.layer] = r2(held, there(fits.states("recipient", r, held=True))).weighted
-    return table

@@ -7,17 +7,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save as to_bytes
 
 from .adapters.adapter import Adapter
 from .atomic import staged_folder
-from .convert import Converter, ConverterFits, best_matching, match_layers, r2_table
+from .convert import Alpha, Converter, ConverterFits
+from .converter_specs import ConverterSpec
 from .errors import UserError
-from .maps.fit import fit_ridge
+from .layer_matching import MATCHES, matched_sites
 from .maps.linear_map import LinearMap, read_safetensors
-from .maps.quality import Quality, quality
+from .maps.quality import Quality
 from .paste import paste_adapter
 from .sites import Site
 from .store import Store
@@ -25,7 +26,6 @@ from .store import Store
 FORMAT = "workbench.converters"
 VERSION = 1
 HEADER, TENSORS = "converters.json", "converters.safetensors"
-MATCHES = ("nearest", "floor", "r2")
 _MAPS = ("to_donor", "to_recipient")
 
 
@@ -82,15 +82,16 @@ def fit_set(
     layers: Sequence[int] | None = None,
     match: str = "nearest",
     method: str = "ridge",
-    alpha: int | float | Literal["cv"] = 0.1,
+    alpha: Alpha = 0.1,
     holdout: int | float = 0.2,
     seed: int = 0,
+    pairing: str = "last",
 ) -> ConverterSet:
     """Fits a converter for each donor site of two profiles of the same prompts.
 
     layers: of the donor; every layer that its profile holds unless given. match: which recipient layer answers, by
-    depth (`nearest`, `floor`) or by held-out R2 in ascending order (`r2`). method, alpha: see `fit_converters`; `cv`
-    chooses alpha for each map by cross-validation over prompts. holdout: the share of prompts for the quality figures.
+    depth (`nearest`, `floor`, `ends`), or in ascending order by likeness (`cka`, `svcca`) or held-out R2 (`r2`). method,
+    alpha, pairing: see `fit_converters`. holdout: the share of prompts for the quality figures.
     Raises UserError when the stores do not pair, or lack a layer; for an unknown match, method or alpha.
     """
     if match not in MATCHES:
@@ -98,11 +99,11 @@ def fit_set(
         raise UserError(f"unknown layer matching {match!r}; allowed: {', '.join(MATCHES)}{more}")
     if not 0 <= holdout < 1:
         raise UserError(f"holdout {holdout} is not a share of the prompts; give 0 or more and less than 1")
-    fits = ConverterFits(donor, recipient, holdout, seed)
-    r2_alpha = 0.1 if alpha == "cv" else alpha
-    pairs = _pairs(fits, layers, match, r2_alpha)
-    made = [_converter(fits, d, r, method, alpha) for d, r in pairs]
-    meta = {"match": match, "tokens": donor.tokens, "holdout": holdout, "seed": seed,
+    spec = ConverterSpec.parse(method, alpha)
+    fits = ConverterFits(donor, recipient, holdout, seed, pairing=pairing)
+    ridge = spec.number if spec.kind == "ridge" and spec.value != "cv" else 0.1
+    made = [fits.converter(d, r, method, alpha) for d, r in _pairs(fits, layers, match, ridge)]
+    meta = {"match": match, "tokens": donor.tokens, "pairing": pairing, "holdout": holdout, "seed": seed,
             "prompts": donor.manifest["prompts"]["name"]}  # fmt: skip
     return ConverterSet(tuple(made), donor.fingerprint, recipient.fingerprint, donor.prompt_hash, meta)
 
@@ -112,8 +113,8 @@ def _pairs(
 ) -> list[tuple[Site, Site]]:
     """(donor site, recipient site), matched among the sites of one point."""
     donor, recipient = fits.donor, fits.recipient
-    n_donor, n_recipient = (s.manifest["model"]["n_layers"] for s in (donor, recipient))
     if layers is not None:
+        n_donor = donor.manifest["model"]["n_layers"]
         wanted = {Site.parse(l, n_donor).layer for l in layers}
         lacking = sorted(wanted - {s.layer for s in donor.sites})
         if lacking:
@@ -127,29 +128,9 @@ def _pairs(
             continue
         if not theirs:
             raise UserError(f"the recipient's store {recipient.path} has no {point} to answer the donor's; profile it")
-        if match == "r2":
-            matched = best_matching(r2_table(fits, mine, theirs, alpha))
-        else:
-            targets = [s.layer for s in theirs]
-            matched = match_layers([s.layer for s in mine], n_donor, n_recipient, match, targets)
+        matched = matched_sites(fits, mine, theirs, match, alpha=alpha)
         pairs += [(s, Site(matched[s.layer], point)) for s in mine]
     return pairs
-
-
-def _converter(fits: ConverterFits, d: Site, r: Site, method: str, alpha: int | float | Literal["cv"]) -> Converter:
-    if alpha != "cv" or method != "ridge":
-        return fits.converter(d, r, method, 0.0 if alpha == "cv" else alpha)
-    x, y = fits.states("recipient", r), fits.states("donor", d)
-    groups = fits.donor.prompt_index[fits.fit_rows].tolist()
-    there, back = (fit_ridge(a, b, alpha="cv", groups=groups, seed=fits.seed) for a, b in ((x, y), (y, x)))
-    scored: list[Quality | None] = [None, None]
-    if len(fits.held_rows) > 1:
-        hx, hy = fits.states("recipient", r, held=True), fits.states("donor", d, held=True)
-        scored = [
-            quality(there.map, hx, hy, back=back.map, train_mean=y.mean(0), n_train=len(y)),
-            quality(back.map, hy, hx, back=there.map, train_mean=x.mean(0), n_train=len(x)),
-        ]
-    return Converter(d, r, there.map, back.map, "ridge", there.alpha, *scored)
 
 
 def save_converters(converters: ConverterSet, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter, LowRank
 from .adapters.train import frozen
-from .convert import ConverterFits, best_matching, match_layers
+from .convert import ConverterFits
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
+from .layer_matching import best_matching, match_layers
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad
 from .sites import POINTS, Site

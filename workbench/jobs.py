@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .atomic import write_json, write_text
+from .converter_specs import ConverterSpec
 from .errors import UserError
 from .runs import Run
 
@@ -48,6 +49,9 @@ class ProfileTable(_Table):
     """Use the first so many prompts only."""
     holdout: float = Field(0.2, ge=0, lt=1)
     """The share of prompts that converters are not fitted to, for their quality figures."""
+    pairing: Literal["last", "aligned"] = "last"
+    """The rows that converters are fitted to: the last token of each prompt, or all tokens of both that end at the same
+    character, so that few prompts give many rows."""
     batch_tokens: int = Field(8192, gt=0)
     """Tokens in a batch, padding included."""
 
@@ -74,14 +78,29 @@ class TrainingTable(_Table):
 class PasteTable(_Table):
     """How the paste is made."""
 
-    match: Literal["forecast", "nearest", "floor", "r2"] = "forecast"
-    """Which recipient layer answers to a donor layer."""
+    match: Literal["forecast", "nearest", "floor", "ends", "cka", "svcca", "r2"] = "forecast"
+    """Which recipient layer answers to a donor layer: by forecast, by depth, by likeness, or by held-out fit."""
+    methods: list[str] | None = Field(None, min_length=1)
+    """Converters to choose among, such as `["ridge:0.1", "ridge:cv", "pinv", "procrustes", "rrr:16", "pls:32", "whitened",
+    "cycle:1"]`; unless given, ridge at each of `alphas`."""
     alphas: list[float] = Field([0.01, 0.03, 0.1, 0.3, 1.0], min_length=1)
     """Ridge strengths, in units of the mean diagonal of X'X; `forecast` chooses among them, else the first is taken."""
     strength: float | Literal["forecast"] = "forecast"
     """A number, or what the forecast says will reach the donor's own effect."""
     max_sigma: float = Field(4.0, gt=0)
     """The longest delta that `forecast` may choose, in standard deviations of the recipient's profile."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: list[str] | None) -> list[str] | None:
+        for text in methods or ():
+            try:
+                kind = ConverterSpec.parse(text).kind
+            except UserError as err:
+                raise ValueError(str(err)) from err
+            if kind == "autoencoder":
+                raise ValueError("an autoencoder does not fold into an adapter; take linear converters")
+        return methods
 
     @field_validator("alphas")
     @classmethod

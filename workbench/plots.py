@@ -288,3 +288,37 @@ def _dose_curve(figure: go.Figure, name: str, points: list[Any], look: tuple[str
         hover = "strength %{x}: KL %{y:.4f} nats per token"
         kl = go.Scatter(y=[p.get("kl") for p in points], hovertemplate=hover, showlegend=False, **line)
         figure.add_trace(kl, row=2, col=1)
+
+
+def correspondence(
+    scores: Mapping[tuple[int, int], float], matched: Mapping[int, int] | None = None, name: str = "score"
+) -> go.Figure:
+    """How well each recipient layer answers to each donor layer, {(donor, recipient): score}, as a heatmap; `matched`,
+    {donor: recipient}, is drawn over it: rings, joined by a line where several donor layers have one each.
+
+    Colours are centred at 0 where there are scores below it; blank pairs have none.
+    """
+    if not scores:
+        return _empty("No pair of layers has a score: give the layers of both profiles")
+    donors, recipients = (sorted({pair[i] for pair in scores}) for i in (0, 1))
+    x, y = [str(r) for r in recipients], [str(d) for d in donors]
+    low, high = min(scores.values()), max(scores.values())
+    reach = max(abs(low), abs(high))
+    colours = {"colorscale": DIVERGING, "zmin": -reach, "zmax": reach} if low < 0 else {"colorscale": "Blues"}
+    figure = go.Figure(
+        go.Heatmap(
+            x=x, y=y, z=[[scores.get((d, r)) for r in recipients] for d in donors], xgap=2, ygap=2, **colours,
+            colorbar={"title": {"text": escape(name), "side": "right"}, "thickness": 14},
+            hovertemplate=f"donor layer %{{y}}, recipient layer %{{x}}: {escape(name)} %{{z:.3f}}<extra></extra>",
+        )
+    )  # fmt: skip
+    if matched:
+        pairs = [(d, r) for d, r in sorted(matched.items()) if d in donors and r in recipients]
+        ring = {"size": 20, "symbol": "circle-open", "color": "#000", "line": {"width": 2.5}}
+        figure.add_trace(go.Scatter(x=[str(r) for _, r in pairs], y=[str(d) for d, _ in pairs], mode="lines+markers",
+                                    marker=ring, line={"color": "#000", "width": 1}, hoverinfo="skip",
+                                    showlegend=False))  # fmt: skip
+    order = {"type": "category", "categoryorder": "array"}
+    figure.update_xaxes(title_text="recipient layer", categoryarray=x, **order)
+    figure.update_yaxes(title_text="donor layer", categoryarray=y, **order)
+    return _style(figure, 160 + 34 * len(y))

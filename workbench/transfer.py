@@ -70,13 +70,23 @@ class Transfer:
 
     @cached_property
     def fits(self) -> ConverterFits:
-        return ConverterFits(self.store("donor"), self.store("recipient"), self.job.profile.holdout, self.job.seed)
+        return self.new_fits()
+
+    def new_fits(self) -> ConverterFits:
+        """Converters of the two profiles with nothing factorised yet."""
+        profile = self.job.profile
+        stores = self.store("donor"), self.store("recipient")
+        return ConverterFits(*stores, profile.holdout, self.job.seed, pairing=profile.pairing)
+
+    def scale(self, side: str) -> Store | None:
+        """The profile that training takes its units from, where it holds the last tokens that adapters act on."""
+        return self.store(side) if self.job.profile.pairing == "last" else None
 
     def key(self, *more: Any) -> list[Any]:
         """What every step after the profiles depends on."""
         profile = self.job.profile
-        return [self.donor.fingerprint_id, self.recipient.fingerprint_id, self.profiled.hash, profile.holdout, self.job.seed,
-                *more]  # fmt: skip
+        return [self.donor.fingerprint_id, self.recipient.fingerprint_id, self.profiled.hash, profile.holdout,
+                profile.pairing, self.job.seed, *more]  # fmt: skip
 
     @cached_property
     def profiled(self) -> PromptSet:
@@ -106,14 +116,18 @@ def _profiles(t: Transfer) -> dict[str, Any]:
         model, table = t.model(side), t.job.profile
         path = t.run.folder / "profiles" / side
 
-        def make(model: Model = model, path: Path = path, size: int = table.batch_tokens) -> dict[str, Any]:
+        tokens = "last" if table.pairing == "last" else "all"
+
+        def make(
+            model: Model = model, path: Path = path, size: int = table.batch_tokens, tokens: str = tokens
+        ) -> dict[str, Any]:
             start = time.perf_counter()
             shutil.rmtree(path, ignore_errors=True)  # of other inputs, or damaged: the run's own, made again
-            store = profile_model(model, t.profiled, path, batch_tokens=size, overwrite=True)
+            store = profile_model(model, t.profiled, path, tokens=tokens, batch_tokens=size, overwrite=True)
             return {"seconds": time.perf_counter() - start, "rows": store.n_rows, "sites": [str(s) for s in store.sites],
                     "model": model.name, "width": model.width}  # fmt: skip
 
-        inputs = [model.fingerprint_id, t.profiled.full_hash]
+        inputs = [model.fingerprint_id, t.profiled.full_hash, tokens]
         made[side] = t.run.step(
             f"profile-{side}", inputs, make, (f"profiles/{side}",), lambda p: Store.open(p).verify()
         )

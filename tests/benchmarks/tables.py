@@ -165,11 +165,74 @@ def _tell_maps(found: dict[str, Any]) -> str:
     )
 
 
+def _cells(folder: Path) -> dict[str, Any]:
+    from . import cells_bench
+
+    return cells_bench.run()
+
+
+def _tell_cells(found: dict[str, Any]) -> str:
+    parts = [
+        "The bundled pair both ways, three behaviours, adapters trained with a seed that nothing else uses, at one layer and "
+        f"at three. A cell's share is the gain in mean log-odds on {found['evaluated']} evaluation prompts at strength 1, of "
+        "the gain of native training at the same kind of layers. Means over behaviours and directions of shares cut to -1..1;"
+        f" every cell by itself is in benchmarks.json. The whole took {found['seconds'] / 60:.0f} minutes."
+    ]
+    for kind, title in (("one", "One layer"), ("several", "Three layers at once")):
+        rows = [r for r in found["table"] if r["kind"] == kind]
+        columns = list(rows[0]["shares"])
+        parts += [f"### {title}: mean share of native's gain, %", table(["converter", "layers by", *columns], [
+            (r["method"], r["matching"], *(f"{100 * r['shares'][c]:.0f}" for c in columns)) for r in rows])]  # fmt: skip
+    parts += [
+        "### The default beside the best cell\n\nThe default (last tokens; layer, ridge and strength by the forecast) and "
+        "the best of all cells of the same behaviour, direction and size, chosen after the fact by its measured effect; "
+        "shares of at most 100 %.",
+        table(["from", "layers", "behaviour", "prompts", "default, %", "best, %", "best is"], [
+            (r["donor"], r["kind"], r["behaviour"], r["size"], f"{100 * r['default']:.0f}", f"{100 * r['best']:.0f}",
+             r["best_is"]) for r in found["by_size"]]),
+        "### Forecast against measurement\n\nAll distinct pastes at strength 1. Searched: one forward pass with the paste on "
+        f"{found['tried']} validation prompts in place of the first-order forecast. Sign: of effects above 0.2 nats. Worked: "
+        "at least 60 % of the donor's own effect; its AUROC is of the forecast over the donor's effect.",
+        table(["cells", "n", "worked", *(f"{what}, {how}" for how in ("forecast", "searched")
+                                         for what in ("Spearman", "sign", "AUROC"))], [
+            (r["cells"], r["n"], r["worked"], *("-" if r[how][k] is None else f"{r[how][k]:.3f}"
+             for how in ("forecast", "searched") for k in ("spearman", "sign", "auroc"))) for r in found["forecast"]]),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _paste(folder: Path) -> dict[str, Any]:
+    from . import paste_bench
+
+    return paste_bench.run(folder)
+
+
+def _tell_paste(found: dict[str, Any]) -> str:
+    fold, run = found["fold"], found["generation"]
+    rows = [
+        ("fold through the Gram, one layer", f"{fold['gram_s']:.2f} s"),
+        ("two dense pinvs and a fold, one layer", f"{fold['dense_s']:.1f} s ({fold['ratio']:.1f} times as long)"),
+        ("largest relative difference of the two", f"{fold['difference']:.1e}"),
+        (f"all {fold['layers']} layers folded through the Gram", f"{fold['all_s']:.1f} s"),
+        ("ridge 0.1, all layers, the library's own path", f"{fold['ridge_all_s']:.1f} s"),
+        ("the paste on disk", f"{fold['bytes'] / 1e6:.2f} MB"),
+        ("generation with the paste / without", f"{run['paste']:.3f}"),
+        ("generation, converting at each step / without", f"{run['each_step']:.3f}"),
+    ]
+    return (
+        f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows. Generation: a "
+        f"random model of GPT-2 small's shape, {run['layers']} edited layers, {run['tokens']} new tokens, batch {run['batch']}"
+        f", medians of {run['repeats']} in turns.\n\n" + table(["what", "cost"], rows)
+    )
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
     "profile-memory": Section("Memory of a profile", _profile_memory, _tell_profile_memory),
     "store": Section("Stores: opening, reading, memory", _store, _tell_store),
     "maps": Section("Fitting maps from moments", _maps, _tell_maps),
+    "paste": Section("Pasting: cost", _paste, _tell_paste),
+    "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }

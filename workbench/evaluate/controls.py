@@ -55,7 +55,7 @@ def random_converter(adapter: Adapter, fits: ConverterFits, candidate: Candidate
         size = float(y.std() / x.std()) / x.shape[1] ** 0.5
         there = torch.randn(x.shape[1], y.shape[1], generator=generator) * size
         profile = fits.solver("recipient", r, True)
-        root = (profile.s[:, None] * profile.q.T / len(x) ** 0.5).float()  # S^1/2 up to a rotation
+        root = (profile.s[:, None] * profile.q.T / profile.n**0.5).float()  # S^1/2 up to a rotation
         back = torch.randn(y.shape[1], len(root), generator=generator) @ root
         v = there @ part.V
         b = part.b + y.mean(0) @ part.V - x.mean(0) @ v
@@ -67,7 +67,7 @@ def random_converter(adapter: Adapter, fits: ConverterFits, candidate: Candidate
 
 def shuffled_pairs(adapter: Adapter, fits: ConverterFits, candidate: Candidate, seed: int) -> Adapter:
     """The paste through converters that were fitted, as ever, to donor states of other prompts."""
-    shuffled = ConverterFits(fits.donor, fits.recipient, fits.holdout, seed, shuffled=True)
+    shuffled = ConverterFits(fits.donor, fits.recipient, fits.holdout, seed, True, fits.pairing, fits.row_budget)
     return paste_candidate(adapter, shuffled, candidate, name=f"{adapter.name} shuffled pairs".strip())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .autoencoder import ReluMap, fit_autoencoder
 from .baselines import BASELINES, baseline
 from .cca import CanonicalCorrelations, SubspaceSize, subspace_size
 from .family import METHODS, Candidate, MapFit, fit_map
@@ -11,6 +12,7 @@ from .jackknife import Estimate, leave_out_shards
 from .leverage import LeaveOneOut, leave_one_out
 from .linear_map import LinearMap
 from .moments import Moments, total
+from .pair_factors import Cores, PairFactors
 from .pairs import PairFit, fit_pair
 from .pls import partial_least_squares
 from .quality import R2, Quality, mahalanobis, quality, r2, row_warning
@@ -30,6 +32,7 @@ __all__ = [
     "REFERENCE_ALPHAS",
     "Candidate",
     "CanonicalCorrelations",
+    "Cores",
     "Estimate",
     "GroupedMoments",
     "HeldOut",
@@ -38,16 +41,19 @@ __all__ = [
     "MapFit",
     "MomentScore",
     "Moments",
+    "PairFactors",
     "PairFit",
     "Quality",
     "RankCurve",
     "RankFamily",
+    "ReluMap",
     "RidgeFit",
     "SparsePath",
     "Spectrum",
     "SubspaceSize",
     "Whitener",
     "baseline",
+    "fit_autoencoder",
     "fit_map",
     "fit_pair",
     "fit_pinv",

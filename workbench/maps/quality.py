@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from .autoencoder import ReluMap
 from .linear_map import LinearMap
 
 PEAK = (0.7, 1.5)
@@ -81,10 +82,10 @@ def r2(y: Float[Tensor, "n d"], y_hat: Float[Tensor, "n d"], baseline_mean: Floa
 
 
 def quality(
-    fitted: LinearMap,
+    fitted: LinearMap | ReluMap,
     x: Float[Tensor, "n d_in"],
     y: Float[Tensor, "m d_out"],
-    back: LinearMap | None = None,
+    back: LinearMap | ReluMap | None = None,
     train_mean: Float[Tensor, " d_out"] | None = None,
     *,
     train_mean_x: Float[Tensor, " d_in"] | None = None,

@@ -18,13 +18,15 @@ class Solver:
 
     `p` [n, k], `s` [k], `q` [d, k], `mean` [d]; m is the column mean, or zero where nothing was centred. Every ridge
     strength and every target shares it. From the eigenvalues of the smaller of X'X and XX', so d may exceed n.
+    `p` is None where the rows were summed up and not kept (`of_products`): then targets come as products with X.
     """
 
-    p: Float[Tensor, "n k"]
+    p: Float[Tensor, "n k"] | None
     s: Float[Tensor, " k"]
     q: Float[Tensor, "d k"]
     mean: Float[Tensor, " d"]
     centred: bool
+    n: int
 
     @classmethod
     def factor(cls, x: Float[Tensor, "n d"], centre: bool = True, rtol: float = 0.0) -> Solver:
@@ -46,7 +48,25 @@ class Solver:
             raise UserError("the inputs of a fit do not vary: all rows are equal; give prompts that differ")
         s, v = values[keep].sqrt(), vectors[:, keep]
         p, q = (v, x.T @ v / s) if wide else (x @ v / s, v)
-        return cls(p, s, q, mean, centre)
+        return cls(p, s, q, mean, centre, len(x))
+
+    @classmethod
+    def of_products(
+        cls, products: Float[Tensor, "d d"], mean: Float[Tensor, " d"], n: int, centre: bool = True, rtol: float = 0.0
+    ) -> Solver:
+        """Factorises X'X of n rows that are not at hand: about `mean`, or about zero where not `centre`.
+
+        Raises UserError as `factor` does.
+        """
+        if not bool(torch.isfinite(products).all()):
+            raise UserError("the inputs of a fit hold NaN or Inf; profile the model again in float32")
+        values, vectors = torch.linalg.eigh(products.double())
+        floor = max(n, len(mean)) * torch.finfo(torch.float64).eps * values[-1]
+        keep = (values > floor) & (values > rtol * rtol * values[-1])
+        if not bool(keep.any()):
+            raise UserError("the inputs of a fit do not vary: all rows are equal; give prompts that differ")
+        s, q = values[keep].sqrt(), vectors[:, keep]
+        return cls(None, s, q, mean.double() if centre else torch.zeros_like(q[:, 0]), centre, n)
 
     @property
     def unit(self) -> float:
@@ -61,7 +81,7 @@ class Solver:
         """
         delta = delta.double()
         along = delta @ self.q
-        variance = self.s.square() / max(len(self.p) - 1, 1)
+        variance = self.s.square() / max(self.n - 1, 1)
         floor = jitter * float(variance.sum()) / len(self.mean)
         outside = (delta.square().sum(1) - along.square().sum(1)).clamp(min=0) / floor
         return ((along.square() / (variance + floor)).sum(1) + outside).sqrt()
@@ -73,12 +93,21 @@ class Solver:
     def coefficients(self, y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "d m"]:
         """W = (X'X + alpha unit I)^-1 X' (Y - mean Y), by way of [k, m]: m may be a rank, not a width."""
         y = y.double()
-        return self.q @ (self.gain(alpha)[:, None] * (self.p.T @ (y - y.mean(0) if self.centred else y)))
+        return self.q @ (self.gain(alpha)[:, None] * (self._rows.T @ (y - y.mean(0) if self.centred else y)))
 
     def project(self, u: Float[Tensor, "r d"], y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "r m"]:
         """u @ W without forming W: what rows `u` written in the space of X become in the space of Y."""
         y = y.double()
-        return ((u.double() @ self.q) * self.gain(alpha)) @ self.p.T @ (y - y.mean(0) if self.centred else y)
+        return ((u.double() @ self.q) * self.gain(alpha)) @ self._rows.T @ (y - y.mean(0) if self.centred else y)
+
+    def of_cross(self, cross: Float[Tensor, "d m"], alpha: float) -> Float[Tensor, "d m"]:
+        """`coefficients` from X'Y, centred as X is, in place of the rows of Y; its transpose is what `project` applies."""
+        return self.q @ ((self.gain(alpha) / self.s)[:, None] * (self.q.T @ cross.double()))
+
+    @property
+    def _rows(self) -> Float[Tensor, "n k"]:
+        assert self.p is not None, "a solver of products has no rows; use of_cross"
+        return self.p
 
     def solve(self, y: Float[Tensor, "n m"], alpha: float) -> LinearMap:
         """The map itself: y = x @ W + b."""
