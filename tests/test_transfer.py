@@ -260,6 +260,17 @@ def test_a_published_adapter_of_several_layers_in_half_precision_is_pasted_whole
     assert adapters(run)["counting/donor"].parts == Adapter.load(tmp_path / "published").parts
 
 
+def test_aligned_tokens_and_named_converters_go_through_a_whole_job(folders, prompts, tmp_path):
+    job = a_job(folders, prompts, tmp_path, behaviours=prompts["tables"][:1], profile={"pairing": "aligned"},
+                paste={"match": "cka", "methods": ["rrr:4", "ridge:cv"]}, evaluate={"draws": 1})  # fmt: skip
+    run = run_job(job)
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["profiles"]["donor"]["rows"] > 70  # of all tokens
+    found = metrics["behaviours"]["counting"]
+    assert {c["method"] for c in found["forecast"]["candidates"]} == {"rrr:4", "ridge:cv"}
+    assert set(found["arms"]) == ARMS
+
+
 @pytest.mark.parametrize("gone", ["adapters/counting/paste/adapter.safetensors", "profiles/donor/rows.parquet"])
 def test_a_run_with_a_damaged_artefact_recovers(undisturbed, folders, prompts, tmp_path, gone):
     job = a_job(folders, prompts, tmp_path)
