@@ -55,7 +55,7 @@ def test_rows_summed_up_in_batches_give_the_fold_of_rows_held(stores, part, meth
     held = ConverterFits(*stores["all"], pairing="aligned")
     summed = ConverterFits(*stores["all"], pairing="aligned", row_budget=0)
     assert (held.summed, summed.summed) == (False, True)
-    assert summed.states("recipient", Site(0)).shape == (2, 48)  # a sample
+    assert summed.states("recipient", Site(0)).shape == (96, 48) < (len(summed.rows), 48)  # a sample
     h = held.states("recipient", ENDS[1])
     if method == "pinv":  # its cut counts the width alone there; no direction is near either
         assert held.solver("donor", ENDS[0], False).s.shape == summed.solver("donor", ENDS[0], False).s.shape
@@ -82,6 +82,18 @@ def test_pairings_that_cannot_be_are_refused(stores):
         RowPairs.of(*stores["last"], pairing="all")
     with pytest.raises(UserError, match="do not pair"):
         RowPairs.of(stores["last"][0], stores["all"][1])
+
+
+def test_sums_that_do_not_fit_in_memory_at_once_are_made_in_several_passes(stores, part, monkeypatch):
+    all_at_once = ConverterFits(*stores["all"], pairing="aligned", row_budget=0)
+    expected = [all_at_once.fold(part, Site(d), Site(r)) for d in (0, 1) for r in (2, 0)]
+    for budget, kept in ((3 * 3 * 48 * 48, 3), (0, 1)):
+        monkeypatch.setattr("workbench.paired_profiles.SUM_BUDGET", budget)
+        fits = ConverterFits(*stores["all"], pairing="aligned", row_budget=0)
+        found = [fits.fold(part, Site(d), Site(r)) for d in (0, 1) for r in (2, 0)]
+        assert len(fits._sums) == kept
+        h = fits.states("recipient", Site(0))
+        assert max(distance(a, b, h) for a, b in zip(found, expected, strict=True)) < 1e-5
 
 
 def test_alpha_by_cross_validation_is_for_each_pair_and_direction(stores):

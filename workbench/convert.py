@@ -203,7 +203,7 @@ def _linear(method: str, alpha: Alpha) -> ConverterSpec:
 
 def _written(write: Solver, u: Tensor, cross: Tensor, alpha: float) -> Tensor:
     """u B with B = (Y'Y + a)^-1 Y'X, from Y'X."""
-    return ((u @ write.q) * (write.gain(alpha) / write.s)) @ write.q.T @ cross
+    return write.out_of((write.along(u) * (write.gain(alpha) / write.s)).T).T @ cross
 
 
 def fits_of_recipients(
@@ -219,7 +219,8 @@ def fits_of_recipients(
     made = [ConverterFits(donor, r, holdout, seed, pairing=pairing) for r in recipients]
     first = made[0]
     for other in made[1:]:
-        if torch.equal(first.fit_rows, other.fit_rows) and not (first.summed or other.summed):
+        same = torch.equal(first.fit_rows, other.fit_rows) and torch.equal(first.held_rows, other.held_rows)
+        if same and not (first.summed or other.summed):
             other._donors = first._donors
     return made
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .maps.moments import Moments
 from .maps.pair_factors import PairFactors
 from .maps.solver import Solver
-from .row_pairs import BATCH, RowPairs, donor_name, moments, recipient_name
+from .row_pairs import BATCH, Names, RowPairs, donor_name, moments, recipient_name
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class PairedProfiles:
     pairing: str = "last"
     row_budget: int = ROW_BUDGET
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _sums: dict[Names, Moments] = field(default_factory=dict, repr=False)
     _donors: dict[Any, Any] = field(default_factory=dict, repr=False)  # of the donor alone; may be shared
 
     def __post_init__(self) -> None:
@@ -52,8 +53,8 @@ class PairedProfiles:
         if self.shuffled:
             self.rows = self.rows.shuffled(self.seed + 1)
         widest = max(s.width(site) for s in (self.donor, self.recipient) for site in s.sites)
-        most = max(self.row_budget // widest, 2)
-        self.summed = len(self.rows) > max(most, 2 * widest)  # rows are read in batches, never held
+        most = max(self.row_budget // widest, 2 * widest)
+        self.summed = len(self.rows) > most  # rows are read in batches, never held
         self.held = held.spread(most)
         self._sample = self.rows.spread(most)
 
@@ -156,13 +157,16 @@ class PairedProfiles:
         return found.cov(*names) if centre else found.raw(*names)
 
     def _moments_of(self, side: str, site: Site) -> Moments:
-        other = self._store("recipient" if side == "donor" else "donor").sites[0]
-        return self._moments(site, other) if side == "donor" else self._moments(other, site)
+        """Any moments that hold a site, at hand or else made."""
+        mine = 0 if side == "donor" else 1
+        for key, found in self._sums.items():
+            if key[mine] == site:
+                return found
+        return self._moments(*((site, self.recipient.sites[0]) if side == "donor" else (self.donor.sites[0], site)))
 
     def _moments(self, donor: Site, recipient: Site) -> Moments:
-        """The moments of a pair; in its pass over the rows, of as many other pairs as fit in memory."""
-        key = "moments", donor, recipient
-        if key not in self._cache:
+        """The moments of a pair; in its pass over the rows, of as many other pairs as fit in memory. One pass is kept."""
+        if (donor, recipient) not in self._sums:
             everyone = [(d, r) for d in self.donor.sites for r in self.recipient.sites]
             same = [(d, r) for d, r in everyone if d == donor]
             for wanted in (everyone, same, [(donor, recipient)]):
@@ -170,5 +174,5 @@ class PairedProfiles:
                 if 3 * sum(sizes) <= SUM_BUDGET or len(wanted) == 1:
                     break
             made = moments(self.donor, self.recipient, self.rows, wanted)
-            self._cache |= {("moments", *pair): made for pair in wanted}
-        return self._cache[key]
+            self._sums = dict.fromkeys(wanted, made)
+        return self._sums[donor, recipient]

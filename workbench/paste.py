@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .convert import Converter
 
 
+SAFE = 1e-9  # of the trace: a smallest eigenvalue above it leaves a solve in float64 seven digits at least
+
+
 @dataclass(frozen=True)
 class Capture:
     """How much of an adapter part lies in the span of a profile, which is all that a map fitted on it can carry."""
@@ -64,7 +67,8 @@ def fold(part: LowRank, to_donor: LinearMap, to_recipient: LinearMap) -> LowRank
 def fold_gram(part: LowRank, x: Float[Tensor, "n d_R"], y: Float[Tensor, "m d_D"]) -> LowRank:
     """`fold` through the published converters, pinv(X) Y and pinv(Y) X, which are never formed.
 
-    V' = pinv(X) (Y V), b' = b, U' = (U pinv(Y)) X, by the eigenvectors of the smaller Gram matrix of each side.
+    V' = pinv(X) (Y V), b' = b, U' = (U pinv(Y)) X, by the Cholesky factor of XX' where n < d and no direction is near
+    being cut, else by the eigenvectors of the smaller Gram matrix of each side.
 
     Args:
         part: of the donor.
@@ -78,10 +82,31 @@ def fold_gram(part: LowRank, x: Float[Tensor, "n d_R"], y: Float[Tensor, "m d_D"
     if y.shape[1] != part.width:
         raise UserError(f"this adapter part has width {part.width}; the donor's rows have width {y.shape[1]}")
     x, y = x.double(), y.double()
-    v = Solver.factor(x, centre=False).coefficients(y @ part.V.to(y), 0.0)
-    u = Solver.factor(y, centre=False).project(part.U.to(y), x, 0.0)
+    v = _pinv_times(x, y @ part.V.to(y))
+    u = _pinv_times(y, x, part.U.to(y))
     dtype = torch.promote_types(part.V.dtype, torch.float32)
     return LowRank(v.to(dtype), part.b.to(v.device, dtype), u.to(dtype), part.act)
+
+
+def _pinv_times(x: Tensor, y: Tensor, u: Tensor | None = None) -> Tensor:
+    """pinv(x) @ y, or u @ pinv(x) @ y, in float64; pinv(x) = x' (x x')^-1 where the rows are independent."""
+    if len(x) < x.shape[1]:
+        gram = x @ x.T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not failed and _smallest(factor) > SAFE * float(gram.diagonal().sum()):
+            if u is None:
+                return x.T @ torch.cholesky_solve(y, factor)
+            return torch.cholesky_solve(x @ u.T, factor).T @ y
+    solver = Solver.factor(x, centre=False)
+    return solver.coefficients(y, 0.0) if u is None else solver.project(u, y, 0.0)
+
+
+def _smallest(factor: Tensor, steps: int = 30) -> float:
+    """An estimate of the smallest eigenvalue of L L', from above, by inverse iteration."""
+    at = torch.randn(len(factor), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor)
+    for _ in range(steps):
+        at = torch.linalg.qr(torch.cholesky_solve(at, factor)).Q
+    return float((factor.T @ at).norm(dim=0).square().min())
 
 
 def three_step(

@@ -27,6 +27,13 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def both(run: Callable[[], Any]) -> Tensor:
+    """Seconds on the wall, and of all threads of this process: the second does not grow with what else the machine does."""
+    start = time.process_time()
+    wall = seconds(run)
+    return torch.tensor([wall, time.process_time() - start])
+
+
 def _rows(n: int, width: int, seed: int) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
@@ -41,7 +48,7 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
     """One layer both ways, all layers through the Gram (each with profiles of its own), and the paste on disk."""
     recipient, donor = widths
     x, y, part = _rows(n, recipient, 0), _rows(n, donor, 1), _part(donor, 2)
-    gram_s = statistics.median(seconds(lambda: fold_gram(part, x, y)) for _ in range(3))
+    gram = torch.stack([both(lambda: fold_gram(part, x, y)) for _ in range(3)]).median(0).values
     made: list[LowRank] = []
 
     def dense() -> None:
@@ -49,30 +56,29 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
         zero = torch.zeros(1)
         made.append(fold(part, LinearMap(there, zero.expand(donor)), LinearMap(back, zero.expand(recipient))))
 
-    dense_s, ours = seconds(dense), fold_gram(part, x, y)
+    full, ours = both(dense), fold_gram(part, x, y)
     difference = max(float((a - b).norm() / b.norm()) for a, b in ((ours.V, made[0].V), (ours.U, made[0].U)))
     parts: dict[Site, LowRank] = {}
-    all_s, ridge_all_s = 0.0, 0.0
+    every, ridges = torch.zeros(2), torch.zeros(2)
     for layer in range(layers):
         x, y, part = _rows(n, recipient, 10 + layer), _rows(n, donor, 50 + layer), _part(donor, layer)
 
         def one(layer: int = layer, x: Tensor = x, y: Tensor = y, part: LowRank = part) -> None:
             parts[Site(layer)] = fold_gram(part, x, y)
 
-        all_s += seconds(one)
+        every += both(one)
 
         def ridge(x: Tensor = x, y: Tensor = y, part: LowRank = part) -> None:
             Solver.factor(x).coefficients(y @ part.V, 0.1)
             Solver.factor(y).project(part.U, x, 0.1)
 
-        ridge_all_s += seconds(ridge)
+        ridges += both(ridge)
     adapter = Adapter(parts)
     adapter.save(folder / "paste")
     adapter.to(torch.bfloat16).save(folder / "half")
     size, half = (sum(f.stat().st_size for f in (folder / name).iterdir()) for name in ("paste", "half"))
-    return {"n": n, "widths": list(widths), "layers": layers, "gram_s": gram_s, "dense_s": dense_s,
-            "ratio": dense_s / gram_s, "difference": difference, "all_s": all_s, "ridge_all_s": ridge_all_s,
-            "bytes": size, "bytes_bf16": half, "threads": torch.get_num_threads()}  # fmt: skip
+    return {"n": n, "widths": list(widths), "layers": layers, "gram_s": gram.tolist(), "dense_s": full.tolist(), "ratio": (full / gram).tolist(),
+            "difference": difference, "all_s": every.tolist(), "ridge_all_s": ridges.tolist(), "bytes": size, "bytes_bf16": half, "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def _model(width: int, layers: int, heads: int) -> Any:

@@ -209,18 +209,26 @@ def _paste(folder: Path) -> dict[str, Any]:
 
 def _tell_paste(found: dict[str, Any]) -> str:
     fold, run = found["fold"], found["generation"]
+
+    def two(pair: list[float], unit: str = " s") -> str:
+        return f"{pair[0]:.1f}{unit} ({pair[1]:.1f}{unit} of CPU)"
+
     rows = [
-        ("fold through the Gram, one layer", f"{fold['gram_s']:.2f} s"),
-        ("two dense pinvs and a fold, one layer", f"{fold['dense_s']:.1f} s ({fold['ratio']:.1f} times as long)"),
+        ("fold through the Gram, one layer", two(fold["gram_s"])),
+        ("two dense pinvs and a fold, one layer", two(fold["dense_s"])),
+        ("the second over the first", two(fold["ratio"], "")),
         ("largest relative difference of the two", f"{fold['difference']:.1e}"),
-        (f"all {fold['layers']} layers folded through the Gram", f"{fold['all_s']:.1f} s"),
-        ("ridge 0.1, all layers, the library's own path", f"{fold['ridge_all_s']:.1f} s"),
-        ("the paste on disk", f"{fold['bytes'] / 1e6:.2f} MB"),
+        (f"all {fold['layers']} layers folded through the Gram", two(fold["all_s"])),
+        ("all layers at ridge 0.1, factors kept for every other strength", two(fold["ridge_all_s"])),
+        (
+            f"the paste on disk, {fold['layers']} layers, float32 and bfloat16",
+            f"{fold['bytes'] / 1e6:.2f} and {fold['bytes_bf16'] / 1e6:.2f} MB",
+        ),
         ("generation with the paste / without", f"{run['paste']:.3f}"),
         ("generation, converting at each step / without", f"{run['each_step']:.3f}"),
     ]
     return (
-        f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows. Generation: a "
+        f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows, {fold['threads']} threads. Generation: a "
         f"random model of GPT-2 small's shape, {run['layers']} edited layers, {run['tokens']} new tokens, batch {run['batch']}"
         f", medians of {run['repeats']} in turns.\n\n" + table(["what", "cost"], rows)
     )

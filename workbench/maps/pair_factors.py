@@ -106,18 +106,18 @@ class PairFactors:
         """The maps themselves, x to y and back, with biases: float32, [dx, dy] and [dy, dx]."""
         made = []
         for source, target, core in ((self.x, self.y, cores.there), (self.y, self.x, cores.back)):
-            weight = source.q @ core @ target.q.T
+            weight = source.out_of(core) @ target.q.T
             bias = target.mean - source.mean @ weight
             made.append(LinearMap(weight.float(), bias.float(), {"method": method, "n": self.x.n}))
         return made[0], made[1]
 
     def read(self, core: Float[Tensor, "kx ky"], v: Float[Tensor, "dy r"]) -> Float[Tensor, "dx r"]:
         """W v for W = Qx core Qy', which is not formed."""
-        return self.x.q @ (core @ (self.y.q.T @ v.double()))
+        return self.x.out_of(core @ self.y.along(v.T).T)
 
     def write(self, core: Float[Tensor, "ky kx"], u: Float[Tensor, "r dy"]) -> Float[Tensor, "r dx"]:
         """u B for B = Qy core Qx', which is not formed."""
-        return (u.double() @ self.y.q @ core) @ self.x.q.T
+        return self.x.out_of((self.y.along(u) @ core).T).T
 
     def cka(self, rows: tuple[Float[Tensor, " n"], Float[Tensor, " n"]]) -> float:
         """Debiased CKA; `rows` are the squared lengths of the centred rows of both sides."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -19,14 +20,18 @@ class Solver:
     `p` [n, k], `s` [k], `q` [d, k], `mean` [d]; m is the column mean, or zero where nothing was centred. Every ridge
     strength and every target shares it. From the eigenvalues of the smaller of X'X and XX', so d may exceed n.
     `p` is None where the rows were summed up and not kept (`of_products`): then targets come as products with X.
+    Where d exceeds n, `q` is formed when it is asked for: a fold needs it never, at 2 n d k FLOPs.
     """
 
     p: Float[Tensor, "n k"] | None
     s: Float[Tensor, " k"]
-    q: Float[Tensor, "d k"]
+    basis: Float[Tensor, "d k"] | None
+    """Q, where it was found first"""
     mean: Float[Tensor, " d"]
     centred: bool
     n: int
+    rows: Float[Tensor, "n d"] | None = None
+    """X - m, where Q was not"""
 
     @classmethod
     def factor(cls, x: Float[Tensor, "n d"], centre: bool = True, rtol: float = 0.0) -> Solver:
@@ -47,8 +52,9 @@ class Solver:
         if not bool(keep.any()):
             raise UserError("the inputs of a fit do not vary: all rows are equal; give prompts that differ")
         s, v = values[keep].sqrt(), vectors[:, keep]
-        p, q = (v, x.T @ v / s) if wide else (x @ v / s, v)
-        return cls(p, s, q, mean, centre, len(x))
+        if wide:
+            return cls(v, s, None, mean, centre, len(x), x)
+        return cls(x @ v / s, s, v, mean, centre, len(x))
 
     @classmethod
     def of_products(
@@ -68,6 +74,23 @@ class Solver:
         s, q = values[keep].sqrt(), vectors[:, keep]
         return cls(None, s, q, mean.double() if centre else torch.zeros_like(q[:, 0]), centre, n)
 
+    @cached_property
+    def q(self) -> Float[Tensor, "d k"]:
+        """The directions of the columns, [d, k]."""
+        return self.out_of(torch.eye(len(self.s)).to(self.s)) if self.basis is None else self.basis
+
+    def along(self, u: Float[Tensor, "m d"]) -> Float[Tensor, "m k"]:
+        """u Q."""
+        if self.rows is None or self.p is None:
+            return u.double() @ self.q
+        return (u.double() @ self.rows.T) @ self.p / self.s
+
+    def out_of(self, c: Float[Tensor, "k m"]) -> Float[Tensor, "d m"]:
+        """Q c."""
+        if self.rows is None or self.p is None:
+            return self.q @ c
+        return self.rows.T @ (self.p @ (c / self.s[:, None]))
+
     @property
     def unit(self) -> float:
         """The mean diagonal of X'X: what `alpha` is measured in."""
@@ -80,7 +103,7 @@ class Solver:
         that S has: a length there says that the profile never went that way, not how far it would go.
         """
         delta = delta.double()
-        along = delta @ self.q
+        along = self.along(delta)
         variance = self.s.square() / max(self.n - 1, 1)
         floor = jitter * float(variance.sum()) / len(self.mean)
         outside = (delta.square().sum(1) - along.square().sum(1)).clamp(min=0) / floor
@@ -93,19 +116,19 @@ class Solver:
     def coefficients(self, y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "d m"]:
         """W = (X'X + alpha unit I)^-1 X' (Y - mean Y), by way of [k, m]: m may be a rank, not a width."""
         y = y.double()
-        return self.q @ (self.gain(alpha)[:, None] * (self._rows.T @ (y - y.mean(0) if self.centred else y)))
+        return self.out_of(self.gain(alpha)[:, None] * (self._left.T @ (y - y.mean(0) if self.centred else y)))
 
     def project(self, u: Float[Tensor, "r d"], y: Float[Tensor, "n m"], alpha: float) -> Float[Tensor, "r m"]:
         """u @ W without forming W: what rows `u` written in the space of X become in the space of Y."""
         y = y.double()
-        return ((u.double() @ self.q) * self.gain(alpha)) @ self._rows.T @ (y - y.mean(0) if self.centred else y)
+        return (self.along(u) * self.gain(alpha)) @ self._left.T @ (y - y.mean(0) if self.centred else y)
 
     def of_cross(self, cross: Float[Tensor, "d m"], alpha: float) -> Float[Tensor, "d m"]:
         """`coefficients` from X'Y, centred as X is, in place of the rows of Y; its transpose is what `project` applies."""
-        return self.q @ ((self.gain(alpha) / self.s)[:, None] * (self.q.T @ cross.double()))
+        return self.out_of((self.gain(alpha) / self.s)[:, None] * self.along(cross.T).T)
 
     @property
-    def _rows(self) -> Float[Tensor, "n k"]:
+    def _left(self) -> Float[Tensor, "n k"]:
         assert self.p is not None, "a solver of products has no rows; use of_cross"
         return self.p
 
