@@ -228,9 +228,10 @@ def _tell_paste(found: dict[str, Any]) -> str:
         ("generation, converting at each step / without", f"{run['each_step']:.3f}"),
     ]
     return (
-        f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows, {fold['threads']} threads. Generation: a "
-        f"random model of GPT-2 small's shape, {run['layers']} edited layers, {run['tokens']} new tokens, batch {run['batch']}"
-        f", medians of {run['repeats']} in turns.\n\n" + table(["what", "cost"], rows)
+        f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows, "
+        f"{fold['threads']} threads. Generation: a random model of GPT-2 small's shape, {run['layers']} edited layers, "
+        f"{run['tokens']} new tokens, batch {run['batch']}, medians of {run['repeats']} in turns.\n\n"
+        + table(["what", "cost"], rows)
     )
 
 
