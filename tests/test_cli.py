@@ -433,7 +433,7 @@ def test_stores_that_do_not_pair(home, tmp_path):
 
 BAD_CONVERTS = {
     "unknown converter": (["--method", "magic"], ["'magic'", "ridge, pinv"]),
-    "unknown matching": (["--match", "middle"], ["'middle'", "nearest, floor, r2"]),
+    "unknown matching": (["--match", "middle"], ["'middle'", "nearest, floor, ends, cka, svcca, r2"]),
     "matching that needs a job": (["--match", "forecast"], ["'forecast'", "job file"]),
     "layer out of range": (["--donor-layers", "7"], ["layer 7", f"0 to {LAYERS - 1}"]),
     "negative alpha": (["--alpha", "-1"], ["alpha -1"]),
