@@ -221,6 +221,8 @@ class _Pass:
         self.ready = True
 
     def add(self, x: Tensor, y: Tensor, groups: Tensor) -> None:
+        if not (x.isfinite().all() and y.isfinite().all()):
+            raise UserError("rows hold NaN or infinite values; remove those rows first")
         if not self.ready:
             self._prepare(x, y)
         x, y = x.to(self.directions), y.to(self.directions)

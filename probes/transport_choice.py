@@ -177,14 +177,18 @@ class TransportCost:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
         times = "pass" if self.passes == 1 else "passes"
         return "\n".join([
-            f"{self.pairs} pairs of sites, causal figures of {self.causal}",
-            f"{self.operators} maps and {self.controls} of shuffled pairs to keep: {self.bytes / 2**20:.1f} MiB to "
-            f"write, {self.free / 2**20:.0f} MiB free{room}",
-            f"{self.passes} {times} over the prompts, with up to {self.memory / 2**20:.0f} MiB of moments held",
+            f"{_count(self.pairs, 'pair')} of sites, causal figures of {self.causal}",
+            f"{_count(self.operators, 'map')} and {self.controls} of shuffled pairs to keep: {self.bytes / 2**20:.1f} MiB "
+            f"to write, {self.free / 2**20:.0f} MiB free{room}",
+            f"{self.passes} {times} over the prompts; {self.memory / 2**20:.0f} MiB of memory are free for moments",
         ])  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def transport_cost(model: Model, prompts: PromptSet, out: str | Path, job: TransportJob) -> TransportCost:

@@ -61,8 +61,12 @@ class TransportJob:
 
 def check_job(prompts: PromptSet, job: TransportJob) -> None:
     """Raises UserError for tokens, positions and parts that there are not; `PairChoice.of` does so for pairs."""
+    from workbench.prompts import PromptSet
+
     check_tokens(job.tokens)
     check_positions(job.positions)
+    if job.text and not job.grid_only:
+        PromptSet.load(job.text)  # a wrong name is told before the work
     Split.of(len(prompts), folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed)
 
 

@@ -34,15 +34,15 @@ SAYS = {
     "grid": "How much of each later layer a linear map of an earlier one predicts {from_where}: 1 is all of its variance, "
     "0 no more than its mean. Beside it the same fit with the sources of other prompts, which can carry nothing. Rows at "
     "position 0 (BOS) are left out. Of the baselines, identity takes the source as it is, identity + bias adds a constant, "
-    "Procrustes also rotates and scales.",
+    "Procrustes also rotates.",
     "bos": "The same with the rows at position 0. They are nearly alike in every prompt and may be very long, so that they "
     "lift R² whatever the map does: read the grid without them. The shuffled control keeps BOS rows among themselves, so "
     "what it scores here is that lift.",
     "routes": "Where attention took the sources from, without position 0: the share of tokens that have themselves or the "
     "one before as their source, how many tokens back it lies on average, and the share of the attention (mean over heads "
     "and over the layers between) that it has. One map is fitted to all of them.",
-    "curves": "R² of every arm with its 95 % interval. The gap between the map and the baselines is what needs more than "
-    "the residual stream's plain copy.",
+    "curves": "R² of every arm with its 95 % interval; what falls below -0.5 leaves the axes. The gap between the map and "
+    "the baselines is what needs more than the residual stream's plain copy.",
     "efficiency": "Solid: the best map of each rank, on held-out rows; dashed: the ridge map cut to its leading directions, "
     "as the released code does it (what falls below -0.25 leaves the axes); dotted: what no affine map of that rank exceeds "
     "on those rows. Efficiency is the ratio. Whitened R² counts every direction of the target alike, however small.",
@@ -124,7 +124,7 @@ def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> 
     if (found := _parquet(folder / "causal.parquet")) is not None:
         job, about = metrics["job"], metrics["causal"]
         shift = SAYS["shift"].format(fitted=job["prompts"], read=about["prompts"])
-        yield section("Causal", SAYS["causal"], *([shift] if about["prompts"] != job["prompts"] else []),
+        yield section("Causal", SAYS["causal"], *([shift] if not str(about["prompts"]).endswith("(held out)") else []),
                       figure=plots.causal_points(found), tables=_causal(found, about))  # fmt: skip
     if (found := _parquet(folder / "shortcut.parquet")) is not None:
         single, greedy = (found[found["search"] == name] for name in ("single", "greedy"))
@@ -248,10 +248,15 @@ def _causal(found: pd.DataFrame, about: Mapping[str, Any]) -> list[dict[str, Any
     plain_loss = _estimate(found[found["arm"] == "untouched"].iloc[0], "log_perplexity")
     note = (f"{about['sequences']:,} prompts of {about['prompts']}, {about['tokens']:,} predicted tokens; the untouched model "
             f"has {plain_loss[0]} ({plain_loss[1]}).")  # fmt: skip
-    costs = [_row(plots.pair_title(*pair), [_estimate(part.loc[arm], "delta") for arm in arms])
-             for pair, part in by_pair.items()]  # fmt: skip
     few = [arm for arm in ("transported", "identity", "mean") if arm in arms]
-    more = [_row(plots.pair_title(*pair), [_estimate(part.loc[arm], key) for key in ("kl", "agreement") for arm in few])
+
+    def cells(part: pd.DataFrame, key: str, some: list[str]) -> list[Any]:
+        return [
+            _estimate(part.loc[arm], key) if arm in part.index else "–" for arm in some
+        ]  # no identity of two widths
+
+    costs = [_row(plots.pair_title(*pair), cells(part, "delta", arms)) for pair, part in by_pair.items()]
+    more = [_row(plots.pair_title(*pair), [*cells(part, "kl", few), *cells(part, "agreement", few)])
             for pair, part in by_pair.items()]  # fmt: skip
     heads = [f"{word}, {arm}" for word in ("KL", "agreement") for arm in few]
     return [

@@ -65,6 +65,8 @@ def _efficiency(metrics: Mapping[str, Any], table: pd.DataFrame | None) -> Head:
     sizes = metrics.get("efficiency", {}).get("sizes") or []
     if not sizes or table is None:
         return []
+    if table.groupby(["source", "target"])["optimal"].last().min() <= 0:
+        return ["Some pairs carry nothing: the best map of some pair explains none of the held-out whitened variance."]
     low, high = _ends(sizes, "efficiency")
     halves = [half_rank(part) for _, part in table.groupby(["source", "target"], sort=False)]
     width = max(s["rank_y"] for s in sizes)
@@ -129,7 +131,8 @@ def _shortcut(lines: Sequence[Mapping[str, Any]]) -> Head:
     return [
         f"Leaving out block {best['blocks']} saves {100 * best['saved']:.0f} % of the FLOPs and costs "
         f"{_interval(best, 'delta')} nats per token.",
-        f"The longest run with one map, blocks {last['blocks']}: {100 * last['saved']:.0f} %, {_interval(last, 'delta')} nats.",
+        *([f"The longest run with one map, blocks {last['blocks']}: {100 * last['saved']:.0f} %, "
+           f"{_interval(last, 'delta')} nats."] if last["skipped"] > 1 else []),
     ]  # fmt: skip
 
 

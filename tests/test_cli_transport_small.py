@@ -115,3 +115,14 @@ def test_values_that_are_not_finite_are_refused(home, tmp_path):
     save_folder(rare, home / "rare")
     said = refused(*line(home, tmp_path / "run", "many.txt", model="rare"))
     assert "block 'resid_post.1' holds NaN or infinite values; remove those rows first" in said
+
+
+def test_sites_of_several_widths_have_a_report_and_a_wrong_text_costs_nothing(home, tmp_path):
+    run = tmp_path / "run"
+    whole = ("transport", home / "llama", "--prompts", home / "many.txt", "--alpha", "0.1", "--folds", 2, "--shards", 2,
+             "--sites", "resid_pre.0,mlp_act.1,resid_post.2", "--out", run)  # fmt: skip
+    good(*whole)
+    assert "–" in (run / "report.html").read_text()
+    before = tree(run)
+    told(workbench(*whole, "--text", "nofile.txt"), "nofile.txt")
+    assert tree(run) == before

@@ -94,7 +94,9 @@ def alpha_value(text: str) -> float | Literal["cv"]:
     try:
         value = float(text)
     except ValueError:
-        raise UserError(f"alpha {text!r} is neither a number nor cv; 0.01 to 0.1 are usual") from None
+        raise UserError(
+            f"alpha {text!r} is neither a number nor cv (workbench transport: or gcv); 0.01 to 0.1 are usual"
+        ) from None
     if not 0 <= value < float("inf"):
         raise UserError(f"alpha {value:g} is out of range: a number of 0 or more is needed; 0.01 to 0.1 are usual")
     return value

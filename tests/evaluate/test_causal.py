@@ -275,7 +275,6 @@ def test_what_does_not_fit_is_told(llama):
         (dict(arms={"untouched": constant(torch.zeros(48))}), "may not be called 'untouched'"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(max_length=1), "needs at least 2 tokens"),
-        (dict(prompts=[{"text": "w1"}]), "none of the sequences has two tokens"),
     ]
     for change, message in cases:
         given = {"prompts": texts(2), "source": 0, "target": 1, "operators": operator, **change}
@@ -294,3 +293,19 @@ def test_what_does_not_fit_is_told(llama):
         pass
     with pytest.raises(UserError, match="budget must be a positive rise"):
         greedy_skips(llama, texts(2), {(0, 1): operator}, budget=0.0)
+
+
+def test_texts_begin_as_documents_did_and_position_0_is_left_alone(llama):
+    bos = llama.tokenizer.bos_token_id
+    sequences = Sequences.of(llama, [{"text": "w1 w2 w3"}])
+    assert sequences.ids[0][0] == bos != sequences.ids[0][1]
+    n = len(sequences.ids[0])
+    assert choose(llama, sequences, "all") == [list(range(1, n))]
+    assert choose(llama, sequences, "all+special") == [list(range(n))]
+    llama.tokenizer.bos_token = None
+    sequences = Sequences.of(llama, [{"text": "w1 w2 w3"}])
+    assert sequences.ids[0][0] != bos
+    assert choose(llama, sequences, "all") == [list(range(1, n - 1))]
+    assert choose(llama, sequences, "all+special") == [list(range(n - 1))]
+    with pytest.raises(UserError, match="none of the sequences has two tokens"):
+        Sequences.of(llama, [{"text": "w1"}])

@@ -237,3 +237,11 @@ def test_a_model_of_2304_takes_no_more_room_than_a_batch():
     print(f"{time.perf_counter() - began:.1f} s for {f} features on {n} rows of {d}")
     assert (found.count > 0).all()
     assert (found.r2_all > 0.5).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_refused(value):
+    x, y, operator = rows(200)
+    y[3, 4] = value
+    with pytest.raises(UserError, match="NaN or infinite"):
+        feature_metrics(operator, planted(), row_batches(x, y))

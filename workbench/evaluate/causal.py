@@ -120,7 +120,7 @@ def causal_effects(
     Args:
         prompts: a PromptSet or what it loads; every token but the first of each sequence is predicted.
         positions: `all`, `last`, `first:n`, `last:n`, `every:n` (see `tokens.choose`: special tokens are left out of all
-            but `last`, unless `+special` is appended, as in "all+special", which takes BOS too), or a list of positions,
+            but `last`, and so is position 0, unless `+special` is appended, as in "all+special"), or a list of positions,
             each taken whatever its token.
         batch_size: sequences in one pass; the result depends on it by float noise only.
 
@@ -211,8 +211,9 @@ def choose(model: Model, sequences: Sequences, positions: str | Sequence[int]) -
     if isinstance(positions, str):
         check_tokens(positions)
         special = special_ids(model.tokenizer)
+        first = 0 if positions.endswith("+special") else 1  # where a model without a BOS keeps its massive activation
         found = [tokens.choose(positions, *origin, special) for origin in sequences.origin]
-        return [[p for p in kept if p < len(row)] for kept, row in zip(found, sequences.ids, strict=True)]
+        return [[p for p in kept if first <= p < len(row)] for kept, row in zip(found, sequences.ids, strict=True)]
     wanted = sorted(set(positions))
     if not wanted or wanted[0] < 0:
         raise UserError(f"positions must be token positions from 0 on; got {list(positions)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,13 +43,18 @@ class Sequences:
 
     @classmethod
     def of(cls, model: Model, prompts: Any, max_length: int | None = None) -> Sequences:
-        """Reads and encodes prompts, cut to `max_length` tokens (the model's context unless given)."""
+        """Reads and encodes prompts, cut to `max_length` tokens (the model's context unless given).
+
+        A plain text begins with the BOS of a model that has one, also where its tokenizer adds none (GPT-2): documents
+        did in training, and what is predicted without it is another thing.
+        """
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length={max_length}: a sequence needs at least 2 tokens to predict one")
         limit = min(max_length or model.max_length, model.max_length)
         prompts = PromptSet.load(prompts)
         texts = render(prompts, model.tokenizer)
-        encoded = encode_spans(prompts, model.tokenizer, rendered=texts)
+        bos = model.tokenizer.bos_token_id
+        encoded = [_begun(e, bos) for e in encode_spans(prompts, model.tokenizer, rendered=texts)]
         rows = [(e, p, text) for e, p, text in zip(encoded, prompts, texts, strict=True) if len(e.ids[:limit]) > 1]
         if not rows:
             raise UserError("none of the sequences has two tokens; give longer texts")
@@ -70,6 +75,12 @@ class Sequences:
             raise UserError(f"batch_size must be at least 1; got {size}")
         order = sorted(range(len(self)), key=lambda i: (-len(self.ids[i]), i))
         yield from (order[i : i + size] for i in range(0, len(order), size))
+
+
+def _begun(one: Encoded, bos: int | None) -> Encoded:
+    if bos is None or one.frame is not None or one.ids[0] == bos:
+        return one
+    return replace(one, ids=[bos, *one.ids], spans=[(0, 0), *one.spans])
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,8 @@ def check_disk(folder: str | Path, needed: int, said: str) -> None:
     free = disk_free(folder)
     if needed > free:
         raise UserError(f"{said} take {needed / 2**20:.1f} MiB and {folder} has {free / 2**20:.1f} MiB free; make room, "
-                        "choose another folder, or keep fewer maps (--keep-maps needed or none)")  # fmt: skip
+                        "choose another folder, or keep fewer maps (--keep-maps needed, --causal neighbours or none)"
+                        )  # fmt: skip
 
 
 def disk_free(folder: str | Path) -> int:
