@@ -18,6 +18,7 @@ from ..maps.ridge import ALPHAS, Choice
 from ..maps.scores import METRICS
 from ..sites import Site
 from ..tokens import Policy
+from .control import control_notes
 from .map_files import KeptMaps
 from .pairs import OPERATOR, SHUFFLED, FittedArm, Options, SitePair, check_pairs, fit_pairs, site_pairs
 from .positions import check_positions
@@ -206,12 +207,12 @@ def transport_grid(
     arms: list[tuple[bool, FittedArm]] = []
     keep = {OPERATOR: keep_maps, SHUFFLED: keep_maps if keep_controls is None else keep_controls}
     kept = KeptMaps.of(keep, wanted, {site: rows.width(site) for pair in wanted for site in pair}, maps)
-    n_first, routing = 0, dict[str, dict[str, float]]()
+    n_first, own, routing = 0, 0.0, dict[str, dict[str, float]]()
     for some in passes:
         every = sum_pairs(rows, some, split, first=first, products=products, seed=seed, **about)
         while every:
             sums = every.pop(0)
-            n_first = sums.n_first
+            n_first, own = sums.n_first, max(own, sums.own)
             routing |= {f"{a}>{b}": dict(sums.routing) for a, b in sums.pairs if sums.routing}
             for bos in (False, True) if n_first else (False,):
                 for fitted in fit_pairs(sums, sums.pairs, options, first=bos):
@@ -227,7 +228,7 @@ def transport_grid(
         **rows.about, "positions": positions, "folds": folds, "shards": shards, "holdout": holdout, "seed": seed,
         "alpha": alpha, "alphas": list(options.alphas), "absolute": absolute, "n_first": n_first, "passes": len(passes),
         "products": str(products).removeprefix("torch."), "n_prompts": rows.n_prompts,
-        "warnings": [*_warnings([one for bos, one in arms if not bos]), *routing_notes(routing)],
+        "warnings": [*_warnings([one for bos, one in arms if not bos]), *control_notes(own), *routing_notes(routing)],
         **({"routing": routing} if routing else {}),
     }  # fmt: skip
     outputs = {one.pair: torch.stack([one.per_output.value, one.per_output.error]) for bos, one in arms

@@ -31,7 +31,7 @@ def paired_rows(
     same       the token itself
     previous   the token before it, where its row is there too
     random     an earlier token of the same prompt, drawn evenly; the first row of a prompt has none
-    shuffled   a token of another prompt: see `shuffled_rows`
+    shuffled   a token of another prompt: see `shuffled_rows`, and `control.Control`, which does it batch by batch
     attention  of no use here: its pairing is another for each pair of sites, and comes from a model; see below
 
     With `attention` the source of token t, between two sites, is the token j <= t of the same prompt with the largest

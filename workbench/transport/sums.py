@@ -6,11 +6,12 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 from ..errors import UserError
@@ -18,12 +19,14 @@ from ..maps.grouped import GroupedMoments, plan_passes
 from ..maps.moments import Moments, Pair
 from ..maps.moments import total as summed
 from ..sites import Site
-from .positions import ATTENTION, Index, is_first, paired_rows, shuffled_rows
+from .control import Batch, Control, taken
+from .positions import ATTENTION, Index, is_first, paired_rows
 from .routing import attention_between, routing_figures
 from .rows import Rows, RowSource
 
 SHARE = 0.6  # of the memory that is free, for moments
-CONTROL = "@shuffled"
+SHUFFLED = "shuffled"
+CONTROL = f"@{SHUFFLED}"
 FIRST, LATER, EVERY = "first", "later", "every"
 """kinds of rows: those with position 0 (BOS) at either end, and the others; where a row's source is another once position
 0 may be one, all of them anew"""
@@ -70,6 +73,8 @@ class PairSums:
     pairs: tuple[tuple[Site, Site], ...]
     routing: Mapping[str, float] = field(default_factory=dict)
     """of one pair that attention routes: see `_routed_sums`"""
+    own: float = 0.0
+    """share of the rows whose shuffled source is of their own prompt"""
 
     def parts(self, *, first: bool = False) -> tuple[list[Moments], list[Moments]]:
         """(folds, shards); rows at position 0 only with `first`. Parts without rows are left out."""
@@ -160,7 +165,8 @@ def sum_pairs(
 ) -> list[PairSums]:  # fmt: skip
     """One pass over the rows: the moments of all pairs, or of each of them where attention routes each in its own way.
 
-    The control pairs each target with a row of another prompt of its role and kind.
+    The control, and positions="shuffled", pair each target with a row of another prompt of its role (train, held out) and
+    kind: see `Control`.
     """
     options: dict[str, Any] = {"positions": positions, "control": control, "products": products}
     rng = np.random.default_rng(seed)
@@ -168,12 +174,13 @@ def sum_pairs(
         return _routed_sums(source, pairs, split, first, rng, **options)
     sums = _Sums(pairs, split, rng, **options)
     for rows in source.read(sorted({site for pair in pairs for site in pair})):
-        from_, to = paired_rows(positions, rows.prompt, rows.position, rng)
+        pairing = "same" if positions == SHUFFLED else positions  # who gets whose source is for the control to say
+        from_, to = paired_rows(pairing, rows.prompt, rows.position, rng)
         at_start = is_first(rows.position[from_]) | is_first(rows.position[to])
         if not first:
             from_, to, at_start = from_[~at_start], to[~at_start], at_start[~at_start]
-        sums.add(rows, from_, to, at_start, [FIRST if at else LATER for at in at_start])
-    return [PairSums(sums.grouped, split, tuple(pairs))]
+        sums.add(rows, from_, to, at_start, np.where(at_start, FIRST, LATER))
+    return [sums.finish()]
 
 
 def _routed_sums(
@@ -194,11 +201,11 @@ def _routed_sums(
             for kind, chosen in zip((LATER, EVERY) if first else (LATER,), route.source, strict=False):
                 to = np.flatnonzero((chosen >= 0) & ((kind == EVERY) | ~is_first(rows.position)))
                 at_start = is_first(rows.position[chosen[to]])
-                sums[pair].add(rows, chosen[to], to, at_start, kind)
+                sums[pair].add(rows, chosen[to], to, at_start, np.full(len(to), kind))
                 if kind == LATER:
                     seen[pair].update(routing_figures(route, to, rows.position))
-    return [PairSums(one.grouped, split, (pair,), {k: v / max(1.0, seen[pair]["rows"]) for k, v in seen[pair].items()
-                                                   if k != "rows"}) for pair, one in sums.items()]  # fmt: skip
+    return [replace(one.finish(), routing={k: v / max(1.0, seen[pair]["rows"]) for k, v in seen[pair].items()
+                                           if k != "rows"}) for pair, one in sums.items()]  # fmt: skip
 
 
 class _Sums:
@@ -208,42 +215,42 @@ class _Sums:
         self, pairs: Sequence[tuple[Site, Site]], split: Split, rng: np.random.Generator, *, positions: str, control: bool,
         products: torch.dtype, waiting: int = 4096,
     ) -> None:  # fmt: skip
-        self.split, self.rng, self.positions, self.control = split, rng, positions, control
+        self.split, self.pairs, self.positions = split, tuple(pairs), positions
         wanted: list[Pair] = []
         for a, b in pairs:
             wanted.append((source_name(a, positions), str(b)))
             if control:
                 wanted.append((f"{a}{CONTROL}", str(b)))
         self.grouped = GroupedMoments("part", "kind", pairs=wanted, products=products, waiting=waiting)
+        self.names = sorted({name for pair in wanted for name in pair})
         self.sources, self.targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+        self.pairing = "same" if positions == SHUFFLED else positions
+        shuffled = {f"{s}{CONTROL}": source_name(s, self.pairing) for s in self.sources}
+        self.control = Control(shuffled, rng, keep=max(16, waiting // 8)) if control or positions == SHUFFLED else None
 
-    def add(self, rows: Rows, from_: Index, to: Index, at_start: NDArray[np.bool_], kind: str | list[str]) -> None:
+    def add(
+        self, rows: Rows, from_: Index, to: Index, at_start: NDArray[np.bool_], kind: Shaped[np.ndarray, " n"]
+    ) -> None:
         """Adds the rows `to` of the targets, each with the row `from_` of the sources."""
         if not len(to):
             return
         part = self.split.part[rows.prompt[to]]
-        blocks = {str(s): _take(rows.blocks[s], to) for s in self.targets}
-        if self.positions == "same":
-            blocks |= {str(s): _take(rows.blocks[s], to) for s in self.sources if str(s) not in blocks}
-        else:
-            blocks |= {source_name(s, self.positions): _take(rows.blocks[s], from_) for s in self.sources}
-        if self.control:
-            other = from_[_control(rows.prompt[to], part >= self.split.folds, at_start, self.rng)]
-            blocks |= {f"{s}{CONTROL}": _take(rows.blocks[s], other) for s in self.sources}
-        self.grouped.update(blocks, part=part.tolist(), kind=kind)
+        blocks = {str(s): taken(rows.blocks[s], to) for s in self.targets}
+        for s in self.sources:
+            if (name := source_name(s, self.pairing)) not in blocks:
+                blocks[name] = taken(rows.blocks[s], from_)
+        group = 4 * (kind == EVERY) + 2 * (part >= self.split.folds) + at_start
+        batch = Batch(blocks, rows.prompt[to], part, kind, group)
+        self._update(batch if self.control is None else self.control.deal(batch))
 
+    def finish(self) -> PairSums:
+        """The sums of all rows, those that waited for a stranger's source among them."""
+        if self.control is None:
+            return PairSums(self.grouped, self.split, self.pairs)
+        self._update(self.control.deal(None))
+        return PairSums(self.grouped, self.split, self.pairs, own=self.control.share)
 
-def _control(prompt: Index, held_out: np.ndarray, at_start: np.ndarray, rng: np.random.Generator) -> Index:
-    """Which row gives each row its source: of another prompt, but of the same role (train, held out) and kind."""
-    found = np.empty(len(prompt), dtype=np.int64)
-    for role in (False, True):
-        for kind in (False, True):
-            mine = np.flatnonzero((held_out == role) & (at_start == kind))
-            found[mine] = mine[shuffled_rows(prompt[mine], rng)]
-    return found
-
-
-def _take(h: torch.Tensor, rows: Index) -> torch.Tensor:
-    if len(rows) == len(h) and bool((rows == np.arange(len(h))).all()):
-        return h
-    return h.index_select(0, torch.from_numpy(rows).to(h.device))
+    def _update(self, batch: Batch | None) -> None:
+        if batch is not None:
+            blocks = {name: batch.blocks[name] for name in self.names}
+            self.grouped.update(blocks, part=batch.part.tolist(), kind=batch.kind.tolist())
