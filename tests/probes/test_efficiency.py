@@ -46,6 +46,27 @@ def test_no_map_does_better_than_the_bound(alpha):
     assert (found.n_train, found.n_held_out) == (4500, 1500)
 
 
+@pytest.mark.parametrize("alpha", [0, 0.1])
+def test_the_best_of_each_rank_is_best_in_the_whitened_metric(alpha):
+    """Against rows: B K R R' K^-1, B the ridge map, K = Syy^(-1/2), R the leading directions of what B carries, whitened."""
+    x = noise(600, 12) * torch.logspace(0, -1, 12, dtype=F64)
+    y = x @ noise(12, 10, seed=2) * torch.logspace(0, -1.5, 10, dtype=F64) + 0.1 * noise(600, 10, seed=3)
+    found = transport_efficiency(*split(x, y, 450), alpha=alpha)
+    centred, target = x[:450] - x[:450].mean(0), y[:450] - y[:450].mean(0)
+    penalised = centred.T @ centred + found.alpha_absolute * torch.eye(12, dtype=F64)
+    ridge = torch.linalg.solve(penalised, centred.T @ target)
+    values, vectors = torch.linalg.eigh(target.T @ target / 450)
+    k, root = (vectors @ torch.diag(values**power) @ vectors.T for power in (-0.5, 0.5))
+    directions = torch.linalg.eigh(k @ ridge.T @ penalised @ ridge @ k)[1].flip(1)
+    held_x, held_y = x[450:] - x[:450].mean(0), y[450:] - y[:450].mean(0)
+    for i, rank in enumerate(found.ranks.tolist()):
+        kept = directions[:, :rank] @ directions[:, :rank].T
+        error = (held_y - held_x @ ridge @ k @ kept @ root) @ k
+        assert float(found.optimal[i]) == pytest.approx(
+            1 - float(error.square().sum() / (held_y @ k).square().sum()), abs=1e-9
+        )
+
+
 def test_independent_sides_carry_nothing_and_the_inflation_says_so():
     found = transport_efficiency(*split(noise(8000, 60), noise(8000, 60, seed=1), 6000), alpha=0)
     assert float(found.bound[-1]) == pytest.approx(found.bound_inflation, rel=0.1)
