@@ -33,6 +33,18 @@ def test_uneven_shards_have_about_the_same_error():
     assert float(uneven.error) == pytest.approx(1 / 4000**0.5, rel=0.35)
 
 
+def test_uneven_shards_count_as_busing_says():
+    """Sizes 5, 20 and 75 by the published formula, for a statistic that is no mean."""
+    x, sizes = noise(100, 1) + 1, [5, 20, 75]
+    found = leave_out_shards(lambda m: m.mean("x")[0] ** 2, shards(x, sizes))
+    theta = float(x.mean()) ** 2
+    left = [float(torch.cat([part for j, part in enumerate(x.split(sizes)) if j != i]).mean()) ** 2 for i in range(3)]
+    middle = 3 * theta - sum((1 - m / 100) * one for m, one in zip(sizes, left, strict=True))
+    variance = sum((100 / m * theta - (100 / m - 1) * one - middle) ** 2 / (100 / m - 1)
+                   for m, one in zip(sizes, left, strict=True)) / 3  # fmt: skip
+    assert float(found.error) == pytest.approx(variance**0.5, rel=1e-9)
+
+
 def test_rows_that_belong_together_make_the_error_larger():
     x = noise(40, 1).repeat_interleave(25, 0) + 0.1 * noise(1000, 1, seed=1)
     apart = leave_out_shards(lambda m: m.mean("x")[0], shards(x[torch.randperm(1000)], [25] * 40))
