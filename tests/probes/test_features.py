@@ -15,6 +15,7 @@ from probes.features import MEASURES, feature_metrics, measure_features, row_bat
 from probes.verdicts import FeatureVerdicts, Thresholds, feature_verdicts, judge
 from tests.conftest import make_model
 from workbench.errors import UserError
+from workbench.maps import Moments, leave_out_shards
 from workbench.maps.fit import fit_ridge
 from workbench.maps.linear_map import LinearMap
 
@@ -128,6 +129,12 @@ def test_the_jackknife_is_that_of_whole_prompts():
     pretended = feature_metrics(operator, d, row_batches(often[0], often[1]))
     torch.testing.assert_close(same.se["r2_all"], once.se["r2_all"], rtol=1e-6, atol=0)
     assert float((pretended.se["r2_all"] / once.se["r2_all"]).median()) < 0.6
+    u = d.W_dec / d.W_dec.norm(dim=1, keepdim=True)
+    squares = ((y - operator(x)) @ u.T).square()
+    parts = [Moments().update({"e": squares[groups % 20 == shard]}) for shard in range(20)]
+    torch.testing.assert_close(
+        once.se["mse_all"], leave_out_shards(lambda m: m.mean("e"), parts).error, rtol=1e-6, atol=0
+    )
     low, high = once.interval("r2_all")
     assert ((low < once.r2_all) & (once.r2_all < high)).all()
     assert feature_metrics(operator, d, row_batches(x, y, torch.zeros(400, dtype=torch.int64))).se["r2"].isnan().all()
