@@ -89,6 +89,17 @@ def test_7_full_rank_is_the_full_ridge(split, alpha, metric):
     assert relative(truncated_ranks(spectrum, alpha=alpha).map(D).weight, full.weight) <= 1e-10
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_truncation_keeps_the_leading_triples_of_the_map_or_of_its_update(split, update):
+    """Of W, or with the update of the ridge map of y - x, beside which the identity stays whole."""
+    x, y = split[:2]
+    family = truncated_ranks(Spectrum.of(moments(x, y)), alpha=20.0, update=update)
+    base = torch.eye(D, dtype=F64) * update
+    u, s, vh = torch.linalg.svd(Spectrum.of(moments(x, y - x @ base)).ridge("y", 20.0).weight)
+    for r in (0, 1, 5, D):
+        torch.testing.assert_close(family.map(r).weight, base + u[:, :r] * s[:r] @ vh[:r], rtol=0, atol=1e-9)
+
+
 def test_a_small_update_is_found_with_its_rank_where_truncation_loses_the_identity():
     x = noise(4000, D)
     y = x + 2 * x @ noise(D, 2, seed=5) @ noise(2, D, seed=6) / D + 0.05 * noise(4000, D, seed=7)
