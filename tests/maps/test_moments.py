@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.errors import UserError
 from workbench.maps.moments import Moments, total
@@ -93,6 +94,28 @@ def test_float32_products_of_narrow_rows_are_those_of_numpy_in_float64(dtype):
         exact = torch.from_numpy((a - a.mean(0)).T @ (b - b.mean(0)))
         found = fast.cov(*name)
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=2e-6 * float(exact.abs().max()))
+
+
+def test_no_product_is_made_in_tf32(rows):
+    """Whatever the process is set to, which it is again afterwards."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in func.__name__ or "matmul" in func.__name__:
+                precisions.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    precisions: list[str] = []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Seen():
+            Moments(products=torch.float32).update({name: block.float() for name, block in rows.items()})
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(precisions) >= 3
+    assert set(precisions) == {"highest"}
 
 
 def test_float32_shards_add_up_and_move_between_devices(rows):
