@@ -117,6 +117,17 @@ def test_9_a_rank_8_channel_with_strong_signal_has_the_expected_size(null):
     assert 11.5 <= found.sum_rho2 <= 13.0
 
 
+def test_9_the_held_out_bar_is_where_chance_ends():
+    """Few rows and dimensions: hardly ever a count in a hundred sets of independent data, and a correlation between once
+    and twice the bar, 0.078, counts."""
+    false = sum(subspace_size(folds(noise(200, 4, seed=i), noise(200, 4, seed=1000 + i), 4)).held_out_count
+                for i in range(100))  # fmt: skip
+    assert false <= 5
+    x, y = noise(2000, 4), noise(2000, 4, seed=1)
+    y[:, 0] += 0.12 * x[:, 0]  # 0.133 held out
+    assert subspace_size(folds(x, y, 4)).held_out_count == 1
+
+
 def test_the_null_law_has_its_known_edges_and_moments():
     assert float(null_squares(50, 50, 100_000).sum()) == pytest.approx(2500 / 99_999)
     law = null_squares(400, 400, 200_000)
