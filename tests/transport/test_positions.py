@@ -38,6 +38,18 @@ def test_sources_lie_where_the_policy_says(counts, seed):
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_the_previous_token_is_a_source_only_where_its_row_is_there(steps):
+    """Positions with gaps: pairs are those that differ by one, each counted by hand."""
+    prompt = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
+    position = np.concatenate([np.cumsum(s) for s in steps])
+    found = paired_rows("previous", prompt, position, np.random.default_rng(0))
+    place = {key: i for i, key in enumerate(zip(prompt.tolist(), position.tolist(), strict=True))}
+    wanted = [(place[p, t - 1], i) for (p, t), i in place.items() if (p, t - 1) in place]
+    assert list(zip(*(side.tolist() for side in found), strict=True)) == wanted
+
+
+@settings(max_examples=50, deadline=None)
 @given(COUNTS, st.integers(0, 5))
 def test_shuffled_rows_are_a_permutation_and_leave_their_prompt(counts, seed):
     prompt, _ = rows(counts)
