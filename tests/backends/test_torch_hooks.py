@@ -34,8 +34,21 @@ def test_every_family_is_proved_when_loaded(family_model):
 def test_resid_post_is_the_block_output_before_the_final_norm(family_model):
     ids, mask = pad(PROMPTS[:1], 0, "right")
     every = [Site(l) for l in range(family_model.n_layers)]
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int):
+        def hook(_, __, output):
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [family_model.block(s.layer).register_forward_hook(keep(s.layer)) for s in every]
     with torch.inference_mode(), torch_hooks.read(family_model, every) as seen:
         states = family_model.decoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    for site in every:  # the last one too, which Hugging Face's states do not hold
+        torch.testing.assert_close(seen[site], outputs[site.layer], atol=1e-6, rtol=0)
     for site in every[:-1]:
         torch.testing.assert_close(seen[site], states[site.layer + 1], atol=1e-6, rtol=0)
     assert (seen[every[-1]] - states[-1]).abs().max() > 1e-3  # Hugging Face's last entry is after the norm
