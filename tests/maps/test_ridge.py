@@ -119,6 +119,16 @@ def test_5_gcv_is_nearly_leave_one_out():
     assert chosen.alpha_absolute == exact.best
 
 
+def test_5_gcv_is_its_formula_where_rows_are_few():
+    """GCV_j = n RSS_j / (n - tr H)^2 from the hat matrix of 30 rows, the bias among its degrees of freedom."""
+    x, y = activations(30, 6, 4)
+    centred, around = x - x.mean(0), y - y.mean(0)
+    for alpha, found in zip((0.0, 3.0), Spectrum.of(moments(x, y)).gcv("y", [0.0, 3.0]), strict=True):
+        hat = 1 / 30 + centred @ torch.linalg.solve(centred.T @ centred + alpha * torch.eye(6), centred.T)
+        gcv = 30 * (y - hat @ y).square().sum(0) / (30 - hat.trace()) ** 2
+        assert float(found) == pytest.approx(1 - float((gcv / (around.square().sum(0) / 30)).mean()), abs=1e-9)
+
+
 def test_a_map_without_bias_is_least_squares_through_the_origin():
     x, y = activations(200, 8, 5)
     made = fit_ridge_targets([moments(x, y)], "x", ["y"], alpha=0, centred=False, dtype=torch.float64)["y"].map
