@@ -96,12 +96,14 @@ def test_batches_do_not_matter(small_model):
             assert abs(effect.kl.value - other.arms[name].kl.value) <= 1e-5
 
 
-def test_the_figures_are_those_of_plain_logits(small_model):
+@pytest.mark.parametrize("positions", ["all", [1, 3]])
+def test_the_figures_are_those_of_plain_logits(small_model, positions):
     """Loss, KL and agreement from whole float64 log-probabilities of one sequence at a time."""
     operator = near(small_model, 0.5)
-    found = causal_effects(small_model, texts(), 0, 1, operator, positions="all")
+    found = causal_effects(small_model, texts(), 0, 1, operator, positions=positions)
     sequences = Sequences.of(small_model, texts())
-    chosen = choose(small_model, sequences, "all")
+    chosen = choose(small_model, sequences, positions)
+    assert positions == "all" or chosen == [positions] * len(sequences)
     losses, kl, agree, n = 0.0, 0.0, 0, 0
     for row, kept in zip(sequences.ids, chosen, strict=True):
         ids = torch.tensor([row])
