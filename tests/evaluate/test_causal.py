@@ -236,6 +236,12 @@ def test_greedy_finds_the_blocks_that_do_nothing(llama):
     path = greedy_skips(llama, texts(), jumps, budget=50.0, held_out=texts(4))
     assert [p.blocks for p in path.points] == [(), (2,), (1, 2)]
     assert abs(path.points[1].delta.value) < 1e-6
+    both, there = (
+        shortcut_curve(llama, text, {(0, 2): jumps[0, 2]}).points[-1].delta.value for text in (texts(), texts(4))
+    )
+    assert abs(both - there) > 1e-3
+    assert path.points[2].delta.value == pytest.approx(there, abs=1e-6), "measured on what is held out"
+    assert greedy_skips(llama, texts(), jumps, budget=50.0).points[2].delta.value == pytest.approx(both, abs=1e-6)
     assert len(greedy_skips(llama, texts(), jumps, budget=50.0, max_blocks=1)) == 2
     assert [p.blocks for p in greedy_skips(llama, texts(), jumps, budget=1e-3).points] == [(), (2,)]
     # without an operator for both together, only one may go
