@@ -91,7 +91,7 @@ def policy_name(policy: Policy) -> str:
         values += [*policy.args, *sorted(policy.keywords.items())]
         policy = policy.func
     named: Any = policy if hasattr(policy, "__qualname__") else type(policy)
-    name, source = f"{named.__module__ or 'builtins'}.{named.__qualname__}", _source(named)
+    name, source = f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}", _source(named)
     values += getattr(named, "__defaults__", None) or ()
     values += [cell.cell_contents for cell in getattr(named, "__closure__", None) or ()]
     plain = [repr(v) for v in values if isinstance(v, (str, int, float, bool, tuple, type(None)))]
