@@ -42,8 +42,8 @@ class PairFactors:
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     >>> sides = Solver.factor(x), Solver.factor(x[:, [1, 0, 3, 2]])
     >>> pair = PairFactors.of_rows(*sides)
-    >>> pair.maps(pair.procrustes())[0](torch.arange(4.0)).round(decimals=4).tolist()
-    [1.0, 0.0, 3.0, 2.0]
+    >>> pair.maps(pair.procrustes())[0](torch.arange(1.0, 5.0)).round(decimals=4).tolist()
+    [2.0, 1.0, 4.0, 3.0]
     """
 
     x: Solver

@@ -28,8 +28,8 @@ class Layout:
     the header (JSON, padded with spaces to a multiple of eight bytes), then each site's rows in the order of the names.
 
     >>> layout = Layout({"resid_post.0": 4, "resid_post.1": 2}, "float32")
-    >>> layout.span("resid_post.1", rows=3)  # after a header of 168 bytes and 3 x 4 values
-    (216, 24)
+    >>> layout.span("resid_post.1", rows=3)  # after a header of 144 bytes and 3 x 4 values
+    (192, 24)
     """
 
     widths: Mapping[str, int]  # of each site, by its name
