@@ -49,7 +49,9 @@ SAYS = {
     "sizes": "Canonical correlations ρ between source and target, over all rows. Sum of ρ²: whitened dimensions carried, in "
     "sample and held out. Count: correlations above what independent data would show (Wachter's edge; held out, by chance "
     "once in a thousand such sets). Participation ratio: the published size, (Σρ)² / Σρ², which independent data of this "
-    "shape nearly has too. Small print: the value of independent data.",
+    "shape nearly has too. Ceiling: of the training rows alone, the sum of ρ² as a share of the target's dimensions, which no "
+    "affine map exceeds in sample; it counts the noise, about d/n, and is beside it with that removed. No score here is "
+    "divided by it: the bound is of the held-out rows. Small print: the value of independent data.",
     "features": "For each feature of a dictionary at the target: transported, the map predicts it and its own direction "
     "at the source does too, so it lay there already; rotated, the map predicts it from other directions; synthesised, it "
     "does not, so how strongly it fires was made on the way or is not linear; mixed, in between; rare, it fires too seldom "
@@ -139,19 +141,23 @@ def _efficiency(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -
     found = _parquet(folder / "efficiency.parquet")
     if found is None:
         return
-    held = {(str(a), str(b)): grid.cell(a, b)["n_held_out"] for a, b in grid.pairs}
-    halves = {key: half_rank(part) for key, part in found.groupby(["source", "target"], sort=False)}
+    cells = {(str(a), str(b)): grid.cell(a, b) for a, b in grid.pairs}
+    parts = dict(iter(found.groupby(["source", "target"], sort=False)))
     rows = []
     for s in metrics["efficiency"]["sizes"]:
         key, count = (s["source"], s["target"]), f"of {min(s['rank_x'], s['rank_y'])}"
+        full = parts[key].iloc[-1]
+        held_null, train_null = (plain(s["rank_x"] / (cells[key][n] - 1)) for n in ("n_held_out", "n_train"))
         rows.append(_row(plots.pair_title(*key), [
-            plain(s["optimal"]), (plain(s["bound"]), plain(s["rank_x"] / (held[key] - 1))), plain(s["efficiency"]),
-            (str(halves[key]), f"of {s['rank_y']}"), (plain(s["sum_rho2"]), plain(s["sum_rho2_null"])),
+            plain(s["optimal"]), (plain(s["bound"]), held_null), plain(s["efficiency"]),
+            (str(half_rank(parts[key])), f"of {s['rank_y']}"), (plain(s["sum_rho2"]), plain(s["sum_rho2_null"])),
             (plain(s["held_out_sum"]), "0"), (str(s["wachter_count"]), count), (str(s["held_out_count"]), count),
             (plain(s["dim_lin"]), plain(s["dim_lin_null"])),
+            (plain(full["ceiling"]), train_null), (plain(full["ceiling_corrected"]), "0"),
         ]))  # fmt: skip
     heads = ["pair", "whitened R², full rank", "bound", "efficiency", "rank of half the R²", "sum of ρ²",
-             "held-out sum", "count", "held-out count", "participation ratio"]  # fmt: skip
+             "held-out sum", "count", "held-out count", "participation ratio", "ceiling, in sample",
+             "ceiling without noise"]  # fmt: skip
     yield section("Efficiency", SAYS["efficiency"], figure=plots.efficiency_by_rank(found),
                   tables=[table(heads, rows, "The size of what is carried", SAYS["sizes"])])  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,9 @@ import pytest
 
 from probes.transport_report import write_transport_report
 from workbench.errors import UserError
+from workbench.summary import plain
 from workbench.transport import TransportGrid
+from workbench.transport_plots import pair_title
 
 from .test_cli import good, told, workbench
 
@@ -84,6 +87,19 @@ def test_the_report_is_one_page_with_every_section_and_no_network(run):
         assert words in text, words
     assert '<script src="http' not in text
     assert write_transport_report(run).read_text(encoding="utf-8") == text
+
+
+def test_the_report_shows_the_ceiling_its_noise_and_what_is_left(run):
+    """At full rank sum rho^2 / rank(y), d / (n - 1) of independent data, and the adjusted R2 of the two."""
+    text = (run / "report.html").read_text(encoding="utf-8")
+    section = text.split("<h2>Efficiency</h2>")[1].split("<h2>")[0]
+    assert "ceiling, in sample" in section
+    table, grid = pd.read_parquet(run / "efficiency.parquet"), TransportGrid.load(run / "grid")
+    for a, b in grid.pairs:
+        ceiling = table[(table["source"] == str(a)) & (table["target"] == str(b))]["ceiling"].iloc[-1]
+        noise = 128 / (grid.cell(a, b)["n_train"] - 1)
+        row = re.sub(r"<[^>]+>", " ", section.split(pair_title(a, b))[-1].split("</tr>")[0]).split()
+        assert row[-4:] == [plain(ceiling), plain(noise), plain(1 - (1 - ceiling) / (1 - noise)), "0"]
 
 
 def test_a_run_goes_on_where_it_was_and_json_is_what_it_wrote(run):
