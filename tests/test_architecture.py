@@ -98,7 +98,7 @@ def test_maps_know_tensors_and_nothing_of_models():
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "report_page"),
          ("cli", "cli_profile", "cli_adapters", "cli_stores", "cli_transport", "cli_generate", "cli_grade",
-          "cli_options", "cli_errors", "cli_values", "__main__")),
+          "cli_train", "cli_options", "cli_errors", "cli_values", "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],
 )  # fmt: skip
@@ -160,6 +160,7 @@ def test_importing_the_workbench_imports_nothing_heavy():
         ["--version"],
         ["profile", "--help"],
         ["transport", "--help"],
+        ["train", "--help"],
         ["convert"],
         ["stores", "merge", "--help"],
         ["nonsense"],

@@ -540,6 +540,12 @@ BAD_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown argument of a grader": ({"behaviour": {"grader_args": {"opners": ["a"]}}}, ["'opners'", "openers"]),
     "unknown model": ({"donor": {"model": "/nowhere/model"}}, ["/nowhere/model"]),
     "unknown prompts": ({"behaviour": {"evaluation": "gone.jsonl"}}, ["gone.jsonl"]),
+    "positions that there are not": ({"training": {"positions": "middle"}}, ["training.positions", "'middle'"]),
+    "patience for nothing": ({"training": {"patience": 2}}, ["training.patience", "training.validation"]),
+    "no positives": (
+        {"behaviour": {"openers": ["w99"], "grader_args": {"openers": ["w99"]}}},
+        ["demonstrations shows it", "'w99'", "'starts_with'"],
+    ),
     "layer out of range": ({"training": {"layers": [9]}}, ["layer 9", f"0 to {LAYERS - 1}"]),
     "adapter that is not there": ({"behaviour": {"adapter": "gone"}}, ["gone"]),
 }

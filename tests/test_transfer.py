@@ -12,8 +12,10 @@ import torch
 
 from workbench import behaviour_transfer as module
 from workbench.adapters import pyreft
-from workbench.adapters.adapter import Adapter, LowRank
+from workbench.adapters.adapter import Adapter, LowRank, vector
+from workbench.errors import UserError
 from workbench.evaluate import arms
+from workbench.evaluate.statistics import Interval
 from workbench.jobs import Job, run_job
 from workbench.runs import Run
 from workbench.sites import Site
@@ -269,6 +271,49 @@ def test_aligned_tokens_and_named_converters_go_through_a_whole_job(folders, pro
     found = metrics["behaviours"]["counting"]
     assert {c["method"] for c in found["forecast"]["candidates"]} == {"rrr:4", "ridge:cv"}
     assert set(found["arms"]) == ARMS
+
+
+def given(prompts: dict[str, Any], adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """A job's tables for one behaviour, whose donor's adapter is given."""
+    adapter.save(folder)
+    table = {k: v for k, v in prompts["tables"][0].items() if k != "demonstrations"}
+    return {"behaviours": [{**table, "adapter": str(folder)}], "evaluate": {"draws": 1, "dose": []}}
+
+
+def test_an_adapter_that_does_nothing_to_its_donor_is_warned_of_before_it_is_pasted(
+    folders, prompts, tmp_path, caplog, monkeypatch
+):
+    tables = given(prompts, vector(Site(1), torch.full((WIDTH,), 1e-6)), tmp_path / "idle")
+    job = a_job(folders, prompts, tmp_path, **tables)
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", "workbench"):
+        patch.setattr(module.BehaviourTransfer, "paste", lambda *_: pytest.exit("about to paste"))
+        with pytest.raises(pytest.exit.Exception):
+            run_job(job)
+    assert "counting: the donor's adapter changes the log-odds of 'counting' by " in caplog.text
+    assert "does nothing to its own donor" in caplog.text
+    run = run_job(job)
+    assert any("does nothing" in w for w in json.loads((run.folder / "metrics.json").read_text())["warnings"])
+    assert "does nothing to its own donor" in (run.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("effect", "words"),
+    [
+        (Interval(0.9, 0.4, 1.4), None),
+        (Interval(0.9, -0.1, 1.9), "does nothing"),
+        (Interval(0.01, 0.009, 0.011), "does nothing"),
+        (Interval(-2.0, -2.5, -1.5), "lowers it there"),
+    ],
+)
+def test_what_counts_as_an_effect_on_the_donor(effect, words):
+    said = module.ineffective("x", effect)
+    assert said is None if words is None else words in said
+
+
+def test_positions_that_a_prompt_of_the_job_is_too_short_for(folders, prompts, tmp_path):
+    tables = given(prompts, vector(Site(1), torch.ones(WIDTH), positions="first:9"), tmp_path / "early")
+    with pytest.raises(UserError, match=r"prompt '\d' has \d tokens, too few for positions 'first:9', which name 9"):
+        run_job(a_job(folders, prompts, tmp_path, **tables))
 
 
 @pytest.mark.parametrize("gone", ["adapters/counting/paste/adapter.safetensors", "profiles/donor/rows.parquet"])

@@ -9,19 +9,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .adapters.adapter import Adapter
 from .adapters.card import licence_of
+from .adapters.demonstrations import check_lengths
 from .adapters.train import default_layer, train_adapter
+from .backends.torch_hooks import tokens_needed
 from .convert import ConverterFits
 from .converter_specs import method_pairs
 from .errors import UserError
 from .evaluate.behaviour import log_odds
 from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
-from .evaluate.statistics import sign_agreement, spearman
+from .evaluate.statistics import Interval, mean_interval, sign_agreement, spearman
 from .forecast import (
     Candidate,
     Forecast,
@@ -35,11 +38,12 @@ from .forecast import (
 from .jobs import BehaviourTable
 from .layer_matching import match_layers, matched_sites
 from .progress import progress
-from .prompts import PromptSet
+from .prompts import PromptSet, encode
 from .sites import Site
 
 log = logging.getLogger("workbench")
 REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
+NEGLIGIBLE = 0.05  # nats: less is no effect of an adapter, whatever the interval
 MEASURED = 24  # candidates whose forecast is checked against a measurement on validation prompts
 
 if TYPE_CHECKING:
@@ -93,10 +97,17 @@ class BehaviourTransfer:
                 f"behaviour {self.name!r} has neither an adapter nor demonstrations to train one on; give one"
             )
         trained = train_adapter(t.model(side), t.prompts(self.table.demonstrations), sites, profile=t.scale(side),
-                                seed=t.job.seed, name=f"{self.name} {arm}", **self._training)  # fmt: skip
+                                seed=t.job.seed, name=f"{self.name} {arm}", checkpoint=self._checkpoint(arm),
+                                **self._training)  # fmt: skip
         self._keep(trained.adapter, arm)
+        self._checkpoint(arm).unlink(missing_ok=True)
         return {"seconds": trained.seconds, "flops": trained.flops, "steps": trained.steps, "curve": trained.curve,
+                "validation": trained.validation, "best_step": trained.best_step,
                 "sites": [str(s) for s in sites]}  # fmt: skip
+
+    def _checkpoint(self, arm: str) -> Path:
+        """What a training that is stopped goes on from."""
+        return self.shared.run.folder / "training" / f"{self.name}-{arm}.safetensors"
 
     def donor_adapter(self) -> dict[str, Any]:
         """The donor's adapter: the folder that was given, or one trained on the demonstrations."""
@@ -106,6 +117,7 @@ class BehaviourTransfer:
 
             def copy() -> dict[str, Any]:
                 given.check(t.donor, self.table.allow_mismatch)
+                self._check_lengths(given)
                 elsewhere = [str(s) for s in given.parts if s.point != "resid_post"]
                 if elsewhere:
                     raise UserError(f"{self.table.adapter} edits {', '.join(elsewhere)}; a job pastes resid_post only")
@@ -118,6 +130,14 @@ class BehaviourTransfer:
         sites = [t.donor.site(l) for l in layers]
         inputs = [self._training, layers, self.demonstrations_hash]
         return self._step("donor", inputs, lambda: self._train("donor", sites, "donor"), ("donor",))
+
+    def _check_lengths(self, adapter: Adapter) -> None:
+        """UserError for prompts that are too short for the positions of an adapter, in either model."""
+        for positions in sorted({term.positions for term in adapter.split()}):
+            if tokens_needed(positions) > 1:
+                for model in (self.shared.donor, self.shared.recipient):
+                    for prompts in map(self.shared.prompts, (self.table.validation, self.table.evaluation)):
+                        check_lengths(prompts, [len(ids) for ids in encode(prompts, model.tokenizer)], positions)
 
     @cached_property
     def demonstrations_hash(self) -> str | None:
@@ -159,6 +179,9 @@ class BehaviourTransfer:
         start = time.perf_counter()
         effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
         target = float(effect.mean())
+        warnings = [said] if (said := ineffective(self.name, mean_interval(effect))) else []
+        for said in warnings:
+            log.warning("%s: %s", self.name, said)
         aimed = time.perf_counter() - start
         on = t.gradient(self.name, self.table.validation)
         off = {b.name: t.gradient(b.name, b.validation) for b in job.behaviours if b.name != self.name}
@@ -179,6 +202,7 @@ class BehaviourTransfer:
         said, found = [r["on"] for r in checked], [r["measured_on"] for r in checked]
         return {
             "target": target,
+            "warnings": warnings,
             "candidates": rows,
             "chosen": rows[0],
             "seconds": seconds,
@@ -284,6 +308,19 @@ class BehaviourTransfer:
             name: [at_length(make(donor, t.fits, chosen.candidate, s), length, t.fits, self.states) for s in seeds]
             for name, make in makers.items()
         }
+
+
+def ineffective(name: str, effect: Interval) -> str | None:
+    """What to say of an adapter that does nothing, or the contrary, to its own donor; None where it does something.
+
+    effect: the change of the donor's log-odds of the behaviour.
+    """
+    if effect.low > 0 and effect.value >= NEGLIGIBLE:
+        return None
+    done = "lowers it there" if effect.high < 0 and effect.value <= -NEGLIGIBLE else "does nothing to its own donor"
+    return (f"the donor's adapter changes the log-odds of {name!r} by {effect.value:+.3f} nats [{effect.low:+.3f}, "
+            f"{effect.high:+.3f}]: it {done}, so that no paste of it can be expected to bring the behaviour out; check that "
+            "it is of this donor and of this behaviour")  # fmt: skip
 
 
 def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .cli_grade import grade
 from .cli_options import ADAPTER_HELP, MODEL_HELP, Device, Dtype, Json, Mismatch, Out, Overwrite, Plugin
 from .cli_profile import profile
 from .cli_stores import stores
+from .cli_train import train
 from .cli_transport import transport
 from .cli_values import alpha_value, layer_list
 from .cli_values import printed_json as _json
@@ -162,6 +163,7 @@ def job(
 
 
 app.command()(profile)
+app.command()(train)
 
 
 @app.command()

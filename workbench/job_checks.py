@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .adapters.adapter import Adapter
+from .backends.torch_hooks import check_policy
 from .errors import UserError
 from .evaluate.behaviour import Behaviour
 from .evaluate.graders import grade
@@ -13,7 +14,7 @@ from .hashes import json_hash
 from .prompts import PromptSet
 
 if TYPE_CHECKING:
-    from .jobs import BehaviourTable, Job
+    from .jobs import BehaviourTable, Job, TrainingTable
 
 
 def check_job(job: Job) -> None:
@@ -22,11 +23,21 @@ def check_job(job: Job) -> None:
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise UserError(f"two behaviours are named {twice!r}; give each a name of its own")
+    _check_training(job.training)
     _readable("profile.prompts", job.profile.prompts)
     _readable("evaluate.neutral_text", job.evaluate.neutral_text)
     _readable("evaluate.validation_text", job.evaluate.validation_text)
     for behaviour in job.behaviours:
         _check_behaviour(behaviour)
+
+
+def _check_training(table: TrainingTable) -> None:
+    try:
+        check_policy(table.positions)
+    except UserError as err:
+        raise UserError(f"training.positions: {err}") from err
+    if table.patience is not None and not table.validation:
+        raise UserError("training.patience needs demonstrations to validate on; give training.validation, 0.1 say")
 
 
 def _check_behaviour(table: BehaviourTable) -> None:
@@ -66,6 +77,24 @@ def _check_sets(table: BehaviourTable) -> None:
             raise UserError(
                 f"{where}: demonstration {dumb[0]!r} has no response; each line needs a 'response' to learn from"
             )
+        _check_positives(table, where)
+
+
+def _check_positives(table: BehaviourTable, where: str) -> None:
+    """UserError where no demonstration shows the behaviour: none begins as an opener does, and none passes the grader."""
+    demonstrations = PromptSet.load(table.demonstrations or "")
+    answers = [str(p.meta["response"]) for p in demonstrations]
+    openers = tuple(o.strip().lower() for o in table.openers)
+    if any(answer.strip().lower().startswith(openers) for answer in answers) or table.grader in BATCH:
+        return
+    try:
+        shown = any(grade(table.grader, answers, demonstrations, **table.grader_args))
+    except UserError:  # demonstrations need not have what the grader compares with
+        shown = False
+    if not shown:
+        raise UserError(f"{where}: none of its {len(answers)} demonstrations shows it: no response begins with "
+                        f"{', '.join(map(repr, table.openers))[:120]} or passes {table.grader!r}; give some "
+                        "that do")  # fmt: skip
 
 
 def _contents(prompts: PromptSet) -> set[str]:

@@ -61,8 +61,10 @@ class TrainingTable(_Table):
 
     layers: list[int] | None = None
     """Donor layers; unless given, the layer at two thirds of the donor's depth."""
-    kind: Literal["nodireft", "loreft", "vector"] = "nodireft"
+    kind: Literal["nodireft", "loreft", "direft", "vector"] = "nodireft"
     """The form of the adapter."""
+    positions: str = "last"
+    """Where it acts: `last`, `prompt`, `all`, `first:n`, `last:n`, `generated`, or several joined by +."""
     rank: int = Field(4, gt=0)
     """Rank at each layer."""
     steps: int = Field(100, gt=0)
@@ -73,6 +75,12 @@ class TrainingTable(_Table):
     """Peak learning rate, in units of the profile: states are scaled to about 1 a coordinate."""
     max_size: float = Field(0.4, gt=0)
     """Deltas longer than this many spreads of the profile are penalised."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """The share of the demonstrations that is held out; the adapter is then the one that does best on them."""
+    validate_every: int = Field(10, gt=0)
+    """Steps from one look at the held-out demonstrations to the next."""
+    patience: int | None = Field(None, gt=0)
+    """So many looks without a better one end the training early; needs `validation`."""
 
 
 class PasteTable(_Table):

@@ -155,6 +155,7 @@ def transfer(job: Job, run: Run) -> dict[str, Any]:
             b.native([r for _, r in chosen.candidate.pairs]) if job.evaluate.native and table.demonstrations else None
         )
         metrics["behaviours"][table.name] = measure_arms(b, chosen, forecast, pasted, native)
+        metrics["warnings"] += [f"{table.name}: {said}" for said in forecast.get("warnings", [])]
         metrics["warnings"] += [f"{table.name}: {c['warning']}" for c in pasted["converters"] if c["warning"]]
         for model in (t.donor, t.recipient):
             for opener, token in partial_openers(

@@ -1,97 +1,57 @@
-"""Trains a residual adapter on a frozen model: NoDiReFT, LoReFT or a vector, at the last prompt token or elsewhere."""
+"""Trains a residual adapter on a frozen model: NoDiReFT, LoReFT, DiReFT or a vector, at the last prompt token or elsewhere."""
 
 from __future__ import annotations
 
-import random
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
+from ..atomic import check_free
 from ..backends import torch_hooks
 from ..errors import UserError
+from ..hashes import json_hash
+from ..interrupts import Asked, Stopped, first_interrupt_noted
 from ..progress import progress
-from ..prompts import PromptSet, pad, response_ids
+from ..prompts import PromptSet
 from ..sites import Site
-from .adapter import Adapter, LowRank
+from .adapter import Adapter
+from .demonstrations import Sample, answer_loss, batches, encode_demonstrations, held_out, in_order
+from .trainable import KINDS, Scale, TrainablePart
+from .training_state import TrainingState
 
 if TYPE_CHECKING:
     from ..backends.torch_hooks import Where
     from ..models import Model
     from ..store import Store
 
-KINDS = ("nodireft", "loreft", "vector")
+log = logging.getLogger("workbench")
+CHECKPOINT_EVERY = 50
+"""optimiser steps from one checkpoint to the next"""
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained adapter and how it came to be: the curve holds (step, loss, size of the delta in spreads)."""
+    """A trained adapter and how it came to be: the curve holds (step, loss, size of the delta in spreads).
+
+    validation holds (steps done, loss on the demonstrations held out), where there were any; best_step is the one whose
+    parameters the adapter has. steps: those that were made.
+    """
 
     adapter: Adapter
     curve: tuple[tuple[int, float, float], ...]
     seconds: float
     flops: float
     steps: int
-
-
-class _Part(nn.Module):
-    """The parameters of one site, in units of the profile: states are centred and each coordinate is about 1.
-
-    A learning rate then means the same on a residual stream of norm 1 and of norm 1,000. `low_rank` gives the
-    parameters in the units of the model: delta(h) = (h @ V + b) @ U.
-    """
-
-    def __init__(self, kind: str, scale: Scale, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        width = len(scale.mean)
-        q = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
-        self.kind, self.scale = kind, scale
-        self.read = nn.Parameter(q.clone())
-        self.bias = nn.Parameter(torch.zeros(rank))
-        self.write = nn.Parameter(q.T.clone() if kind == "loreft" else torch.zeros(rank, width))
-        self.register_buffer("mean", scale.mean)
-        self.unit = scale.spread / width**0.5  # of one coordinate
-
-    def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.kind == "loreft":  # delta = (h W' + b - h R) R', R with orthonormal columns
-            rotation = torch.linalg.qr(self.write.T).Q
-            v, u = self.read - rotation, rotation.T
-            return v, self.bias * self.unit - self.mean @ v, u
-        if self.kind == "vector":
-            return torch.zeros_like(self.read), torch.ones_like(self.bias), self.write * self.unit
-        v = self.read / self.unit
-        return v, self.bias - self.mean @ v, self.write * self.unit
-
-    def frozen(self) -> LowRank:
-        v, b, u = (t.detach().cpu().clone().contiguous() for t in self.low_rank())
-        return LowRank(v, b, u)
-
-    def delta(self, h: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        v, b, u = (t.to(h.device) for t in self.low_rank())  # a spread model's block may lie elsewhere
-        return ((h.float() @ v + b) @ u).to(h.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """The mean of a profile at a site [d], and its spread: the root of the mean squared distance to the mean."""
-
-    mean: Float[Tensor, " d"]
-    spread: float
-
-    @classmethod
-    def of(cls, states: Float[Tensor, "n d"]) -> Scale:
-        """Raises UserError for fewer than two rows, or rows that are all the same."""
-        mean = states.float().mean(0)
-        found = float((states.float() - mean).square().sum(1).mean().sqrt())
-        if not found > 0:
-            raise UserError("the profile at a site does not vary; profile at least two prompts that differ")
-        return cls(mean, found)
+    validation: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
 
 
 @contextmanager
@@ -105,45 +65,6 @@ def frozen(model: Model) -> Iterator[None]:
     finally:
         for p, flag in was:
             p.requires_grad_(flag)
-
-
-def _encode(model: Model, demonstrations: PromptSet) -> list[tuple[list[int], list[int]]]:
-    pairs = []
-    for prompt in demonstrations:
-        response = prompt.meta.get("response")
-        if not response:
-            raise UserError(f"demonstration {prompt.id!r} has no response; each line needs a 'response' to learn from")
-        ids, answer = response_ids(prompt, str(response), model.tokenizer)
-        if len(ids) + len(answer) > model.max_length:
-            raise UserError(f"demonstration {prompt.id!r} has {len(ids) + len(answer)} tokens and the model reads "
-                            f"{model.max_length}; shorten it or leave it out")  # fmt: skip
-        pairs.append((ids, answer))
-    return pairs
-
-
-def _batches(
-    pairs: list[tuple[list[int], list[int]]], size: int, seed: int
-) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Endless batches; samples of like length go together, their order is drawn with the seed."""
-    rng = random.Random(seed)
-    while True:
-        order = list(range(len(pairs)))
-        rng.shuffle(order)
-        for start in range(0, len(order), size * 8):
-            pool = sorted(order[start : start + size * 8], key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-            groups = [pool[i : i + size] for i in range(0, len(pool), size)]
-            rng.shuffle(groups)
-            yield from ([pairs[i] for i in group] for group in groups)
-
-
-def _loss(model: Model, batch: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean cross-entropy of the answers, in nats per token (right-padded: every prompt starts at 0)."""
-    ids, mask = pad([p + a for p, a in batch], model.pad_id, "right")
-    labels = torch.full_like(ids, -100)
-    for row, (p, a) in enumerate(batch):
-        labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
-    logits = model.logits(ids, mask)[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
 
 
 def default_layer(model: Model) -> int:
@@ -169,6 +90,64 @@ def _flops(model: Model, sites: Sequence[Site]) -> float:
     return 2.0 * (sum(blocks) + head) + 2.0 * (sum(blocks[first:]) + head)
 
 
+@dataclass(frozen=True, eq=False)
+class _Objective:
+    """What is made small: the answers' loss, and the squared excess of deltas over `max_size` spreads."""
+
+    model: Model
+    parts: Mapping[Site, TrainablePart]
+    positions: str
+    max_size: float
+    size_weight: float
+
+    def of(self, batch: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss in nats per token, mean size of the delta in spreads, what is made small) of a batch."""
+        sizes: list[Tensor] = []
+
+        def edit(site: Site) -> torch_hooks.Edit:
+            def run(h: Tensor, at: Where) -> Tensor:
+                keep, part = at.mask(self.positions), self.parts[site]
+                delta = part.delta(h) * keep[..., None]
+                sizes.append((delta.float().square().sum(-1)[keep] + 1e-12).sqrt() / part.scale.spread)
+                return h + delta
+
+            return run
+
+        # the lengths are given: a batch of prompts with answers is not a prompt to its end
+        with self.model.edit({s: edit(s) for s in self.parts}, prompt_lengths=[len(p) for p, _ in batch]):
+            loss = answer_loss(self.model, batch)
+        size = torch.cat([s.to(loss.device) for s in sizes])
+        excess = (size - self.max_size).clamp(min=0).square().mean()
+        return loss, size.mean(), loss + self.size_weight * excess
+
+    def mean(self, parted: Sequence[list[Sample]]) -> float:
+        """What is made small, over samples that are not learnt from: the mean over their answers' tokens."""
+        with torch.no_grad():
+            found = [(float(self.of(batch)[2]), sum(len(a) for _, a in batch)) for batch in parted]
+        return sum(loss * n for loss, n in found) / sum(n for _, n in found)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How many steps, and what is done between them."""
+
+    steps: int
+    learning_rate: float
+    every: int
+    patience: int | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    key: str
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: a tenth of the steps up, then down in a straight line."""
+        warm = max(self.steps // 10, 1)
+        return self.learning_rate * min((step + 1) / warm, max(1e-3, 1 - step / self.steps))
+
+    def over(self, state: TrainingState) -> bool:
+        return state.step >= self.steps or (self.patience is not None and state.since_best() >= self.patience)
+
+
 def train_adapter(
     model: Model,
     demonstrations: Any,
@@ -183,64 +162,149 @@ def train_adapter(
     profile: Store | None = None,
     max_size: float = 0.4,
     size_weight: float = 10.0,
+    validation: Any = 0.0,
+    validate_every: int = 10,
+    patience: int | None = None,
     seed: int = 0,
     name: str = "",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> Trained:
     """Trains an adapter on demonstrations (prompts with a `response`), the model itself frozen.
 
-    kind: `nodireft` (delta = (h V + b) U), `loreft` (arXiv:2404.03592, R orthonormal), `vector` (a constant).
+    kind: `nodireft` (delta = (h V + b) U), `loreft` and `direft` (arXiv:2404.03592; (h W' + b - h R) R' and
+        (h W' + b) R', R orthonormal), `vector` (a constant).
+    positions: `last`, `prompt`, `all`, `first:n`, `last:n`, `generated` (the answer's tokens), or several joined by +.
     profile: a profile of the model with these sites, the scale of everything; unless given, the demonstrations' own
-    prompts are profiled. Deltas longer than `max_size` spreads of it cost `size_weight` times the squared excess: an
-    adapter trained without restraint writes far outside of what the profile saw, and its paste does anything but what
-    it should. Raises UserError for unknown kinds and sites, for a profile of another model, and for
-    demonstrations without a response. The result does not depend on anything but the arguments.
+        prompts are profiled. Deltas longer than `max_size` spreads of it cost `size_weight` times the squared excess: an
+        adapter trained without restraint writes far outside of what the profile saw, and its paste does anything but
+        what it should.
+    validation: the share of the demonstrations that is held out, or a set of others. Every `validate_every` steps they
+        are scored by what training makes small, and the adapter is that of the best score; `patience`: so many scores
+        without a better one end the training before its `steps`.
+    checkpoint: a file from which a training that was stopped goes on; it is written every `checkpoint_every` steps and
+        at a Ctrl-C, and left for the caller to remove. The result is, bit for bit, that of a training never stopped.
+
+    The recipe and the learning curve are in the adapter's meta, under `training`. The result does not depend on
+    anything but the arguments. Raises UserError for unknown kinds and sites, for a profile of another model, for
+    demonstrations without a response or too short for the positions, and for a loss that is not finite; Stopped, a
+    KeyboardInterrupt, at a Ctrl-C where there is a checkpoint.
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown adapter kind {kind!r}; allowed: {', '.join(KINDS)}")
+    recipe = {"kind": kind, "rank": rank, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+              "max_size": max_size, "size_weight": size_weight, "validate_every": validate_every, "patience": patience,
+              "seed": seed}  # fmt: skip
+    _check(model, recipe, validation, checkpoint_every)
     listed = [sites] if isinstance(sites, (Site, int, str)) else list(sites)
     where = [model.site(s) for s in listed]
-    if not 0 < rank <= model.width:
-        raise UserError(f"rank {rank} is not between 1 and the width {model.width}")
-    torch_hooks.check_policy(positions)
-    pairs = _encode(model, PromptSet.load(demonstrations))
+    whole = PromptSet.load(demonstrations)
+    learnt, apart = held_out(whole, validation, seed)
+    pairs = encode_demonstrations(model, learnt, positions)
     if not pairs:
         raise UserError("there are no demonstrations to train on; give prompts with a 'response' each")
-    scales = _scales(model, PromptSet.load(demonstrations), where, profile)
+    judged = in_order(encode_demonstrations(model, apart, positions), batch_size) if apart is not None else []
+    scales = _scales(model, learnt, where, profile)
     generator = torch.Generator().manual_seed(seed)
-    r = 1 if kind == "vector" else rank
-    parts = {s: _Part(kind, scales[s], r, generator).to(model.device) for s in where}
+    width = 1 if kind == "vector" else rank
+    parts = {s: TrainablePart(kind, scales[s], width, generator).to(model.device) for s in where}
+    objective = _Objective(model, parts, positions, max_size, size_weight)
     optimizer = torch.optim.Adam([p for part in parts.values() for p in part.parameters()], lr=learning_rate)
-    warm = max(steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, max(1e-3, 1 - i / steps)))
-    sizes: list[Tensor] = []
+    state = TrainingState({str(s): part for s, part in parts.items()}, optimizer)
+    path, key = None if checkpoint is None else Path(checkpoint), ""
+    if path is not None:
+        sets = [learnt.full_hash, apart.full_hash if apart is not None else None]
+        means = [[str(s), scale.mean.tolist(), scale.spread] for s, scale in scales.items()]
+        key = json_hash([recipe, positions, sets, means, model.fingerprint_id])
+        if path.exists() and state.resume(path, key):
+            log.info("%s: going on after %d of %d steps", path, state.step, steps)
+    plan = _Plan(steps, learning_rate, validate_every, patience, path, checkpoint_every, key)
+    with frozen(model), first_interrupt_noted() if path is not None else nullcontext(Asked()) as stop:
+        _train(state, objective, plan, batches(pairs, batch_size, seed), judged, stop, name or kind)
+    made, best = state.step, state.best_step
+    state.restore_best()
+    said = {**recipe, "positions": positions, "steps_made": made, "best_step": best, "demonstrations": len(pairs),
+            "held_out": sum(map(len, judged)), "curve": state.curve, "validation": state.validation}  # fmt: skip
+    meta = {"kind": kind, "seed": seed, "training": {k: v for k, v in said.items() if v is not None}}
+    adapter = Adapter({s: part.frozen() for s, part in parts.items()}, positions, name=name, base=model.fingerprint,
+                      meta=meta)  # fmt: skip
+    return Trained(adapter, tuple(state.curve), state.seconds, state.tokens * _flops(model, where), made,
+                   tuple(state.validation), best)  # fmt: skip
 
-    def edit(site: Site) -> torch_hooks.Edit:
-        def run(h: Tensor, at: Where) -> Tensor:
-            keep = at.mask(positions)
-            delta = parts[site].delta(h) * keep[..., None]
-            sizes.append((delta.float().square().sum(-1)[keep] + 1e-12).sqrt() / scales[site].spread)
-            return h + delta
 
-        return run
+def _check(model: Model, recipe: Mapping[str, Any], validation: Any, checkpoint_every: int) -> None:
+    """UserError for arguments that say nothing."""
+    if recipe["kind"] not in KINDS:
+        raise UserError(f"unknown adapter kind {recipe['kind']!r}; allowed: {', '.join(KINDS)}")
+    if not 0 < recipe["rank"] <= model.width:
+        raise UserError(f"rank {recipe['rank']} is not between 1 and the width {model.width}")
+    counts = {**recipe, "checkpoint_every": checkpoint_every}
+    for key in ("steps", "batch_size", "validate_every", "patience", "checkpoint_every"):
+        if counts[key] is not None and counts[key] < 1:
+            raise UserError(f"{key} {counts[key]} is out of range; give at least 1")
+    if not 0 < recipe["learning_rate"] < math.inf:
+        raise UserError(
+            f"learning_rate {recipe['learning_rate']} is out of range; give a number above 0, 0.01 is usual"
+        )
+    if recipe["patience"] is not None and isinstance(validation, (int, float)) and not validation:
+        raise UserError("patience needs demonstrations to validate on; give validation, a share of them such as 0.1")
 
-    curve, tokens, start = [], 0, time.perf_counter()
-    stream = _batches(pairs, batch_size, seed)
-    with frozen(model):
-        for step in progress(range(steps), desc=f"training {name or kind}", unit="step"):
-            batch = next(stream)
-            sizes.clear()
-            # the lengths are given: a batch of prompts with answers is not a prompt to its end
-            with model.edit({s: edit(s) for s in where}, prompt_lengths=[len(p) for p, _ in batch]):
-                loss = _loss(model, batch)
-            size = torch.cat([s.to(loss.device) for s in sizes])
-            excess = (size - max_size).clamp(min=0).square().mean()
-            (loss + size_weight * excess).backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens += sum(len(p) + len(a) for p, a in batch)
-            if step % 10 == 0 or step == steps - 1:
-                curve.append((step, loss.item(), size.mean().item()))
-    done = {s: part.frozen() for s, part in parts.items()}
-    adapter = Adapter(done, positions=positions, name=name, base=model.fingerprint, meta={"kind": kind, "seed": seed})
-    return Trained(adapter, tuple(curve), time.perf_counter() - start, tokens * _flops(model, where), steps)
+
+def _train(
+    state: TrainingState,
+    objective: _Objective,
+    plan: _Plan,
+    stream: Iterator[list[Sample]],
+    judged: Sequence[list[Sample]],
+    stop: Asked,
+    name: str,
+) -> None:
+    """Goes on with a training to its end."""
+    for _ in range(state.step):
+        next(stream)  # the order of the data is drawn again
+    bar = progress(total=plan.steps, desc=f"training {name}", unit="step", initial=state.step)
+    with bar:
+        while not plan.over(state):
+            began = time.perf_counter()
+            _step(state, objective, plan, next(stream))
+            if judged and (state.step % plan.every == 0 or state.step == plan.steps):
+                state.validated(objective.mean(judged))
+            state.seconds += time.perf_counter() - began
+            bar.update(1)
+            if plan.checkpoint is not None:
+                if stop.asked or plan.over(state) or state.step % plan.checkpoint_every == 0:
+                    state.save(plan.checkpoint, plan.key)
+                if stop.asked:
+                    raise Stopped(f"stopped: {state.step} of {plan.steps} steps are kept; run the same again to go on")
+
+
+def _step(state: TrainingState, objective: _Objective, plan: _Plan, batch: list[Sample]) -> None:
+    """One optimiser step."""
+    step = state.step
+    for group in state.optimizer.param_groups:
+        group["lr"] = plan.rate(step)
+    loss, size, total = objective.of(batch)
+    if not math.isfinite(total.item()):
+        raise UserError(
+            f"the loss of step {step} is {total.item()}; lower the learning rate, or load the model in float32"
+        )
+    total.backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += sum(len(p) + len(a) for p, a in batch)
+    if step % 10 == 0 or state.step == plan.steps:
+        state.curve.append((step, loss.item(), size.item()))
+
+
+def train_into(out: str | Path, model: Model, *args: Any, overwrite: bool = False, **options: Any) -> Trained:
+    """`train_adapter`, saved in the folder `out`; stopped and called again with the same arguments, it goes on.
+
+    The checkpoint lies beside `out` and goes once the adapter is there. Raises UserError, before anything is trained,
+    where `out` exists, unless `overwrite`.
+    """
+    path = Path(out).expanduser()
+    check_free(path, marker="adapter.json", overwrite=overwrite)
+    checkpoint = path.parent / f".{path.name}.training.safetensors"
+    trained = train_adapter(model, *args, checkpoint=checkpoint, **options)
+    trained.adapter.save(path, overwrite=overwrite)
+    checkpoint.unlink(missing_ok=True)
+    return trained

@@ -42,6 +42,16 @@ def check_policy(policy: str) -> str:
     return policy
 
 
+def tokens_needed(policy: str) -> int:
+    """How many tokens a prompt must have so that every position that a policy names is there.
+
+    >>> tokens_needed("first:3+last"), tokens_needed("all")
+    (3, 1)
+    """
+    counts = [one.partition(":")[2] for one in check_policy(policy).split("+")]
+    return max(int(count or 1) for count in counts)
+
+
 @dataclass(frozen=True)
 class Where:
     """Where the rows of a hidden state lie: `position` counts the real tokens of each row from 0, -1 at padding."""
