@@ -115,7 +115,9 @@ class BlockRunner:
 
     def _forward(self, block: Block, sequences: list[int]) -> None:
         batch = self._batch = _Batch(self.plan, block, sequences, self.model.pad_id, self.model.device)
-        self.model.run(batch.ids, batch.mask.fill_(1) if self._causal else batch.mask, stop_after=self.stop_after)
+        # an edit, which a hook before the decoder tells of its batch, finds the ends of prompts by the mask
+        whole = self._causal and not self.model.decoder._forward_pre_hooks
+        self.model.run(batch.ids, batch.mask.fill_(1) if whole else batch.mask, stop_after=self.stop_after)
         for site, bad in batch.bad.items():  # not before all of it ran: a batch that fails is run again
             self.nonfinite[site] = self.nonfinite[site] + bad if site in self.nonfinite else bad
         if self.bar is not None:
