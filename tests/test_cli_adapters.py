@@ -13,6 +13,9 @@ from workbench.adapters.pyreft import read
 from workbench.cli import app
 from workbench.sites import Site
 
+from .conftest import make_module, save_folder
+from .lora_folders import lora_folder
+
 
 @pytest.fixture
 def run():
@@ -71,3 +74,54 @@ def test_errors_are_one_line(run, args, said):
     assert done.exit_code == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A model, and a LoRA of it."""
+    home = tmp_path_factory.mktemp("lora")
+    save_folder(make_module("llama"), home / "model")
+    (home / "prompts.txt").write_text("".join(f"w{i} w{3 * i % 50} w{i % 7}\n" for i in range(60)))
+    lora_folder(home / "lora", size=0.1)
+    return home
+
+
+def from_weights(home, out, *more):
+    return ["from-weights", home / "model", home / "lora", "--prompts", home / "prompts.txt", "--out", out, *more]
+
+
+def test_an_adapter_is_made_of_a_lora(run, lora, tmp_path):
+    done = run(*from_weights(lora, tmp_path / "a", "--rank", 2, "--json"))
+    assert done.exit_code == 0, done.output
+    said, adapter = json.loads(done.stdout), Adapter.load(tmp_path / "a")
+    assert said["sites"] == list(map(str, adapter.sites))
+    assert [f["site"] for f in said["fits"]] == ["resid_post.1", "resid_post.2"]
+    assert (adapter.rank, adapter.name, adapter.base["name"]) == (3, "a", str(lora / "model"))
+    shown = run(*from_weights(lora, tmp_path / "b", "--layers", "1,2", "--keep", "all", "--positions", "all"))
+    assert "resid_post.1*" in shown.stdout
+    assert "R2 constant" in shown.stdout
+    assert "KL to the changed model's next token" in shown.stdout
+    assert Adapter.load(tmp_path / "b").positions == "all"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--rank", "some"), "rank 'some' is neither a number nor cv"),
+        (("--rank", "99"), "rank must lie in 0..48"),
+        (("--layers", "0"), "changes no activation"),
+        (("--keep", "none"), "unknown keep 'none'"),
+        (("--limit", "4"), "too few to fit to"),
+    ],
+)
+def test_from_weights_tells_bad_input_in_one_line(run, lora, tmp_path, more, words):
+    found = run(*from_weights(lora, tmp_path / "a", *more))
+    assert found.exit_code == 2
+    assert words in found.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_show_of_a_lora_says_how_an_adapter_is_made_of_it(run, lora):
+    found = run("show", lora / "lora")
+    assert "is a PEFT LORA" in found.stderr
+    assert "workbench adapters from-weights" in found.stderr

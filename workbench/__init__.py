@@ -42,6 +42,7 @@ _HOME = {
     "LowRank": "adapters.adapter",
     "Blend": "adapters.blend",
     "train_adapter": "adapters.train",
+    "residual_adapter": "adapters.weight_change",
     "Converter": "convert",
     "ConverterFits": "convert",
     "fit_converters": "convert",

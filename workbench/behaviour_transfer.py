@@ -179,9 +179,9 @@ class BehaviourTransfer:
         start = time.perf_counter()
         effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
         target = float(effect.mean())
-        warnings = [said] if (said := ineffective(self.name, mean_interval(effect))) else []
-        for said in warnings:
-            log.warning("%s: %s", self.name, said)
+        idle = ineffective(self.name, mean_interval(effect))
+        if idle is not None:
+            log.warning("%s: %s", self.name, idle)
         aimed = time.perf_counter() - start
         on = t.gradient(self.name, self.table.validation)
         off = {b.name: t.gradient(b.name, b.validation) for b in job.behaviours if b.name != self.name}
@@ -202,7 +202,7 @@ class BehaviourTransfer:
         said, found = [r["on"] for r in checked], [r["measured_on"] for r in checked]
         return {
             "target": target,
-            "warnings": warnings,
+            "warnings": [] if idle is None else [idle],
             "candidates": rows,
             "chosen": rows[0],
             "seconds": seconds,

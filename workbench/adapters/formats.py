@@ -37,7 +37,8 @@ def _read_folder(folder: Path, site: Site | None) -> Adapter:
         if isinstance(config, dict) and "peft_type" in config:
             kind = str(config["peft_type"])[:40]
             raise UserError(f"{folder} is a PEFT {kind}: it changes weights and adds nothing to the residual stream by "
-                            "itself, so that it is not read as an adapter")  # fmt: skip
+                            "itself, so that it is not read as an adapter; make one of a LoRA with `workbench adapters "
+                            "from-weights`")  # fmt: skip
         from .bottleneck import read
     elif (folder / "config.json").is_file():
         from .pyreft import read

@@ -40,6 +40,8 @@ class TrainablePart(nn.Module):
     parameters in the units of the model: delta(h) = (h @ V + b) @ U. Every kind begins with a delta of 0.
     """
 
+    mean: Tensor
+
     def __init__(self, kind: str, scale: Scale, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         width = len(scale.mean)

@@ -9,6 +9,8 @@ from .adapter import Adapter
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .weight_change import ResidualFit
+
 
 def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
     """One row for each part: where it acts, its sizes, the length of its constant delta (None where it reads)."""
@@ -41,3 +43,18 @@ def adapter_lines(adapter: Adapter) -> list[str]:
     count = sum(t.numel() for part in parts for t in (part.V, part.b, part.U))
     of = adapter.base.get("name") or "a model that is not stated"
     return [f"{adapter.name or 'adapter'}: of {of}, strength {adapter.strength:.4g}, {count:,} parameters"]
+
+
+def fit_table(made: ResidualFit) -> Table:
+    """Of every site that was tried, how much of the difference of a change of weights is explained; kept ones with a *."""
+    from rich.table import Table
+    from rich.text import Text
+
+    head = ("site", "rank", "R2", "R2 constant", "explained", "constant", "of the whole", "held-out rows")
+    table = Table(*head, box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for f in made.fits:
+        r2 = ["-" if x is None else f"{x:.3f}" for x in (f.r2, f.r2_constant)]
+        shares = [f"{x:.3f}" for x in (f.explained, f.explained_constant, f.explained_whole)]
+        site = f"{f.site}{'*' if f.site in made.adapter.sites else ''}"
+        table.add_row(*map(Text, (site, str(f.rank), *r2, *shares, str(f.held_out_rows))))
+    return table
