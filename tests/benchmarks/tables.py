@@ -248,6 +248,47 @@ def _tell_paste(found: dict[str, Any]) -> str:
     )
 
 
+def _lora(folder: Path) -> dict[str, Any]:
+    from . import lora_bench
+
+    return lora_bench.bench(folder)
+
+
+def _tell_lora(found: dict[str, Any]) -> str:
+    arms = list(next(iter(found.values()))["arms"])
+    rows = []
+    for arm in arms:
+        row: list[object] = [arm]
+        for one in found.values():
+            rate, odds = one["arms"][arm]["rate"], one["arms"][arm]["log_odds"]
+            row += [f"{rate['value']:.1%} [{rate['low']:.0%}, {rate['high']:.0%}]",
+                    f"{odds['value']:+.2f} [{odds['low']:+.2f}, {odds['high']:+.2f}]"]  # fmt: skip
+        rows.append(row)
+    head = ["", *(text for name, one in found.items() for text in (f"{name}: {one['score']}", "log-odds"))]
+    fits = [
+        (name, one["site"], one["rank"], f"{one['r2']:.3f} ({one['r2_constant']:.3f})",
+         f"{one['explained']:.3f} ({one['explained_constant']:.3f})", f"{one['kl_before']:.3g}", f"{one['kl_after']:.3g}",
+         one["pasted_at"], f"{one['strength']:.2f}")
+        for name, one in found.items()
+    ]  # fmt: skip
+    n = next(iter(found.values()))["n"]
+    return "\n\n".join(
+        [
+            "A LoRA (rank 4, alpha 8; query, value and down projections, 100 steps of 32 demonstrations) of the bundled donor, "
+            "turned into a residual adapter of the last prompt token by `residual_adapter` on the bundled profile prompts "
+            "(every `resid_post` tried, the best kept, rank by cross-validation), and pasted into the recipient with the "
+            "converter, layer and strength that the forecast chose; beside the LoRA itself and a LoRA trained on the "
+            f"recipient. Greedy answers to {n} evaluation prompts, 95 % intervals.",
+            table(head, rows),
+            "The fit on held-out prompts, the constant alone in brackets, and the mean KL of the next token from the model "
+            "with the LoRA, without and with the adapter, in nats:",
+            table(
+                ["behaviour", "site", "rank", "R2", "explained", "KL without", "KL with", "pasted at", "strength"], fits
+            ),
+        ]
+    )
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
@@ -256,5 +297,6 @@ SECTIONS: dict[str, Section] = {
     "maps": Section("Fitting maps from moments", _maps, _tell_maps),
     "paste": Section("Pasting: cost", _paste, _tell_paste),
     "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
+    "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }
