@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from workbench import behaviour_transfer as module
-from workbench.adapters import pyreft
+from workbench.adapters import pyreft, train
 from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.errors import UserError
 from workbench.evaluate import arms
 from workbench.evaluate.statistics import Interval
+from workbench.interrupts import Stopped
 from workbench.jobs import Job, run_job
 from workbench.runs import Run
 from workbench.sites import Site
@@ -202,6 +204,37 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folders, prompts, undi
     assert not steps_done(run, kept) & set(kept)
     assert numbers(run) == numbers(undisturbed)
     assert adapters(run) == adapters(undisturbed)
+
+
+def test_ctrl_c_in_a_training_keeps_the_steps_that_were_made(folders, prompts, undisturbed, tmp_path, monkeypatch):
+    job, step = a_job(folders, prompts, tmp_path), train._step
+
+    def interrupted(state, *rest):
+        step(state, *rest)
+        if state.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", interrupted)
+        with pytest.raises(Stopped, match="2 of 3 steps are kept"):
+            run_job(job)
+    made: list[int] = []
+    monkeypatch.setattr(train, "_step", lambda state, *rest: (made.append(state.step), step(state, *rest)))
+    run = run_job(job)
+    assert made == [2, 0, 1, 2, 0, 1, 2, 0, 1, 2]  # the donor's and the native adapter of two behaviours
+    assert adapters(run) == adapters(undisturbed)
+    assert not list(run.folder.rglob("*.training.*"))
+
+
+def test_a_job_trains_with_a_validation_split(folders, prompts, tmp_path):
+    recipe = {"kind": "direft", "positions": "all", "steps": 8, "validation": 0.25, "validate_every": 1, "patience": 2}
+    run = run_job(a_job(folders, prompts, tmp_path, training=recipe, behaviours=prompts["tables"][:1]))
+    for step, arm in (("donor", "donor"), ("native", "native")):
+        kept = json.loads((run.folder / "steps" / f"{step}-counting.json").read_text())["result"]
+        adapter = adapters(run)[f"counting/{arm}"]
+        assert kept["validation"] == adapter.meta["training"]["validation"]
+        assert kept["best_step"] == min(kept["validation"], key=lambda found: found[1])[0]
+        assert (adapter.meta["kind"], adapter.positions, adapter.meta["training"]["held_out"]) == ("direft", "all", 4)
 
 
 def both(*steps: str) -> set[str]:

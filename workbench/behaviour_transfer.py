@@ -107,17 +107,17 @@ class BehaviourTransfer:
 
     def _checkpoint(self, arm: str) -> Path:
         """What a training that is stopped goes on from."""
-        return self.shared.run.folder / "training" / f"{self.name}-{arm}.safetensors"
+        return self.shared.run.folder / f".{self.name}-{arm}.training.safetensors"
 
     def donor_adapter(self) -> dict[str, Any]:
         """The donor's adapter: the folder that was given, or one trained on the demonstrations."""
         t = self.shared
         if self.table.adapter is not None:
             given = Adapter.load(self.table.adapter)
+            self._check_lengths(given)
 
             def copy() -> dict[str, Any]:
                 given.check(t.donor, self.table.allow_mismatch)
-                self._check_lengths(given)
                 elsewhere = [str(s) for s in given.parts if s.point != "resid_post"]
                 if elsewhere:
                     raise UserError(f"{self.table.adapter} edits {', '.join(elsewhere)}; a job pastes resid_post only")
