@@ -10,7 +10,7 @@ import torch
 from sklearn.cross_decomposition import CCA
 
 from workbench.errors import UserError
-from workbench.maps import CanonicalCorrelations, Spectrum, optimal_ranks, subspace_size
+from workbench.maps import CanonicalCorrelations, Moments, Spectrum, optimal_ranks, subspace_size
 from workbench.maps.cca import DIM_LIN_NULL, null_squares
 
 from .example_rows import F64, activations, folds, moments, noise
@@ -58,10 +58,11 @@ def test_leading_variates_are_scikit_learns():
     torch.testing.assert_close(found.correlations(moments(x, y)), found.rho, atol=1e-9, rtol=0)
 
 
-def test_8_the_ceiling_of_a_target_of_lower_rank_is_one():
+@pytest.mark.parametrize("products", [torch.float64, torch.float32])
+def test_8_the_ceiling_of_a_target_of_lower_rank_is_one(products):
     x = noise(3000, 96)
     y = x @ noise(96, 24, seed=1) @ noise(24, 96, seed=2)
-    train = moments(x, y)
+    train = Moments(products=products).update({"x": x, "y": y})
     found = CanonicalCorrelations.of(train)
     assert (found.rank_x, found.rank_y) == (96, 24)
     assert float(found.ceiling()[-1]) == pytest.approx(1, abs=1e-6)

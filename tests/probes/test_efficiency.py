@@ -16,15 +16,18 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def split(x: torch.Tensor, y: torch.Tensor, cut: int) -> tuple[list[Moments], Moments]:
-    train = [Moments().update({"x": a, "y": b}) for a, b in zip(x[:cut].chunk(3), y[:cut].chunk(3), strict=True)]
-    return train, Moments().update({"x": x[cut:], "y": y[cut:]})
+def split(x: torch.Tensor, y: torch.Tensor, cut: int, products: torch.dtype = F64) -> tuple[list[Moments], Moments]:
+    def summed(a: torch.Tensor, b: torch.Tensor) -> Moments:
+        return Moments(products=products).update({"x": a, "y": b})
+
+    return [summed(*ab) for ab in zip(x[:cut].chunk(3), y[:cut].chunk(3), strict=True)], summed(x[cut:], y[cut:])
 
 
-def test_8_an_exact_map_of_lower_rank_has_efficiency_one():
+@pytest.mark.parametrize("products", [torch.float64, torch.float32])
+def test_8_an_exact_map_of_lower_rank_has_efficiency_one(products):
     x = noise(4000, 96)
     y = x @ noise(96, 24, seed=1) @ noise(24, 96, seed=2)
-    found = transport_efficiency(*split(x, y, 3000), alpha=0)
+    found = transport_efficiency(*split(x, y, 3000, products), alpha=0)
     assert len(found.ranks) == 24
     assert float(found.ceiling[-1]) == pytest.approx(1, abs=1e-6)
     assert float(found.bound[-1]) == pytest.approx(1, abs=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .moments import Moments, total
-from .spectrum import sign_fixed
+from .spectrum import constant_floor, sign_fixed
 from .whitening import CUT
 
 EDGE_MARGIN = 1.05
@@ -45,6 +45,9 @@ class CanonicalCorrelations:
     @classmethod
     def of(cls, moments: Moments, source: str = "x", target: str = "y", *, cut: float = CUT) -> CanonicalCorrelations:
         """rho = singular values of Sxx^(-1/2) Sxy Syy^(-1/2) on the directions above `cut` times the largest variance.
+
+        The cut is never below what the products round off (`Moments.noise`): float32 products lose the directions with
+        less than 2.4e-7 of the largest variance, which then count neither in rho nor in the ranks.
 
         Raises:
             UserError: a side that never varies, or no more rows than directions of both sides together, where some
@@ -155,7 +158,7 @@ def subspace_size(parts: Sequence[Moments], source: str = "x", target: str = "y"
 
     Args:
         parts: moments of at least two disjoint sets of rows, which no prompt straddles.
-        cut: directions below this share of the largest variance do not count.
+        cut: directions below this share of the largest variance do not count; as of `CanonicalCorrelations.of`.
 
     Source: arXiv:2508.17540 (dim_lin); Wachter 1980 (the law of rho^2 of independent data).
     """
@@ -207,7 +210,7 @@ def null_squares(rank_x: int, rank_y: int, n: int) -> Float[Tensor, " k"]:
 def _whitening(moments: Moments, name: str, cut: float) -> Tensor:
     """U diag(w)^(-1/2) of the directions that vary, [d, rank]."""
     values, vectors = torch.linalg.eigh(moments.cov(name, name) / moments.n)
-    if not float(values[-1]) > 0:
+    if not bool((moments.squares(name) > constant_floor(moments, name)).any()):
         raise UserError(f"{name} is constant, so it correlates with nothing")
-    keep = values > cut * values[-1]
+    keep = values > max(cut, moments.noise) * values[-1]
     return vectors[:, keep] / values[keep].sqrt()

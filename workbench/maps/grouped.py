@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..atomic import staged_folder
 from ..errors import UserError
-from .moments import Moments, Pair, total
+from .moments import Moments, Pair, lower, total
 
 FORMAT = "workbench.grouped_moments"
 VERSION = 1
@@ -144,7 +145,7 @@ class GroupedMoments:
             return NotImplemented
         if self.axes != other.axes:
             raise UserError(f"grouped moments of axes {list(self.axes)} and {list(other.axes)} do not add")
-        result = GroupedMoments(*self.axes, pairs=self._pairs, products=self._products)
+        result = GroupedMoments(*self.axes, pairs=self._pairs, products=lower(self._products, other._products))
         result._groups, result._shift = dict(self.groups), self._shift or other._shift
         for key, group in other.groups.items():
             result._groups[key] = result._groups[key] + group if key in result._groups else group
@@ -179,6 +180,7 @@ class GroupedMoments:
         first = next(iter(grouped._groups.values()), None)
         if first is not None:
             grouped._shift, grouped._pairs = first.shift, list(first.product)
+            grouped._products = functools.reduce(lower, (group.products for group in grouped._groups.values()))
         return grouped
 
     def _axis(self, axis: str) -> int:

@@ -129,8 +129,8 @@ def _cycle_pair(
     sx, sy = train.cov(source, source) / size_x**2, train.cov(target, target) / size_y**2
     sxy = train.cov(source, target) / (size_x * size_y)
     a, b = first * size_x / size_y, second * size_y / size_x
-    # a hair of penalty keeps the equation solvable where a side has fewer directions than columns
-    ridge_x, ridge_y = max(alpha, 1e-10) / len(sx), max(alpha, 1e-10) / len(sy)
+    # a hair of penalty keeps the equation solvable where a side has fewer directions than columns, but for rounding
+    ridge_x, ridge_y = (max(alpha, 1e-10, len(s) * train.noise) / len(s) for s in (sx, sy))
 
     def objective() -> float:
         fit = _miss(sx, sxy, sy, a) + _miss(sy, sxy.T, sx, b)

@@ -21,7 +21,8 @@ def partial_least_squares(
     alone and differs from the second component on where there are many outputs; this is what scikit-learn computes.
 
     Args:
-        components: how many; fewer come back where nothing is left to explain.
+        components: how many; fewer come back where nothing is left to explain, or the rest of x varies less than what
+            its products round off (`Moments.noise`).
         scale: standardise the columns of both sides first (scikit-learn's default).
 
     Raises:
@@ -50,11 +51,16 @@ def partial_least_squares(
         for p, r in zip(loadings, rotations, strict=True):
             rotation -= (p @ weight) * r
         score = float(rotation @ whole @ rotation)  # = w^T Sxx w after deflation, without its rounding
+        if score <= train.noise * float(whole.norm() * rotation @ rotation):
+            break  # x does not vary there, but for the rounding of its products
         p, q = whole @ rotation / score, sxy.T @ weight / score
         sxy = sxy - score * torch.outer(p, q)
         rotations.append(rotation)
         loadings.append(p)
         outputs.append(q)
+    if not rotations:
+        raise UserError(f"{target} varies with directions of {source} alone that are too small for products in "
+                        f"{str(train.products).removeprefix('torch.')}: use ridge")  # fmt: skip
     left, right = torch.stack(rotations, 1), torch.stack(outputs)
     if x_spread is not None and y_spread is not None:
         left, right = left / x_spread[:, None], right * y_spread

@@ -13,6 +13,7 @@ from ..errors import UserError
 from .cca import CanonicalCorrelations
 from .moments import Moments
 from .spectrum import Spectrum
+from .whitening import CUT
 
 
 def linear_cka(moments: Moments, a: str = "x", b: str = "y") -> float:
@@ -97,7 +98,7 @@ def svcca(moments: Moments, a: str = "x", b: str = "y", *, variance: float = 0.9
     """
     if not 0 < variance <= 1:
         raise UserError(f"variance must lie in 0..1; got {variance}")
-    white = [_leading(_cov(moments, name, name), variance) for name in (a, b)]
+    white = [_leading(_cov(moments, name, name), variance, max(CUT, moments.noise)) for name in (a, b)]
     rho = torch.linalg.svdvals(white[0].T @ _cov(moments, a, b) @ white[1])
     return float(rho.clamp(max=1).mean())
 
@@ -119,11 +120,11 @@ def _cov(moments: Moments, a: str, b: str) -> Tensor:
     return found
 
 
-def _leading(s: Tensor, variance: float) -> Tensor:
+def _leading(s: Tensor, variance: float, cut: float) -> Tensor:
     """Whitening of the fewest leading principal directions that hold a share of the variance, [d, k]."""
     values, vectors = torch.linalg.eigh(s)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     share = values.cumsum(0) / values.sum()
     k = min(int((share < variance - 1e-12).sum()) + 1, len(values))
-    k = min(k, int((values > 1e-10 * values[0]).sum()))
+    k = min(k, int((values > cut * values[0]).sum()))
     return vectors[:, :k] / values[:k].sqrt()

@@ -14,6 +14,9 @@ from .linear_map import LinearMap
 from .moments import Moments
 
 EPS = torch.finfo(torch.float64).eps
+DRIFT = 512
+"""eps by which a sum of 4,096 equal squares may drift, one after the other: each rounds off up to half of one, the same
+way while the sum lies between two powers of 2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +62,12 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """Directions in which the source varies at all: l > d * eps * largest."""
-        return int((self.values > self._floor).sum())
+        """Directions in which the source varies at all: l above d * eps of the largest, and above `Moments.noise` of it."""
+        return int((self.values > self._floor(0.0)).sum())
 
-    @property
-    def _floor(self) -> float:
-        return float(self.values[-1]) * len(self.values) * EPS
+    def _floor(self, alpha: float) -> float:
+        """What is no direction: a penalty bounds what rounding in the products can do, least squares have the cut alone."""
+        return float(self.values[-1]) * max(len(self.values) * EPS, 0.0 if alpha else self.train.noise)
 
     @property
     def x_mean(self) -> Float[Tensor, " d"]:
@@ -90,7 +93,7 @@ class Spectrum:
     def gain(self, alpha: float) -> Float[Tensor, " d"]:
         """1 / (l + alpha), alpha absolute; 0 in directions without variance or penalty."""
         kept = self.values + alpha
-        return torch.where(kept > self._floor, 1 / kept, 0.0)
+        return torch.where(kept > self._floor(alpha), 1 / kept, 0.0)
 
     def degrees(self, alpha: float) -> float:
         """Effective degrees of freedom: sum l / (l + alpha), and 1 for the bias."""
@@ -106,7 +109,7 @@ class Spectrum:
     ) -> LinearMap:  # fmt: skip
         """The ridge map at an absolute penalty: min ||Yc - Xc W||^2 + alpha ||W||^2 (sklearn's `Ridge(alpha)`).
 
-        At 0: minimum-norm least squares. cross: M, where it is at hand.
+        At 0: minimum-norm least squares on the directions that count (`rank`). cross: M, where it is at hand.
         """
         return self.path(target, [alpha], dtype=dtype, cross=cross)[0]
 
@@ -153,9 +156,13 @@ class Spectrum:
 
 
 def constant_floor(moments: Moments, name: str) -> Float[Tensor, " d"]:
-    """Sums of squares at or below this are rounding: such a column never varies, [d]."""
+    """Sums of squares at or below this are rounding: such a column never varies, [d].
+
+    That of the mean, and that of the products, in proportion to the squares about the shift, of which they are left.
+    """
     scale = moments.mean(name).abs().maximum(moments.shift[name].abs())
-    return moments.n * (8 * EPS * scale).square()
+    squares = moments.product[name, name].diagonal()
+    return moments.n * (8 * EPS * scale).square() + DRIFT * torch.finfo(moments.products).eps * squares
 
 
 def sign_fixed(vectors: Float[Tensor, "d k"], *others: Float[Tensor, "_d k"]) -> tuple[Tensor, ...]:

@@ -53,5 +53,9 @@ class Whitener:
 
     @classmethod
     def of_block(cls, train: Moments, name: str, *, cut: float = CUT, shrink: float = 0.0) -> Whitener:
-        """Of one block's covariance (divided by its rows) over the training rows."""
-        return cls.of(train.cov(name, name) / train.n, cut=cut, shrink=shrink)
+        """Of one block's covariance (divided by its rows) over the training rows.
+
+        cut: never below what the products round off (`Moments.noise`): with float32 products directions of less than
+        2.4e-7 of the largest variance are left out of every whitened figure, with float64 those of less than 1e-10.
+        """
+        return cls.of(train.cov(name, name) / train.n, cut=max(cut, train.noise), shrink=shrink)
