@@ -105,6 +105,15 @@ def test_a_column_that_stands_still_far_from_the_shift_does_not_vary(products):
     assert torch.isnan(score.per_output).tolist() == [False, True]
 
 
+def test_massive_rows_of_one_group_cost_the_others_no_digits():
+    x = noise(4000, 4).to(F32)
+    first = torch.arange(4000) % 20 == 0
+    x[first, 0] += 1e4
+    grouped = GroupedMoments("kind", products=F32).update({"x": x}, kind=["bos" if at else "word" for at in first])
+    known = Moments().update({"x": x[~first]})
+    torch.testing.assert_close(grouped.total(kind="word").squares("x"), known.squares("x"), rtol=1e-5, atol=0)
+
+
 def test_a_sum_has_the_lower_precision(tmp_path):
     rows = {"x": noise(50, 3)}
     fine, coarse = Moments().update(rows), Moments(products=F32).update(rows)

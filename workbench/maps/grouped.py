@@ -18,6 +18,8 @@ from .moments import Moments, Pair, lower, total
 
 FORMAT = "workbench.grouped_moments"
 VERSION = 1
+SAMPLE = 256
+"""rows of the first batch whose median all groups have as their shift"""
 Label = str | int
 
 
@@ -91,7 +93,9 @@ class GroupedMoments:
         if not n:
             return self
         if not self._shift:
-            self._shift = {name: block.double().mean(0) for name, block in blocks.items()}
+            # no mean: what few rows of one group have (the massive activations of BOS) would take it far from all others,
+            # and float32 products lose what they are far from the shift
+            self._shift = {name: block[:SAMPLE].double().median(0).values for name, block in blocks.items()}
         widths, shapes = ({k: len(v) for k, v in self._shift.items()}, {k: list(v.shape) for k, v in blocks.items()})
         if shapes != {name: [n, width] for name, width in widths.items()}:
             raise UserError(f"every batch needs the blocks {widths} (name: width) with equal rows; got shapes {shapes}")
