@@ -113,7 +113,7 @@ class RankFamily:
             around = ((k @ moments.about(target, target, at, at)) * k).sum()
             errors = _errors(((k @ residual) * k).sum(0), inner, carried @ k, self.right @ k)
             whitened = (1 - errors.sum(1) / around).cpu()
-        weighted = (1 - sse.sum(1) / sst.sum()).cpu()
+        weighted = (1 - sse[:, sst > 0].sum(1) / sst.sum()).cpu()
         return RankCurve(per_output.nan_to_num(0.0).mean(1), weighted, whitened, per_output, moments.n)
 
 

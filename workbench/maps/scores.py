@@ -51,7 +51,7 @@ class MomentScore:
 
     @property
     def r2_weighted(self) -> float:
-        return 1 - float(self.sse.sum()) / float(self.sst.sum())
+        return 1 - float(self.sse[self.sst > 0].sum()) / float(self.sst.sum())
 
     def as_dict(self) -> dict[str, Any]:
         """The overall figures, for a table."""

@@ -14,6 +14,7 @@ from .jackknife import Estimate, jackknife
 from .linear_map import LinearMap
 from .moments import Moments, total
 from .scores import live_squares
+from .spectrum import constant_floor
 from .symmetric import quadratic_diagonal, symmetric_product
 
 ROUNDING = 1e-13
@@ -36,6 +37,8 @@ class ShardScores:
     """sum of squares of the same"""
     live: Float[Tensor, " d"]
     """1 where an output varies in these rows, else 0"""
+    floor: Float[Tensor, "s d"]
+    """what of the sums of squares may be rounding"""
     white: Float[Tensor, "s 2"] | None
     """||(Y - Y_hat) K||^2 and ||(Y - m) K||^2 with K and m of the training rows"""
 
@@ -94,6 +97,7 @@ class ShardScores:
         tables = [torch.stack(part).cpu() for part in (sse, first, second)]
         return cls(
             tuple(shard.n for shard in filled), tables[0].clamp_min(0), tables[1], tables[2], live.cpu(),
+            torch.stack([constant_floor(shard, target) for shard in filled]).cpu(),
             torch.stack(white).cpu() if white else None,
         )  # fmt: skip
 
@@ -118,7 +122,7 @@ class ShardScores:
         n = (keep * torch.tensor(self.n, dtype=torch.float64)).sum()
         sse, first, second = (keep @ part for part in (self.sse, self.first, self.second))
         sst = second - first.square() / n
-        return sse, torch.where((self.live > 0) & (sst > ROUNDING * second), sst, 0.0)
+        return sse, torch.where((self.live > 0) & (sst > ROUNDING * second + keep @ self.floor), sst, 0.0)
 
     def _outputs(self, keep: Tensor) -> Tensor:
         sse, sst = self._sums(keep)
@@ -131,7 +135,7 @@ class ShardScores:
         if self.white is not None:
             error, around = (keep @ self.white).unbind()
             whitened = 1 - error / around
-        return torch.stack([uniform, 1 - sse.sum() / sst.sum(), whitened])
+        return torch.stack([uniform, 1 - sse[sst > 0].sum() / sst.sum(), whitened])
 
 
 def _scale(weight: Tensor) -> float | None:
