@@ -133,3 +133,26 @@ def test_15_passes_hold_every_pair_once_and_fit():
     assert len(plan_passes(widths, pairs, 40_000)) > 1
     with pytest.raises(UserError, match="l0 with 5 targets"):
         plan_passes(widths, pairs, 1000)
+
+
+def test_what_was_handed_out_stays_as_it_was(rows):
+    blocks, _, kind = rows
+    a, b = (GroupedMoments("fold", "kind").update(blocks, fold=i, kind=kind) for i in (0, 1))
+    n = a.n
+    handed = [a.total(fold=0, kind="bos"), a.without(kind="word"), a.parts("kind")["bos"], a + b, b + a]
+    before = [(found.n, found.total().cov("x", "x") if isinstance(found, GroupedMoments) else found.cov("x", "x").clone())
+              for found in handed]  # fmt: skip
+    (a + b).update(blocks, fold=0, kind="bos").update(blocks, fold=1, kind="bos")
+    assert (a.n, b.n) == (n, n)
+    a.update(blocks, fold=0, kind="bos")
+    b.update(blocks, fold=1, kind="bos")
+    for found, (rows_before, cov) in zip(handed, before, strict=True):
+        whole = found.total() if isinstance(found, GroupedMoments) else found
+        assert whole.n == rows_before
+        assert torch.equal(whole.cov("x", "x"), cov)
+
+
+def test_adding_to_a_total_does_not_change_the_groups(rows):
+    grouped_rows = GroupedMoments("fold").update(rows[0], fold=0)
+    grouped_rows.total().update(rows[0])
+    assert grouped_rows.n == 400

@@ -60,7 +60,7 @@ class GroupedMoments:
 
     @property
     def groups(self) -> dict[tuple[Label, ...], Moments]:
-        """The moments of every combination of labels, one label per axis."""
+        """The moments of every combination of labels, one label per axis: these themselves, which further rows change."""
         for key in list(self._waiting):
             self._add(key)
         return self._groups
@@ -127,19 +127,22 @@ class GroupedMoments:
         del self._waiting[key]
 
     def total(self, **where: Label | Sequence[Label]) -> Moments:
-        """The moments of all rows, or of those with the given labels: `total(kind="word")`, `total(fold=[0, 1])`."""
-        return total([self.groups[key] for key in self._keys(where)])
+        """The moments of all rows, or of those with the given labels: `total(kind="word")`, `total(fold=[0, 1])`.
+
+        What is handed out is the reader's own, here and below: no later row changes it.
+        """
+        return _summed([self.groups[key] for key in self._keys(where)])
 
     def without(self, **where: Label | Sequence[Label]) -> Moments:
         """The moments of all other rows: total - group."""
         left_out = set(self._keys(where))
-        return total([group for key, group in self.groups.items() if key not in left_out])
+        return _summed([group for key, group in self.groups.items() if key not in left_out])
 
     def parts(self, axis: str, **where: Label | Sequence[Label]) -> dict[Label, Moments]:
         """The moments of every label on an axis, over the rows with the given labels on the others."""
         at, keys = self._axis(axis), self._keys(where)
         return {
-            label: total([self.groups[key] for key in keys if key[at] == label])
+            label: _summed([self.groups[key] for key in keys if key[at] == label])
             for label in self.labels(axis) if any(key[at] == label for key in keys)
         }  # fmt: skip
 
@@ -150,9 +153,10 @@ class GroupedMoments:
         if self.axes != other.axes:
             raise UserError(f"grouped moments of axes {list(self.axes)} and {list(other.axes)} do not add")
         result = GroupedMoments(*self.axes, pairs=self._pairs, products=lower(self._products, other._products))
-        result._groups, result._shift = dict(self.groups), self._shift or other._shift
-        for key, group in other.groups.items():
-            result._groups[key] = result._groups[key] + group if key in result._groups else group
+        result._shift = self._shift or other._shift
+        mine, theirs = self.groups, other.groups
+        for key in dict.fromkeys((*mine, *theirs)):
+            result._groups[key] = _summed([groups[key] for groups in (mine, theirs) if key in groups])
         return result
 
     def save(self, path: str | Path, *, overwrite: bool = False, meta: Mapping[str, Any] | None = None) -> None:
@@ -202,6 +206,10 @@ class GroupedMoments:
                 raise UserError(f"no rows have {axis} {unknown[0]!r}; there are {self.labels(axis)}")
             keys = [key for key in keys if key[at] in allowed]
         return keys
+
+
+def _summed(parts: Sequence[Moments]) -> Moments:
+    return parts[0].copy() if len(parts) == 1 else total(parts)
 
 
 def _column(axis: str, labels: Sequence[Label] | Tensor | Label, n: int) -> list[Label]:

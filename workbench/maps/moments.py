@@ -159,9 +159,9 @@ class Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         if not other.n:
-            return self._copy()
+            return self.copy()
         if not self.n and sign > 0:
-            return other._copy()
+            return other.copy()
         if other.n > self.n and sign < 0:
             raise UserError(f"cannot take {other.n} rows away from {self.n}")
         self._same_blocks({name: other.width(name) for name in other.names})
@@ -246,7 +246,8 @@ class Moments:
                 if self._pairs is None or a == b or (a, b) in self._pairs:
                     self.product[a, b] = self.sum[a].new_zeros(len(self.sum[a]), len(self.sum[b]))
 
-    def _copy(self) -> Moments:
+    def copy(self) -> Moments:
+        """The same moments, which share nothing that `update` changes; without `meta`."""
         copy = Moments(pairs=self._pairs, products=self.products)
         copy.n, copy.shift = self.n, dict(self.shift)
         copy.sum = {name: value.clone() for name, value in self.sum.items()}
@@ -278,7 +279,7 @@ class Moments:
 
 
 def total(parts: Sequence[Moments]) -> Moments:
-    """The sum of several moments."""
+    """The sum of several moments; of one alone, that one itself and no copy."""
     if not parts:
         raise UserError("no moments given")
     result = parts[0]
