@@ -11,7 +11,7 @@ from workbench.errors import UserError
 from workbench.maps.linear_map import LinearMap
 from workbench.sites import Site
 from workbench.transport.map_files import disk_free, maps_bytes
-from workbench.transport.pairs import SitePair, check_pairs, depth, site_pairs
+from workbench.transport.pairs import SitePair, check_pairs, depth, moment_sets, site_pairs
 from workbench.transport.rows import ModelRows
 from workbench.transport.sums import free_bytes, plan_sums
 
@@ -201,7 +201,7 @@ def transport_cost(model: Model, prompts: PromptSet, out: str | Path, job: Trans
     widths = {site: model.width_of(site) for pair in choice.pairs for site in pair}
     memory = free_bytes(model.device)
     passes = plan_sums(rows, list(choice.pairs), positions=job.positions, control=job.positions != "shuffled",
-                       copies=(job.folds + job.shards) * (1 + rows.has_first) + 4, memory=memory)  # fmt: skip
+                       copies=moment_sets(job.folds, job.shards, first=rows.has_first), memory=memory)  # fmt: skip
     size = maps_bytes(choice.operators, widths) + maps_bytes(choice.controls, widths)
     return TransportCost(len(choice.pairs), len(choice.causal), len(choice.operators), len(choice.controls), size,
                          disk_free(out), len(passes), memory)  # fmt: skip

@@ -20,7 +20,7 @@ from ..sites import Site
 from ..tokens import Policy
 from .control import control_notes
 from .map_files import KeptMaps
-from .pairs import OPERATOR, SHUFFLED, FittedArm, Options, SitePair, check_pairs, fit_pairs, site_pairs
+from .pairs import OPERATOR, SHUFFLED, FittedArm, Options, SitePair, check_pairs, fit_pairs, moment_sets, site_pairs
 from .positions import check_positions
 from .routing import routing_notes
 from .rows import RowSource, row_source
@@ -203,7 +203,7 @@ def transport_grid(
                       positions)  # fmt: skip
     first = with_bos and rows.has_first
     about: dict[str, Any] = {"positions": positions, "control": options.control}
-    passes = plan_sums(rows, wanted, copies=(folds + shards) * (1 + first) + 4, memory=memory, **about)
+    passes = plan_sums(rows, wanted, copies=moment_sets(folds, shards, first=first), memory=memory, **about)
     arms: list[tuple[bool, FittedArm]] = []
     keep = {OPERATOR: keep_maps, SHUFFLED: keep_maps if keep_controls is None else keep_controls}
     kept = KeptMaps.of(keep, wanted, {site: rows.width(site) for pair in wanted for site in pair}, maps)

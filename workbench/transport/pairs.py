@@ -68,6 +68,18 @@ class Options:
             raise UserError(f"unknown baseline {unknown[0]!r}; allowed: {', '.join(BASELINES)}")
 
 
+def moment_sets(folds: int, shards: int, *, first: bool) -> int:
+    """Sets of moments that are held at once while pairs are fitted: what `plan_sums` counts memory in.
+
+    Each part with and, with `first`, without position 0, and then the sum of both; four more are a training set, what it
+    was taken from, and the whole of the parts.
+
+    >>> moment_sets(5, 10, first=False), moment_sets(5, 10, first=True)
+    (19, 49)
+    """
+    return (folds + shards) * (1 + 2 * first) + 4
+
+
 @dataclass(frozen=True, eq=False)
 class FittedArm:
     """One map of one pair and how it scores."""
