@@ -134,8 +134,8 @@ def test_what_the_products_were_made_in_is_saved(products, tmp_path):
 
 
 def test_files_that_do_not_say_it_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.maps.moments.VERSION", 1)
+    monkeypatch.setattr("workbench.maps.moment_files.VERSION", 1)
     Moments().update({"x": noise(5, 2)}).save(tmp_path / "m.safetensors")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="moments of version 1; this release reads version 2: profile again"):
+    with pytest.raises(UserError, match="moments of version 1; this release reads version 2: make it again"):
         Moments.load(tmp_path / "m.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..atomic import staged_folder
 from ..errors import UserError
+from .headers import damaged, read_header
 from .moments import Moments, Pair, lower, total
 
 FORMAT = "workbench.grouped_moments"
@@ -175,16 +176,25 @@ class GroupedMoments:
         file = Path(path) / "groups.json"
         if not file.is_file():
             raise UserError(f"{path} does not hold grouped moments: it has no groups.json")
-        try:
-            header = json.loads(file.read_text())
-        except json.JSONDecodeError as err:
-            raise UserError(f"{file} cannot be read as JSON") from err
-        if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{file} does not say format {FORMAT!r}, version {VERSION}")
-        grouped = cls(*header["axes"])
+        fields = {"axes": list, "keys": list, "meta": dict}
+        header = read_header(file, file, "a folder of grouped moments", format=FORMAT, version=VERSION, fields=fields)
+        axes, keys = header["axes"], header["keys"]
+        if not axes or not all(isinstance(axis, str) for axis in axes) or len(set(axes)) != len(axes):
+            raise damaged(file, f"its axes are {axes}")
+        for key in keys:
+            if (
+                not isinstance(key, list)
+                or len(key) != len(axes)
+                or not all(isinstance(label, str | int) for label in key)
+            ):
+                raise damaged(file, f"the labels {key} are not one for each of its axes {axes}")
+        grouped = cls(*axes)
         grouped.meta = header["meta"]
-        for i, key in enumerate(header["keys"]):
+        for i, key in enumerate(keys):
             grouped._groups[tuple(key)] = Moments.load(Path(path) / f"{i:04d}.safetensors")
+        found = len(list(Path(path).glob("*.safetensors")))
+        if len(grouped._groups) != found:
+            raise damaged(file, f"it names {len(grouped._groups)} groups, and its folder holds {found}")
         first = next(iter(grouped._groups.values()), None)
         if first is not None:
             grouped._shift, grouped._pairs = first.shift, list(first.product)

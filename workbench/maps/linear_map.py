@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..atomic import staged_folder, write_bytes
 from ..errors import UserError
+from .headers import damaged, read_header
 
 FORMAT = "workbench.linear_map"
 VERSION = 1
@@ -155,35 +156,21 @@ class LinearMap:
     def load(cls, path: str | Path) -> LinearMap:
         """Reads what `save` wrote; raises UserError for anything that is not safetensors and json."""
         path = Path(path)
-        if path.is_dir():
-            header, file = _header_of_folder(path), path / "map.safetensors"
-        else:
-            header, file = None, path
+        folder = path.is_dir()
+        file, header_file = (path / "map.safetensors", path / "map.json") if folder else (path, path)
+        if folder and not header_file.is_file():
+            raise UserError(f"{path} is not a saved map: it has no map.json")
         tensors, metadata = read_safetensors(file)
-        if header is None:
-            header = _parse_header(metadata.get("workbench", ""), file)
+        text = header_file if folder else metadata.get("workbench", "")
+        header = read_header(text, header_file, "a saved map", format=FORMAT, version=VERSION, fields={"meta": dict})
         if set(tensors) != {"weight", "bias"}:
             raise UserError(f"{file} is not a saved map: it holds {sorted(tensors)}, not weight and bias")
-        return cls(tensors["weight"], tensors["bias"], header["meta"])
-
-
-def _header_of_folder(path: Path) -> dict[str, Any]:
-    file = path / "map.json"
-    if not file.is_file():
-        raise UserError(f"{path} is not a saved map: it has no map.json")
-    return _parse_header(file.read_text(), file)
-
-
-def _parse_header(text: str, file: Path) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise UserError(f"{file} is not a saved map: its header cannot be read as JSON") from err
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(f"{file} is not a saved map: its header does not say format {FORMAT!r}")
-    if header.get("version") != VERSION:
-        raise UserError(f"{file} has map version {header.get('version')!r}; this release reads version {VERSION}")
-    return header
+        weight, bias = tensors["weight"], tensors["bias"]
+        if weight.ndim != 2 or bias.shape != weight.shape[1:]:
+            raise damaged(file, f"its weight has shape {list(weight.shape)} and its bias {list(bias.shape)}")
+        if not (weight.is_floating_point() and bias.is_floating_point()):
+            raise damaged(file, f"its tensors are {weight.dtype} and {bias.dtype}, not of floating dtypes")
+        return cls(weight, bias, header["meta"])
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

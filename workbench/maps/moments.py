@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +9,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..atomic import write_bytes
 from ..errors import UserError
-from .linear_map import read_safetensors
 from .symmetric import symmetric_product
 
-FORMAT = "workbench.moments"
-VERSION = 2
 ROWS = 4096
 """rows of one product below float64: what a product of more of them rounds off grows with their number"""
 NOISE = 2
@@ -204,38 +198,17 @@ class Moments:
 
     def save(self, path: str | Path, *, overwrite: bool = False, meta: Mapping[str, Any] | None = None) -> None:
         """Writes one .safetensors file; `meta` (JSON values) says where the rows are from, and `load` gives it back."""
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise UserError(f"moments are saved as one .safetensors file; got {path.name}")
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; choose another name or pass overwrite=True (--overwrite)")
-        pairs = sorted(self.product)
-        tensors = {f"shift.{i}": self.shift[name] for i, name in enumerate(self.names)}
-        tensors |= {f"sum.{i}": self.sum[name] for i, name in enumerate(self.names)}
-        tensors |= {f"product.{i}": self.product[pair] for i, pair in enumerate(pairs)}
-        header = {"format": FORMAT, "version": VERSION, "n": self.n, "names": self.names, "pairs": pairs}
-        header["products"] = str(self.products).removeprefix("torch.")
-        header["meta"] = dict(self.meta if meta is None else meta)
-        stored = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        write_bytes(path, to_bytes(stored, {"workbench": json.dumps(header)}))
+        from .moment_files import save_moments
+
+        save_moments(self, Path(path), overwrite=overwrite, meta=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Reads what `save` wrote; UserError for version 1, which does not say what its products were made in."""
-        tensors, metadata = read_safetensors(Path(path))
-        header = json.loads(metadata.get("workbench", "{}"))
-        if header.get("format") != FORMAT:
-            raise UserError(f"{path} does not hold moments: its header does not say format {FORMAT!r}")
-        if header.get("version") != VERSION:
-            raise UserError(f"{path} has moments of version {header.get('version')!r}; this release reads version "
-                            f"{VERSION}: profile again")  # fmt: skip
-        moments = cls(pairs=[tuple(pair) for pair in header["pairs"]], products=getattr(torch, header["products"]))
-        moments.n, moments.meta = header["n"], header.get("meta", {})
-        for i, name in enumerate(header["names"]):
-            moments.shift[name], moments.sum[name] = tensors[f"shift.{i}"], tensors[f"sum.{i}"]
-        for i, (a, b) in enumerate(header["pairs"]):
-            moments.product[a, b] = tensors[f"product.{i}"]
-        return moments
+        """Reads what `save` wrote; UserError for a file that is damaged, of another kind, or of version 1, which does not
+        say what its products were made in."""
+        from .moment_files import load_moments
+
+        return load_moments(Path(path))
 
     def _start(self, shift: Mapping[str, Tensor]) -> None:
         # rounded to what the products are made in: a shift may be any point, but it must be the same one everywhere
