@@ -151,3 +151,11 @@ def test_refusals():
         score_map(Spectrum.of(part).ridge("y"), Moments().update({"x": x, "z": y[:, :3]}), target="z")
     with pytest.raises(UserError, match="y is constant in the rows to score"):
         score_map(Spectrum.of(part).ridge("y"), moments(x, torch.ones(60, 4)))
+
+
+def test_gcv_that_can_score_no_candidate_is_refused_and_not_taken_as_no_penalty():
+    part = moments(noise(10, 12), noise(10, 3, seed=1))
+    with pytest.raises(UserError, match=r"too few rows .* for x to y: 10 rows leave no degree .*; use cv or a number"):
+        fit_ridge_targets([part], "x", ["y"], alpha="gcv", alphas=[0.0, 1e-17])
+    fit = fit_ridge_targets([part], "x", ["y"], alpha="gcv", alphas=[0.0, 0.1])["y"]
+    assert (fit.cv[0][1], fit.alpha) == (-torch.inf, pytest.approx(0.1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -69,7 +70,8 @@ def fit_ridge_targets(
         width: of the source before a change of basis; default its own.
 
     Raises:
-        UserError: alpha below 0, no candidate, fewer than two folds, a source that never varies.
+        UserError: alpha below 0, no candidate, fewer than two folds, a source that never varies, too few rows for "gcv"
+            to score any candidate.
 
     Source: formulas and their proofs in Golub, Heath, Wahba 1979 and in the notes of `HeldOut.path`.
     """
@@ -157,6 +159,10 @@ def _chosen(
         mean = scores.mean(0).tolist()
         cv = tuple(zip(map(float, alphas), mean, strict=True))
         best = max(range(len(mean)), key=mean.__getitem__)
+        if not mean[best] > -math.inf:
+            raise UserError(f"gcv has too few rows to choose a penalty for {spectrum.source} to {target}: {spectrum.train.n} "
+                            "rows leave no degree of freedom at any of the candidates; use cv or a number, or give more "
+                            "rows")  # fmt: skip
         folds = tuple(map(tuple, scores.tolist())) if len(scores) > 1 else ()
     made = spectrum.ridge(target, penalties[best], dtype=dtype, cross=cross)
     relative = penalties[best] / unit
