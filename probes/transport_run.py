@@ -209,9 +209,10 @@ class _Steps:
             sites = sorted({site for pair in wanted for site in pair})
             with profile_model(self.model, self.held[:FEATURE_PROMPTS], sites=sites, tokens=self.job.tokens) as store:
                 for (a, b), dictionary in wanted.items():
-                    found = feature_verdicts(self.grid.operators[a, b], dictionary, _without_first(store, a, b),
+                    rows = _without_first(store, a, b, self.model.device)
+                    found = feature_verdicts(self.grid.operators[a, b], dictionary, rows,
                                              control=self.grid.controls.get((a, b)))  # fmt: skip
-                    names = top_tokens(dictionary, store, TOKENS_OF_NAME).names
+                    names = top_tokens(dictionary, store, TOKENS_OF_NAME, device=self.model.device).names
                     table = _of_pair(found.frame().reset_index(), a, b).assign(name=names)
                     tables.append(table)
                     median = {"r2": found.operator.median("r2"), "identity_r2": found.identity.median("r2")}
@@ -289,12 +290,13 @@ def _whole(path: Path) -> None:
         TransportGrid.load(path)
 
 
-def _without_first(store: Store, a: Site, b: Site) -> Iterator[Batch]:
-    """The rows of a pair that the grid is made of: without those at position 0."""
+def _without_first(store: Store, a: Site, b: Site, device: torch.device) -> Iterator[Batch]:
+    """The rows of a pair that the grid is made of, without those at position 0, on the device where they are measured."""
     later, start = torch.from_numpy(store.rows(["position"])["position"].to_numpy() > 0), 0
-    for x, y, prompt in store_batches(store, a, b):
-        keep, start = later[start : start + len(x)], start + len(x)
-        yield x[keep], y[keep], prompt[keep]
+    for x, y, prompt in store_batches(store, a, b, device=device):
+        keep, start = later[start : start + len(x)].nonzero().flatten(), start + len(x)
+        there = keep.to(device)
+        yield x[there], y[there], prompt[keep]
 
 
 def _of_pair(table: pd.DataFrame, a: Site, b: Site) -> pd.DataFrame:
