@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
 from workbench.maps.linear_map import LinearMap
-from workbench.sites import Site
+from workbench.sites import Site, depth
 from workbench.transport.map_files import disk_free, maps_bytes
-from workbench.transport.pairs import SitePair, check_pairs, depth, moment_sets, site_pairs
+from workbench.transport.pairs import SitePair, check_pairs, moment_sets, site_pairs
 from workbench.transport.rows import ModelRows
 from workbench.transport.sums import free_bytes, plan_sums
 

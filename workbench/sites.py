@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("workbench")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act")
 
+_DEPTHS = {"resid_pre": 0.0, "attn_out": 0.25, "resid_mid": 0.5, "mlp_act": 0.6, "mlp_out": 0.75, "resid_post": 1.0}
 _TRANSFORMER_LENS = re.compile(r"blocks\.(-?\d+)\.(?:hook_(\w+)|mlp\.hook_post)")
 _PLAIN = re.compile(r"(\w+)\.(-?\d+)")
 
@@ -71,6 +72,15 @@ class Site:
         if not -n_layers <= site.layer < n_layers:
             raise UserError(f"layer {site.layer} is out of range: the model has layers 0 to {n_layers - 1}")
         return cls(site.layer % n_layers, site.point)
+
+
+def depth(site: Site) -> float:
+    """Where a site lies in the order of computation; resid_pre.l and resid_post.(l-1), one place, have one depth.
+
+    >>> depth(Site(1, "attn_out")) < depth(Site(1, "mlp_out")), depth(Site(2, "resid_pre")) == depth(Site(1))
+    (True, True)
+    """
+    return site.layer + _DEPTHS[site.point]
 
 
 def text_config(module: Any) -> Any:

@@ -266,6 +266,25 @@ def test_a_ratio_has_the_interval_of_its_sequences():
     assert not math.isnan(ratio_interval([2.0], [1.0]).low)
 
 
+@pytest.mark.parametrize(("early", "late"), [
+    ("attn_out.1", "mlp_out.1"), ("resid_mid.1", "resid_post.1"), ("mlp_out.1", "resid_post.1"),
+    ("resid_pre.1", "attn_out.1"), ("attn_out.1", "resid_mid.1"), ("resid_post.0", "attn_out.1"),
+])  # fmt: skip
+def test_inside_a_block_too_the_source_comes_first(llama, early, late):
+    assert causal_effects(llama, texts(3), early, late, near(llama)).arms["transported"].kl.value > 0
+    with pytest.raises(UserError, match=rf"^{late} is not before {early}; the source of a transport comes first$"):
+        causal_effects(llama, texts(3), late, early, near(llama))
+
+
+@pytest.mark.parametrize("sites", [("resid_post.0", "resid_pre.1"), ("resid_pre.1", "resid_post.0")])
+def test_two_names_of_one_place_are_one(llama, sites):
+    found = causal_effects(llama, texts(3), *sites, near(llama)).arms
+    assert found["identity"].delta.value == 0.0
+    same = causal_effects(llama, texts(3), 0, 0, near(llama)).arms
+    assert found["transported"].delta.value == pytest.approx(same["transported"].delta.value, abs=1e-6)
+    assert found["transported"].kl.value > 0
+
+
 def test_what_does_not_fit_is_told(llama):
     operator = near(llama)
     cases = [

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..maps.linear_map import LinearMap
 from ..models import Model
 from ..rendering import special_ids
-from ..sites import Site
+from ..sites import Site, depth
 from ..tokens import WITH_SPECIAL, check_tokens
 from .scoring import Run, Scores, Sequences, ratio_interval, score
 from .statistics import Interval
@@ -124,10 +124,11 @@ def causal_effects(
             each taken whatever its token.
         batch_size: sequences in one pass; the result depends on it by float noise only.
 
-    Raises UserError for sites, widths or positions that do not fit.
+    Raises UserError for sites, widths or positions that do not fit, and for a source that comes after its target, within a
+    block too.
     """
     source, target = model.site(source), model.site(target)
-    if (source.layer, source.point != "resid_pre") > (target.layer, target.point != "resid_pre"):
+    if depth(source) > depth(target):
         raise UserError(f"{source} is not before {target}; the source of a transport comes first")
     named = {"transported": operators} if isinstance(operators, LinearMap) else dict(operators)
     every = _arms(model, source, target, named, mean, direction)
@@ -233,6 +234,7 @@ def run_arm(model: Model, source: Site, target: Site, arm: Arm, chosen: Sequence
 @contextmanager
 def replaced(model: Model, source: Site, target: Site, arm: Arm, keep: Bool[Tensor, "b t"]) -> Iterator[None]:
     """Inside the block, each forward pass of a [b, t] batch has its rows at `target` replaced where `keep` is true."""
+    one_place = depth(source) == depth(target)  # what goes into a block is what came out of the one before it
     held: dict[str, Tensor] = {}
     masks: dict[torch.device, Tensor] = {}
 
@@ -250,11 +252,11 @@ def replaced(model: Model, source: Site, target: Site, arm: Arm, keep: Bool[Tens
         if not bool(keep.any()):
             return h
         rows = h[at]
-        x = rows if source == target else held.pop("x").to(h.device)
+        x = rows if one_place else held.pop("x").to(h.device)
         out = h.clone()
         out[at] = arm(x, rows).to(h)
         return out
 
-    edits = {target: write} if source == target else {source: capture, target: write}
+    edits = {target: write} if one_place else {source: capture, target: write}
     with model.edit(edits):
         yield

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..maps.linear_map import LinearMap
-from ..sites import Site
+from ..sites import Site, depth
 
 if TYPE_CHECKING:
     from .pairs import SitePair
@@ -48,8 +48,6 @@ class MapFolder(Mapping["SitePair", LinearMap]):
         return isinstance(pair, tuple) and len(pair) == 2 and self.file(pair).is_file()
 
     def __iter__(self) -> Iterator[SitePair]:
-        from .pairs import depth
-
         names = (file.name.removesuffix(SUFFIX).split(BETWEEN) for file in self.folder.glob(f"*{BETWEEN}*{SUFFIX}"))
         pairs = [(Site.parse(a), Site.parse(b)) for a, b in names]
         return iter(sorted(pairs, key=lambda pair: (depth(pair[0]), depth(pair[1]))))

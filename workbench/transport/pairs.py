@@ -18,17 +18,11 @@ from ..maps.ridge import Choice, iter_ridge_targets
 from ..maps.row_counts import check_counts
 from ..maps.shard_scores import ShardScores
 from ..maps.whitening import Whitener
-from ..sites import Site
+from ..sites import Site, depth
 from .sums import CONTROL, PairSums, source_name
 
-ORDER = {"resid_pre": 0.0, "attn_out": 0.25, "resid_mid": 0.5, "mlp_act": 0.6, "mlp_out": 0.75, "resid_post": 1.0}
 OPERATOR, SHUFFLED = "ridge", "shuffled"
 SitePair = tuple[Site, Site]
-
-
-def depth(site: Site) -> float:
-    """Where a site lies in the order of computation; resid_pre.l is resid_post.(l-1)."""
-    return site.layer + ORDER[site.point]
 
 
 def site_pairs(sites: Sequence[Site]) -> list[SitePair]:
