@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from workbench.errors import UserError
+from workbench.evaluate import skips
 from workbench.evaluate.causal import along, causal_effects, choose, constant, replaced
 from workbench.evaluate.scoring import Head, Sequences, ratio_interval, score
 from workbench.evaluate.shortcut import (
@@ -247,6 +248,23 @@ def test_greedy_finds_the_blocks_that_do_nothing(llama):
     # without an operator for both together, only one may go
     del jumps[0, 2]
     assert len(greedy_skips(llama, texts(), jumps, budget=50.0)) == 2
+
+
+def test_maps_are_read_once_for_all_batches_and_blocks_looked_at_once(llama, monkeypatch):
+    looks, look, reads, read = [], skips._tuple_sizes, [], skips.transport
+    monkeypatch.setattr(skips, "_tuple_sizes", lambda *given: looks.append(1) or look(*given))
+    monkeypatch.setattr(skips, "transport", lambda operator, model: reads.append(operator) or read(operator, model))
+    jumps = {(0, 1): near(llama), (0, 2): near(llama, seed=1), (1, 1): near(llama, seed=2)}
+    options = dict(batch_size=2)  # four batches
+    curve = shortcut_curve(llama, texts(), jumps, **options)
+    assert (len(reads), len(looks)) == (3, 1)
+    path = greedy_skips(llama, texts(), jumps, budget=1e9, **options)
+    assert (len(reads), len(looks)) == (6, 2)
+    # where there is room for one map, sets are measured one after the other
+    monkeypatch.setattr(skips, "HELD", 1)
+    assert shortcut_curve(llama, texts(), jumps, **options).points == curve.points
+    assert (len(reads), len(looks)) == (9, 3)
+    assert greedy_skips(llama, texts(), jumps, budget=1e9, **options).points == path.points
 
 
 def test_flops_are_counted(llama):

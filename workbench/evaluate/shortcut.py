@@ -5,16 +5,12 @@ A map from `resid_post.l` to `resid_post.(l+k)` put in at every position is the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
 
-from ..backends.torch_hooks import hidden_of
 from ..errors import UserError
 from ..maps.linear_map import LinearMap
 from ..models import Model
@@ -23,13 +19,11 @@ from ..rendering import pad
 from ..sites import Site, text_config
 from .causal import EVERYWHERE, UNTOUCHED, choose, replaced, transport
 from .scoring import Run, Scores, Sequences, ratio_interval, score
+from .skips import Jump, SkipMaps, check_jumps, runs_of, skipped
 from .statistics import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Jump = tuple[int, int]
-"""(l, k): from resid_post.l to resid_post.(l + k), so that blocks l+1 to l+k are skipped"""
 
 
 @dataclass(frozen=True)
@@ -88,9 +82,10 @@ def shortcut_curve(
     order of what they save. Raises UserError for operators that the model has no place for.
     """
     check_jumps(model, operators)
+    maps = SkipMaps(model, operators)
     sequences = Sequences.of(model, prompts, max_length)
     sets = [frozenset(range(l + 1, l + k + 1)) for l, k in operators]
-    points = _measure(model, sequences, sets, operators, batch_size)
+    points = _measure(maps, sequences, sets, batch_size)
     if verify:
         points = [_verified(model, sequences, point, operators) for point in points]
     return ShortcutCurve(tuple(sorted(points, key=lambda p: p.saved)))
@@ -117,18 +112,19 @@ def greedy_skips(
     check_jumps(model, operators)
     if not budget > 0:
         raise UserError(f"budget must be a positive rise of log-perplexity, in nats per token; got {budget}")
+    maps = SkipMaps(model, operators)
     sequences = Sequences.of(model, prompts, max_length)
     limit = model.n_layers if max_blocks is None else max_blocks
     chosen: frozenset[int] = frozenset()
     path: list[frozenset[int]] = []
-    points = _measure(model, sequences, [], operators, batch_size)
+    points = _measure(maps, sequences, [], batch_size)
     with progress(total=limit, desc="skipping blocks", unit="block") as bar:
         while len(chosen) < limit:
             tried = [chosen | {b} for b in range(1, model.n_layers) if b not in chosen]
             tried = [blocks for blocks in tried if set(runs_of(blocks)) <= set(operators)]
             if not tried:
                 break
-            measured = _measure(model, sequences, tried, operators, batch_size)[1:]
+            measured = _measure(maps, sequences, tried, batch_size)[1:]
             best = min(measured, key=lambda p: p.delta.value)
             if best.delta.value > budget:
                 break
@@ -137,97 +133,8 @@ def greedy_skips(
             points.append(best)
             bar.update(1)
     if held_out is not None:
-        points = _measure(model, Sequences.of(model, held_out, max_length), path, operators, batch_size)
+        points = _measure(maps, Sequences.of(model, held_out, max_length), path, batch_size)
     return ShortcutCurve(tuple(points))
-
-
-def runs_of(blocks: Collection[int]) -> list[Jump]:
-    """The jumps (l, k) that together skip these blocks.
-
-    >>> runs_of({3, 4, 7})
-    [(2, 2), (6, 1)]
-    """
-    found: list[Jump] = []
-    for block in sorted(blocks):
-        if found and sum(found[-1]) == block - 1:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((block - 1, 1))
-    return found
-
-
-def check_jumps(model: Model, operators: Mapping[Jump, LinearMap]) -> None:
-    """Raises UserError for no operators, a jump that leaves the model, or an operator of another width."""
-    if not operators:
-        raise UserError("no operators given; give maps by (layer, number of blocks)")
-    for (l, k), operator in operators.items():
-        if l < 0 or k < 1 or l + k >= model.n_layers:
-            raise UserError(f"the jump ({l}, {k}) does not lie within layers 0 to {model.n_layers - 1}; (l, k) skips "
-                            "blocks l+1 to l+k")  # fmt: skip
-        if (operator.d_in, operator.d_out) != (model.width, model.width):
-            raise UserError(f"the operator of jump ({l}, {k}) maps width {operator.d_in} to {operator.d_out}; this model "
-                            f"has width {model.width}")  # fmt: skip
-
-
-@contextmanager
-def skipped(model: Model, operators: Mapping[Jump, LinearMap]) -> Iterator[None]:
-    """Inside the block, forward passes skip the blocks of each jump (l, k) and apply its map instead.
-
-    For passes without a KV cache. The blocks' own forward comes back at the end, an exception included.
-    """
-    check_jumps(model, operators)
-    layers = [b for l, k in operators for b in range(l + 1, l + k + 1)]
-    if len(set(layers)) != len(layers):
-        raise UserError(f"the jumps {sorted(operators)} skip a block twice; give runs that do not overlap")
-    sizes = _tuple_sizes(model, layers)
-    before: dict[int, Any] = {}
-    try:
-        for (l, k), operator in operators.items():
-            for b in range(l + 1, l + k + 1):
-                block = model.block(b)
-                before[b] = block.__dict__.get("forward")
-                # the map takes the place of the first block of a run; the others hand on what they get
-                block.__dict__["forward"] = _forward(transport(operator, model) if b == l + 1 else None, sizes[b])
-        yield
-    finally:
-        for b, forward in before.items():
-            if forward is None:
-                del model.block(b).__dict__["forward"]
-            else:
-                model.block(b).__dict__["forward"] = forward
-
-
-def _forward(arm: Any, size: int | None) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        h: Tensor = args[0] if args else kwargs["hidden_states"]
-        out = h if arm is None else arm(h.flatten(0, -2), h.flatten(0, -2)).view_as(h)
-        return out if size is None else (out, *[None] * (size - 1))
-
-    return forward
-
-
-def _tuple_sizes(model: Model, layers: Collection[int]) -> dict[int, int | None]:
-    """What each block returns: None for a tensor, else the length of its tuple (one short pass)."""
-    sizes: dict[int, int | None] = {}
-
-    def look(layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            hidden_of(output)
-            sizes[layer] = len(output) if isinstance(output, tuple) else None
-
-        return hook
-
-    handles = [model.block(b).register_forward_hook(look(b)) for b in layers]
-    ids: Int[Tensor, "1 2"] = torch.arange(3, 5)[None] % int(text_config(model.module).vocab_size)
-    try:
-        with torch.inference_mode():
-            model.run(ids, torch.ones_like(ids), stop_after=max(layers))
-            missing = [b for b in layers if b not in sizes]
-            assert not missing, f"blocks {missing} did not run"
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes
 
 
 def block_flops(model: Model, context: float) -> list[float]:
@@ -252,17 +159,16 @@ def saved_share(model: Model, blocks: Collection[int], context: float) -> float:
     return (sum(flops[b] for b in blocks) - 2.0 * model.width**2 * len(runs_of(blocks))) / (sum(flops) + head)
 
 
-def _measure(
-    model: Model, sequences: Sequences, sets: list[frozenset[int]], operators: Mapping[Jump, LinearMap], batch_size: int
-) -> list[Shortcut]:
-    """The whole model, then each set of blocks, in the order given."""
+def _measure(maps: SkipMaps, sequences: Sequences, sets: list[frozenset[int]], batch_size: int) -> list[Shortcut]:
+    """The whole model, then each set of blocks, in the order given; each map is loaded once for all batches."""
 
-    def run(blocks: frozenset[int]) -> Run:
-        # maps are asked for when their arm is run: they may lie on disk
-        return lambda *_: skipped(model, {jump: operators[jump] for jump in runs_of(blocks)})
+    def run(jumps: list[Jump]) -> Run:
+        return lambda *_: maps.skipped(jumps)
 
-    arms = {str(i): run(blocks) for i, blocks in enumerate(sets)}
-    scores = score(model, sequences, arms, batch_size=batch_size)
+    model, scores = maps.model, dict[str, Scores]()
+    for some in maps.groups([runs_of(blocks) for blocks in sets]) or [[]]:
+        maps.hold({jump for i in some for jump in runs_of(sets[i])})
+        scores |= score(model, sequences, {str(i): run(runs_of(sets[i])) for i in some}, batch_size=batch_size)
     context = float(sequences.predicted.mean()) + 1
     plain = scores[UNTOUCHED]
     every = [(frozenset[int](), plain), *((blocks, scores[str(i)]) for i, blocks in enumerate(sets))]
