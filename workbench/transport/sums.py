@@ -222,7 +222,7 @@ class _Sums:
             if control:
                 wanted.append((f"{a}{CONTROL}", str(b)))
         self.grouped = GroupedMoments("part", "kind", pairs=wanted, products=products, waiting=waiting)
-        self.names = sorted({name for pair in wanted for name in pair})
+        self.names = list(dict.fromkeys(pair[i] for i in (1, 0) for pair in wanted))
         self.sources, self.targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
         self.pairing = "same" if positions == SHUFFLED else positions
         shuffled = {f"{s}{CONTROL}": source_name(s, self.pairing) for s in self.sources}
