@@ -47,8 +47,9 @@ SAYS = {
     "as the released code does it (what falls below -0.25 leaves the axes); dotted: what no affine map of that rank exceeds "
     "on those rows. Efficiency is the ratio. Whitened R² counts every direction of the target alike, however small.",
     "sizes": "Canonical correlations ρ between source and target, over all rows. Sum of ρ²: whitened dimensions carried, in "
-    "sample and held out. Count: correlations above what independent data would show (Wachter's edge; held out, by chance "
-    "once in a thousand such sets). Participation ratio: the published size, (Σρ)² / Σρ², which independent data of this "
+    "sample and held out. Count: correlations above what independent data would show (Wachter's edge; held out, about 5 in a "
+    "hundred sets of independent data count one or more). Participation ratio: the published size, (Σρ)² / Σρ², which "
+    "independent data of this "
     "shape nearly has too. Ceiling: of the training rows alone, the sum of ρ² as a share of the target's dimensions, which no "
     "affine map exceeds in sample; it counts the noise, about d/n, and is beside it with that removed. No score here is "
     "divided by it: the bound is of the held-out rows. Small print: the value of independent data.",

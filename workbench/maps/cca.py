@@ -144,7 +144,8 @@ class SubspaceSize:
     held_out_sum: float
     """sum of signed squared correlations of held-out rows, in variates of the other folds; about 0 on independent data"""
     held_out_count: int
-    """held-out correlations, pooled over folds, that chance alone would exceed once in a thousand such sets"""
+    """held-out correlations, pooled over folds, above a bar that independent folds would pass once in a thousand sets. Folds
+    share training rows: of sets of independent data (n = 1,000, d = 4), 0.6 % passed it at 2 folds and 5 % at 6"""
     dim_lin: float
     """the participation ratio of arXiv:2508.17540"""
     dim_lin_null: float
