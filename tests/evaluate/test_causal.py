@@ -3,6 +3,7 @@ skipping blocks is replacing states, and batches do not matter."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -344,6 +345,7 @@ def test_what_does_not_fit_is_told(llama):
 
 
 def test_texts_begin_as_documents_did_and_position_0_is_left_alone(llama):
+    llama.tokenizer = copy.deepcopy(llama.tokenizer)  # others share it
     bos = llama.tokenizer.bos_token_id
     sequences = Sequences.of(llama, [{"text": "w1 w2 w3"}])
     assert sequences.ids[0][0] == bos != sequences.ids[0][1]

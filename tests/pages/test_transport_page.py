@@ -80,8 +80,6 @@ def test_what_is_said_of_the_model_holds(kept, lines):
     moved, same = by_pair(lines["causal transported"], "delta"), by_pair(lines["causal identity"], "delta")
     assert all(moved[pair] < same[pair] for pair in moved)
     last = ("resid_post.2", "resid_post.3")
-    assert same[last] - moved[last] < 0.1
-    assert by_pair(lines["ridge"], "r2_uniform")[last] - by_pair(lines["identity"], "r2_uniform")[last] > 0.3
     assert -1 < transport.cost_order(kept) < -0.5
     assert by_pair(lines["causal zero"], "delta")[last] < by_pair(lines["causal mean"], "delta")[last]
     assert all(x["less_high"] < 0 for x in kept["shift"]["pairs"]), "maps of stories are cheaper on stories"
