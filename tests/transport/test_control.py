@@ -51,6 +51,17 @@ def test_each_row_has_the_source_of_a_stranger_of_its_group_wherever_there_is_on
     assert all(len(kept) <= keep for kept, _ in control._kept.values())
 
 
+def test_of_one_endless_prompt_no_more_rows_wait_than_is_said():
+    control, waited, dealt = Control({"x@": "x"}, np.random.default_rng(0), keep=8, most=100), [], 0
+    for _ in range(40):
+        made = control.deal(batch([(0, 30, 0)]))
+        dealt += 0 if made is None else len(made)
+        waited.append(0 if control._late is None else len(control._late))
+    assert max(waited) <= 100
+    assert dealt + waited[-1] == 1200
+    assert control.share == 1.0
+
+
 def drift(prompts: int, per_prompt: int, d: int = 4) -> dict[Site, torch.Tensor]:
     """Rows of one prompt share an offset between source and target, and nothing else."""
     g = torch.Generator().manual_seed(0)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .positions import Index, shuffled_rows
 
+MOST = 65_536
+"""rows of a group's first prompt that wait for another prompt's before they are dealt among themselves"""
+
 OWN = 0.01
 """share of the rows with a source of their own prompt from which the control is no control"""
 
@@ -47,12 +50,14 @@ class Control:
     Rows of one batch exchange their sources, each taken once. Where one prompt has more than half of a group's rows in a
     batch (prompts as long as a batch, or the last few rows) they draw, evenly, from what the other prompts have there and
     from rows that were kept of earlier ones: half of these are replaced by each batch. Rows of a group's first prompt
-    wait for its second. So a row keeps its own prompt only where its group has no other: `own` counts them.
+    wait for its second, up to `most` of them. So a row keeps its own prompt only where its group has no other, or not for
+    that long: `own` counts them.
 
     Args:
         names: of the blocks that are made: which source each shuffles.
         rng: of the exchange; what is kept has a stream of its own.
         keep: rows of each group that are kept for later batches.
+        most: rows of a group's first prompt that may wait.
 
     >>> rows = {"x": torch.arange(3.0)[:, None]}, np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
     >>> first, second = (Batch(rows[0], rows[1] + i, rows[1], np.full(3, "later"), rows[2]) for i in (0, 1))
@@ -61,8 +66,10 @@ class Control:
     (None, 6, 0.0)
     """
 
-    def __init__(self, names: Mapping[str, str], rng: np.random.Generator, *, keep: int = 512) -> None:
-        self.names, self.keep = dict(names), keep
+    def __init__(
+        self, names: Mapping[str, str], rng: np.random.Generator, *, keep: int = 512, most: int = MOST
+    ) -> None:
+        self.names, self.keep, self.most = dict(names), keep, most
         self.rows = self.own = 0
         self._rng, (self._other_rng,) = rng, rng.spawn(1)
         self._kept: dict[int, tuple[Index, dict[str, Tensor]]] = {}
@@ -88,13 +95,15 @@ class Control:
         for group in np.unique(batch.group).tolist():
             mine = np.flatnonzero(batch.group == group)
             prompt = batch.prompt[mine]
-            if last or 2 * np.unique(prompt, return_counts=True)[1].max() <= len(mine):
+            if 2 * np.unique(prompt, return_counts=True)[1].max() <= len(mine):
                 found[mine] = mine[shuffled_rows(prompt, self._rng)]
                 continue
             kept, blocks = self._kept.get(group, (np.empty(0, dtype=np.int64), {}))
             places = np.concatenate([mine, sum(map(len, origin)) + np.arange(len(kept))])
             prompts = np.concatenate([prompt, kept])
             if (prompts == prompts[0]).all():
+                if last or len(mine) > self.most:
+                    found[mine] = mine[shuffled_rows(prompt, self._rng)]
                 continue
             found[mine] = places[_strangers(prompt, prompts, self._other_rng)]
             if len(kept):
