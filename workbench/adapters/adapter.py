@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from ..sites import Site
 from .low_rank import LowRank
 
 if TYPE_CHECKING:
-    from ..backends.torch_hooks import Where
     from ..models import Model
 
 
@@ -130,8 +129,9 @@ class Adapter:
         delta = self.parts[site].delta(h)
         return delta if self.strength == 1 else delta * self.strength
 
-    @contextmanager
-    def on(self, model: Model, allow_mismatch: bool = False, prompt_lengths: Any = None) -> Iterator[None]:
+    def on(
+        self, model: Model, allow_mismatch: bool = False, prompt_lengths: Any = None
+    ) -> AbstractContextManager[None]:
         """The model with this adapter, for every forward pass inside the block; `generate` included.
 
         Only the positions that it names are touched; all others stay bit for bit. At strength 0 nothing is hooked.
@@ -143,14 +143,9 @@ class Adapter:
         Raises:
             UserError: another width, a layer that the model lacks, or another model, naming both.
         """
-        self.check(model, allow_mismatch)
-        if self.strength == 0:
-            yield
-            return
-        ready = self.to(model.device, model.dtype).split()
-        edits = {site: _edit(site, [term for term in ready if site in term.parts]) for site in self.sites}
-        with model.edit(edits, prompt_lengths):
-            yield
+        from .blend import Blend
+
+        return Blend([self]).on(model, allow_mismatch, prompt_lengths)
 
     def check(self, model: Model, allow_mismatch: bool = False) -> None:
         """Raises UserError where the adapter cannot act on `model`: another model, another width, a missing layer."""
@@ -273,19 +268,6 @@ def _sum(adapters: Iterable[Adapter]) -> Adapter:
             parts[site] = parts[site] + scaled if site in parts else scaled
     terms = tuple(Adapter(parts, positions) for positions, parts in sorted(by_positions.items()))
     return terms[0] if len(terms) == 1 else Adapter({}, terms=terms)
-
-
-def _edit(site: Site, terms: list[Adapter]) -> Callable[[Tensor, Where], Tensor]:
-    def fn(h: Tensor, where: Where) -> Tensor:
-        edited = h
-        for term in terms:
-            chosen = where.mask(term.positions)
-            if bool(chosen.any()):
-                edited = h.clone() if edited is h else edited
-                edited[chosen] += term.delta(site, h[chosen])
-        return edited
-
-    return fn
 
 
 def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:

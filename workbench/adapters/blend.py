@@ -133,11 +133,12 @@ def _edit(site: Site, pairs: Iterable[tuple[Adapter, Schedule]]) -> Callable[[Te
 
     def fn(h: Tensor, where: Where) -> Tensor:
         edited = h
-        token = where.position - where.prompt_length[:, None] + 1  # 1 at the first generated one
         for adapter, schedule in pairs:
             chosen, factors = where.mask(adapter.positions), None
             if not schedule.constant:
-                factors = schedule.factors(token)
+                factors = schedule.factors(
+                    where.position - where.prompt_length[:, None] + 1
+                )  # 1 at the first generated
                 chosen = chosen & (factors > 0)
             if not bool(chosen.any()):
                 continue
