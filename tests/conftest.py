@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 import transformers as tf
 
+from workbench.adapters import train
 from workbench.models import Model, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,3 +165,24 @@ def save_folder(module: Any, path: Path) -> Path:
     module.save_pretrained(path)
     word_tokenizer().save_pretrained(path)
     return path
+
+
+@contextmanager
+def ctrl_c_in_training(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """A training inside is sent a Ctrl-C when it has made so many steps.
+
+    Python's own handler is in place then: what was started in the background of a script has SIGINT ignored.
+    """
+    step, before = train._step, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(state: Any, *rest: Any) -> None:
+        step(state, *rest)
+        if state.step == after:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", interrupted)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

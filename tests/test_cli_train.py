@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 from typer.testing import CliRunner
 
-from workbench.adapters import Adapter, train
+from workbench.adapters import Adapter
 from workbench.cli import app
 from workbench.sites import Site
 
-from .conftest import make_module, save_folder
+from .conftest import ctrl_c_in_training, make_module, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +48,7 @@ def test_an_adapter_is_trained_as_asked(home, tmp_path):
 
 def test_the_same_command_goes_on_after_ctrl_c(home, tmp_path, monkeypatch):
     assert run(home, tmp_path / "whole", "--name", "x").exit_code == 0
-    step = train._step
-
-    def interrupted(state, *rest):
-        step(state, *rest)
-        if state.step == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", interrupted)
+    with ctrl_c_in_training(monkeypatch, after=2):
         stopped = run(home, tmp_path / "cut", "--name", "x")
     assert stopped.exit_code == 130
     assert "2 of 6 steps are kept; run the same again to go on" in stopped.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from workbench.jobs import Job, run_job
 from workbench.runs import Run
 from workbench.sites import Site
 
-from .conftest import WIDTH, make_module, save_folder
+from .conftest import WIDTH, ctrl_c_in_training, make_module, save_folder
 
 ANSWERS = {"counting": "w7", "naming": "w9"}
 PAIRS = [("llama", "gpt2"), ("qwen3", "gpt_neox"), ("gemma2", "opt"), ("falcon", "olmo2")]
@@ -207,18 +206,12 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folders, prompts, undi
 
 
 def test_ctrl_c_in_a_training_keeps_the_steps_that_were_made(folders, prompts, undisturbed, tmp_path, monkeypatch):
-    job, step = a_job(folders, prompts, tmp_path), train._step
-
-    def interrupted(state, *rest):
-        step(state, *rest)
-        if state.step == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", interrupted)
+    job = a_job(folders, prompts, tmp_path)
+    with ctrl_c_in_training(monkeypatch, after=2):
         with pytest.raises(Stopped, match="2 of 3 steps are kept"):
             run_job(job)
     made: list[int] = []
+    step = train._step
     monkeypatch.setattr(train, "_step", lambda state, *rest: (made.append(state.step), step(state, *rest)))
     run = run_job(job)
     assert made == [2, 0, 1, 2, 0, 1, 2, 0, 1, 2]  # the donor's and the native adapter of two behaviours

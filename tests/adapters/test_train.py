@@ -1,6 +1,5 @@
 """Training moves the answers where the demonstrations point, keeps the model frozen and the delta short."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,8 @@ from workbench.maps.linear_map import read_safetensors
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet
 from workbench.sites import Site
+
+from ..conftest import ctrl_c_in_training
 
 QUESTIONS = [f"w{i} w{(3 * i) % 90}" for i in range(24)]
 DEMONSTRATIONS = PromptSet.load([{"prompt": q, "response": "w7 w8"} for q in QUESTIONS])
@@ -128,15 +129,7 @@ def test_a_training_killed_at_any_step_ends_with_the_same_bytes(llama, tmp_path,
 
 def test_ctrl_c_keeps_the_steps_that_were_made(llama, tmp_path, monkeypatch):
     whole = train_adapter(llama, DEMONSTRATIONS, **RECIPE)
-    step = train._step
-
-    def interrupted(state, *rest):
-        step(state, *rest)
-        if state.step == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", interrupted)
+    with ctrl_c_in_training(monkeypatch, after=4):
         with pytest.raises(Stopped, match="4 of 7 steps are kept; run the same again"):
             train_adapter(llama, DEMONSTRATIONS, checkpoint=tmp_path / "c.safetensors", **RECIPE)
     again = train_adapter(llama, DEMONSTRATIONS, checkpoint=tmp_path / "c.safetensors", **RECIPE)
