@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import UserError
 from .hashes import short_hash
 
 log = logging.getLogger("workbench")
+LOCK = "lock"
 
 
 class Run:
@@ -75,15 +77,19 @@ class Run:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the run folder for this process; raises UserError where another one is writing into it."""
-        make_parent(self.folder / "lock")
-        with (self.folder / "lock").open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as err:
-                raise UserError(
-                    f"another run is writing into {self.folder}; wait for it, or give this job another name"
-                ) from err
+        """Holds the run folder for this process; raises UserError where another one is writing into it.
+
+        Whoever only looks whether it runs has the lock for an instant, so it is tried for a second.
+        """
+        make_parent(self.folder / LOCK)
+        end = time.monotonic() + 1
+        with (self.folder / LOCK).open("a") as handle:
+            while not _locked(handle):
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"another run is writing into {self.folder}; wait for it, or give this job another name"
+                    )
+                time.sleep(0.02)
             yield
 
     @contextmanager
@@ -103,6 +109,14 @@ class Run:
             log.removeHandler(handler)
             log.setLevel(level)
             handler.close()
+
+
+def _locked(handle: TextIOWrapper) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def environment() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .card import CARD, card_text
 from .low_rank import LowRank
 
 FORMAT = "workbench.adapter"
+ADAPTER = "adapter.json"
 VERSIONS = (1, 2)
 """2 has `terms`, one entry of positions and sites for each, in place of the two; all else is as in 1"""
 
@@ -56,8 +57,8 @@ def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False) ->
                 # cloned: safetensors takes no two names for one memory, as of a part that acts in two places
                 tensors[f"{prefix}{site}.{key}"] = getattr(part, key).detach().cpu().contiguous().clone()
     header |= {"terms": entries} if adapter.terms else entries[0]
-    with staged_folder(folder, marker="adapter.json", overwrite=overwrite) as staged:
-        (staged / "adapter.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+    with staged_folder(folder, marker=ADAPTER, overwrite=overwrite) as staged:
+        (staged / ADAPTER).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
         (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
         if adapter.meta.get("kind") == "paste":
             (staged / CARD).write_text(card_text(adapter), encoding="utf-8")
@@ -70,7 +71,7 @@ def _prefixed(terms: list[Any]) -> list[tuple[str, Any]]:
 
 def read_adapter(folder: Path) -> Adapter:
     """Reads adapter.json and adapter.safetensors; UserError, in one line, for anything that is not whole."""
-    file = folder / "adapter.json"
+    file = folder / ADAPTER
     header = read_json(file, "write the adapter again")
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") not in VERSIONS:
         raise UserError(f"{file} is not of format {FORMAT!r} version {' or '.join(map(str, VERSIONS))}")

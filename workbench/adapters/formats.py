@@ -9,7 +9,7 @@ from ..bundled import located
 from ..errors import UserError
 from ..sites import Site
 from .adapter import Adapter
-from .adapter_files import read_json
+from .adapter_files import ADAPTER, read_json
 
 EXPORTS = ("pyreft", "gguf", "safetensors")
 _SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
@@ -30,7 +30,7 @@ def load_adapter(path: str | Path, *, site: str | int | Site | None = None, posi
 
 
 def _read_folder(folder: Path, site: Site | None) -> Adapter:
-    if (folder / "adapter.json").is_file():
+    if (folder / ADAPTER).is_file():
         from .adapter_files import read_adapter as read
     elif (folder / "adapter_config.json").is_file():
         config = read_json(folder / "adapter_config.json", "fetch the folder again")

@@ -66,7 +66,7 @@ def find_stores(folder: str | Path = ".") -> list[Listed]:
         raise UserError(f"{folder}: no such folder; give the one that holds your stores")
     found = []
     for root, folders, files in os.walk(folder):
-        listed = _listed(Path(root), set(folders) | set(files))
+        listed = listed_at(Path(root), set(folders) | set(files))
         if listed is not None:
             found.append(listed)
             folders.clear()
@@ -74,7 +74,8 @@ def find_stores(folder: str | Path = ".") -> list[Listed]:
     return sorted(found, key=lambda one: one.path)
 
 
-def _listed(path: Path, names: set[str]) -> Listed | None:
+def listed_at(path: Path, names: set[str]) -> Listed | None:
+    """The store, unfinished store or moments in this very folder, which holds `names`; None where it is none of them."""
     target = target_of(path)
     if target is not None:
         return _unfinished(path, target)

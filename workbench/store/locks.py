@@ -73,8 +73,13 @@ def held(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process is writing to an unfinished folder: it holds the lock there."""
+    return is_locked(folder / LOCK)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds this lock; it is asked for shared, and given back at once."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     except OSError:  # another user's: it cannot be told, so it is left alone
