@@ -24,6 +24,7 @@ from .cli_profile import profile
 from .cli_stores import stores
 from .cli_train import train
 from .cli_transport import transport
+from .cli_ui import ui
 from .cli_values import alpha_value, layer_list
 from .cli_values import printed_json as _json
 from .cli_values import printed_table as _table
@@ -298,5 +299,6 @@ def verify(
 
 
 app.command()(transport)
+app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")

@@ -42,6 +42,24 @@ def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     return figure
 
 
+def on_dark(figure: go.Figure) -> go.Figure:
+    """The same figure for a dark page: light text and lines on nothing, black marks white, all else as it is."""
+    drawn = go.Figure(figure)
+    drawn.update_layout(template="plotly_dark", font_color="#E8E8E8", paper_bgcolor="rgba(0,0,0,0)",
+                        plot_bgcolor="rgba(0,0,0,0)")  # fmt: skip
+    drawn.update_xaxes(gridcolor="#3A3F4A", zerolinecolor="#6A6F7A")
+    drawn.update_yaxes(gridcolor="#3A3F4A", zerolinecolor="#6A6F7A")
+    for trace in drawn.data:
+        for holder in (trace, *(getattr(trace, part, None) for part in ("marker", "line", "error_y", "error_x"))):
+            if holder is not None and getattr(holder, "color", None) in ("#000000", "black", "#222"):
+                holder.color = "#FFFFFF"
+    for part in (*drawn.layout.annotations, *drawn.layout.shapes):
+        for holder in (getattr(part, "font", None), getattr(part, "line", None)):
+            if holder is not None and holder.color in ("#000000", "black", "#222", "#444"):
+                holder.color = "#E8E8E8"
+    return drawn
+
+
 def _empty(why: str) -> go.Figure:
     figure = go.Figure()
     figure.add_annotation(text=why, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font_size=14)

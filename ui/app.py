@@ -1,0 +1,61 @@
+"""The explorer's frame: the door, the pages, and what is held in memory. Started by `workbench ui`."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from ui import door, held, text
+from ui.opened import contents
+from ui.pages import activations, converters, lens, paste, probes, runs, transport
+from ui.settings import settings
+
+PAGES = (
+    (runs, "Runs", ":material/list_alt:"),
+    (activations, "Activations", ":material/scatter_plot:"),
+    (transport, "Transport", ":material/grid_on:"),
+    (converters, "Converters", ":material/swap_horiz:"),
+    (paste, "Paste", ":material/content_paste:"),
+    (probes, "Probes", ":material/search_insights:"),
+    (lens, "Lens", ":material/visibility:"),
+)
+
+
+def sidebar() -> None:
+    """Which folder is open, and the memory in use."""
+    found = contents()
+    with st.sidebar:
+        st.caption("Opened folder")
+        text.write(found.folder, 200)
+        if found.cut:
+            st.warning("This folder holds more folders than are looked at; open one further in.")
+        _memory()
+
+
+@st.fragment(run_every=5)
+def _memory() -> None:
+    used = held.memory()
+    st.caption("Memory of the explorer")
+    st.text(f"{used['process'] / 2**20:,.0f} MiB")
+    if "device" in used:
+        st.text(f"{text.shown(used['device'], 40)}: {used['used'] / 2**30:.1f} of {used['whole'] / 2**30:.1f} GiB")
+    else:
+        st.text("activations: memory-mapped, no GPU")
+    if st.button("Release", help="Lets go of open stores, activations on the device, and models."):
+        held.release()
+
+
+def main() -> None:
+    st.set_page_config("Workbench", page_icon=":material/swap_calls:", layout="wide")
+    door.enter()
+    settings()
+    pages = [
+        st.Page(text.told(module.page), title=title, icon=icon, url_path=title.lower(), default=module is runs)
+        for module, title, icon in PAGES
+    ]
+    chosen = st.navigation(pages)
+    sidebar()
+    chosen.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What this process holds for all its sessions: open stores, rows on the device, models with a lock each; and how much."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from workbench.errors import UserError
+from workbench.store import Store
+from workbench.store.resident import ResidentRows
+
+from .settings import settings
+
+if TYPE_CHECKING:
+    from workbench.models import Model
+
+MOST_STORES, MOST_MODELS = 4, 3
+
+
+class HeldModel:
+    """A model and its lock: one session at a time runs it."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def alone(self) -> Iterator[Model]:
+        """The model, for this thread only."""
+        with self._lock:
+            yield self.model
+
+
+def open_store(path: str | Path) -> Store:
+    """The one handle of a store; a store that was replaced is opened again."""
+    return rows_of(path).store
+
+
+def rows_of(path: str | Path) -> ResidentRows:
+    """The rows of a store: on the device while they are looked at, memory-mapped where there is no GPU."""
+    path = Path(path)
+    manifest = path / "manifest.json"
+    try:
+        stamp = manifest.stat().st_mtime_ns
+    except OSError:
+        stamp = 0  # Store.open says what is wrong with it
+    return _rows(str(path), stamp, settings().device)
+
+
+@st.cache_resource(max_entries=MOST_STORES, show_spinner=False, on_release=lambda rows: rows.close())
+def _rows(path: str, stamp: int, device: str) -> ResidentRows:
+    return ResidentRows(Store.open(path), device or None)
+
+
+def held_model(name: str) -> HeldModel:
+    """A model that the explorer was started with, or a bundled one; loaded once for all sessions.
+
+    Raises UserError for any other name: neither a link nor a file in the opened folder makes a page load what nobody named.
+    """
+    if not may_load(name):
+        raise UserError(f"the explorer was not started with {name}; start it with `workbench ui FOLDER --model {name}`")
+    return _model(name, settings().device)
+
+
+def may_load(name: str) -> bool:
+    """Whether `held_model` gives it."""
+    return name in settings().models or name.startswith("bundled:")
+
+
+@st.cache_resource(max_entries=MOST_MODELS, show_spinner="Loading the model …", on_release=lambda held: _free(held))
+def _model(name: str, device: str) -> HeldModel:
+    from workbench.models import load
+
+    return HeldModel(load(name, device=device or None))
+
+
+def _free(held: HeldModel) -> None:
+    """Gives the memory of a model back, after whoever runs it is done."""
+    import gc
+
+    import torch
+
+    with held.alone():
+        held.model = None  # type: ignore[assignment]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def release() -> None:
+    """Lets go of every store, row and model."""
+    _rows.clear()
+    _model.clear()
+
+
+def memory() -> dict[str, Any]:
+    """Bytes of this process, and of the device where it is a GPU."""
+    import torch
+
+    found: dict[str, Any] = {"process": _resident_bytes()}
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        found |= {"device": torch.cuda.get_device_name(), "used": whole - free, "whole": whole}
+    return found
+
+
+def _resident_bytes() -> int:
+    """Anonymous memory of this process: mapped files, which the system takes back at will, do not count."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+    except (OSError, StopIteration) as err:
+        raise UserError("this system does not tell how much memory a process uses") from err

@@ -1,0 +1,1 @@
+"""The pages of the explorer: widgets and calls; figures come from `workbench.plots`, numbers from `workbench` and `probes`."""

@@ -1,0 +1,101 @@
+"""A panel: a figure, the code that makes it in a notebook, its data as a file, and a line in the run's notes."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+import streamlit as st
+
+from workbench.errors import UserError
+from workbench.plots import on_dark
+
+from . import text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOTES = "notes.txt"
+CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2}}
+
+
+def is_dark() -> bool:
+    """Whether the reader's theme is the dark one."""
+    return st.context.theme.type == "dark"
+
+
+def panel(
+    figure: go.Figure,
+    *,
+    key: str,
+    code: str,
+    data: Callable[[], pd.DataFrame] | None = None,
+    notes: Path | None = None,
+    select: Sequence[str] = (),
+    remark: str = "",
+) -> Any:
+    """Draws a figure with what belongs to it; returns what is selected in it where `select` names how (box, lasso, points).
+
+    Args:
+        key: of this panel on its page; the name of the files that it exports.
+        code: Python that runs as it stands in a notebook and ends with the same figure in `figure`.
+        data: makes the table behind the figure, when it is asked for.
+        notes: the run folder whose notes.txt a line can be added to.
+        remark: how much of the data is drawn, and how it was chosen.
+    """
+    drawn = on_dark(figure) if is_dark() else figure
+    config = CONFIG | {"toImageButtonOptions": {**CONFIG["toImageButtonOptions"], "filename": key}}  # type: ignore[dict-item]
+    options: dict[str, Any] = {"key": key, "theme": None, "config": config, "width": "stretch"}
+    if select:
+        options |= {"on_select": "rerun", "selection_mode": tuple(select)}
+    found = st.plotly_chart(drawn, **options)
+    if remark:
+        text.remark(remark)
+    left, right, _ = st.columns([1, 1, 4])
+    with left.popover("Code for this figure", icon=":material/code:", width="stretch"):
+        st.code(code.strip() + "\n", language="python")
+    with right.popover("Export", icon=":material/download:", width="stretch"):
+        _export(key, code, data, notes)
+    return found if select else None
+
+
+def _export(key: str, code: str, data: Callable[[], pd.DataFrame] | None, notes: Path | None) -> None:
+    st.caption("PNG: the camera above the figure.")
+    if data is not None:
+        st.download_button("CSV", lambda: data().to_csv(index=False).encode(), f"{key}.csv", "text/csv",
+                           key=f"{key}-csv", on_click="ignore")  # fmt: skip
+        st.download_button("Parquet", lambda: _parquet(data()), f"{key}.parquet", key=f"{key}-parquet",
+                           on_click="ignore")  # fmt: skip
+    if notes is not None:
+        line = st.text_input("A line for the notes of this run", key=f"{key}-note", max_chars=2000)
+        if st.button("Add to notes.txt", key=f"{key}-add", disabled=not line.strip()):
+            try:
+                add_note(notes, key, line)
+                st.toast("The line was added to notes.txt")
+            except UserError as err:
+                text.problem(err)
+
+
+def add_note(run: Path, about: str, line: str) -> None:
+    """Appends one line to notes.txt of a run folder: when, about which figure, what. Raises UserError where it cannot."""
+    words = " ".join(line.split())
+    stamped = f"{time.strftime('%Y-%m-%d %H:%M')}\t{about}\t{words}\n"
+    try:
+        handle = os.open(run / NOTES, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as err:
+        raise UserError(f"cannot write to {run / NOTES}: {err.strerror}") from err
+    try:
+        os.write(handle, stamped.encode())
+    finally:
+        os.close(handle)
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    out = io.BytesIO()
+    table.to_parquet(out, index=False)
+    return out.getvalue()

@@ -1,0 +1,92 @@
+"""Text of others (tokens, prompts, labels, file names, errors) on a page: always as text, never as HTML or Markdown.
+
+Streamlit reads Markdown in most of what it shows; `st.text`, `st.code`, `st.dataframe` and the options of `st.selectbox`
+do not. Whatever was not written in this package goes through here, or through one of those after `shown`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import streamlit as st
+
+from workbench.errors import UserError
+
+LONGEST = 400
+"""characters of one piece of text that are shown"""
+
+
+def shown(text: object, most: int = LONGEST) -> str:
+    """Text with what cannot be seen made visible, and cut at `most` characters, which it then says.
+
+    Control characters, and those that turn the direction of the text around them, become their code point in brackets.
+
+    >>> shown("a\\u202eb\\tc")
+    'a⟨U+202E⟩b⟨U+0009⟩c'
+    >>> shown("x" * 10_000, 3)
+    'xxx… (10,000 characters)'
+    """
+    whole = str(text)
+    seen = "".join(map(_visible, whole[:most]))
+    return seen if len(whole) <= most else f"{seen}… ({len(whole):,} characters)"
+
+
+def _visible(sign: str) -> str:
+    if sign == "\n":
+        return "⏎"
+    return f"⟨U+{ord(sign):04X}⟩" if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else sign
+
+
+def write(text: object, most: int = LONGEST) -> None:
+    """One piece of somebody else's text."""
+    st.text(shown(text, most))
+
+
+def problem(text: object, *, fix: str = "") -> None:
+    """What went wrong, in one line of its own words, and a command that mends it."""
+    with st.container(border=True):
+        st.markdown(":red[:material/error: **This could not be done**]")
+        write(text, 2000)
+        if fix:
+            st.code(fix, language="bash")
+
+
+def missing(text: str, command: str) -> None:
+    """What a page would need, and the command that makes it."""
+    with st.container(border=True):
+        st.markdown(":blue[:material/info: **Nothing here yet**]")
+        write(text, 2000)
+        st.code(command, language="bash")
+
+
+def remark(text: object) -> None:
+    """A small note under a panel: how many of how many are drawn, what a number is of."""
+    st.caption(escaped(shown(text, 1000)))
+
+
+def escaped(text: str) -> str:
+    """Markdown that shows as this text; for our own sentences with numbers and names of sites in them, never for others'.
+
+    >>> escaped("*a* [b](c)")
+    '\\\\*a\\\\* \\\\[b\\\\]\\\\(c\\\\)'
+    """
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:&\"'@/=^%;?," else c for c in text)
+
+
+def options(values: Any) -> dict[str, str]:
+    """{value: how it is shown} for a selectbox, in order."""
+    return {str(value): shown(value, 120) for value in values}
+
+
+def told(page: Callable[[], None]) -> Callable[[], None]:
+    """The page; an error of the user's input is one line on it."""
+
+    def run() -> None:
+        try:
+            page()
+        except UserError as err:
+            text.problem(err)
+
+    return run
