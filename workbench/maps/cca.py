@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from .moments import Moments, total
 from .spectrum import constant_floor, sign_fixed
+from .symmetric import eigh
 from .whitening import CUT
 
 EDGE_MARGIN = 1.05
@@ -210,7 +211,7 @@ def null_squares(rank_x: int, rank_y: int, n: int) -> Float[Tensor, " k"]:
 
 def _whitening(moments: Moments, name: str, cut: float) -> Tensor:
     """U diag(w)^(-1/2) of the directions that vary, [d, rank]."""
-    values, vectors = torch.linalg.eigh(moments.cov(name, name) / moments.n)
+    values, vectors = eigh(moments.cov(name, name) / moments.n)
     if not bool((moments.squares(name) > constant_floor(moments, name)).any()):
         raise UserError(f"{name} is constant, so it correlates with nothing")
     keep = values > max(cut, moments.noise) * values[-1]

