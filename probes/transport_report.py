@@ -100,6 +100,13 @@ def render_transport(folder: Path) -> str:
     )  # fmt: skip
 
 
+def run_headlines(run: str | Path) -> list[str]:
+    """What a finished transport run found, a line for each part. Raises UserError where the run has no results."""
+    folder = Path(run)
+    found = headlines(_metrics(folder), TransportGrid.load(folder / "grid"), _parquet(folder / "efficiency.parquet"))
+    return [" ".join(head) for head in found]
+
+
 def _metrics(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def pick(label: str, entries: list[Entry], key: str) -> Entry | None:
     """
     names = [entry.name for entry in entries]
     asked = st.query_params.get(key)
-    if asked is not None and asked not in names:
+    if asked is not None and asked not in {text.shown(name, 120) for name in names}:  # an address holds what is shown
         text.problem(f"the link asks for {key} {asked!r}, which is not in the opened folder; it was refused")
     if not names:
         return None

@@ -87,6 +87,6 @@ def told(page: Callable[[], None]) -> Callable[[], None]:
         try:
             page()
         except UserError as err:
-            text.problem(err)
+            problem(err)
 
     return run
