@@ -56,7 +56,7 @@ def panel(
     found = st.plotly_chart(drawn, **options)
     if remark:
         text.remark(remark)
-    left, right, _ = st.columns([1, 1, 4])
+    left, right, _ = st.columns([2, 1, 3])
     with left.popover("Code for this figure", icon=":material/code:", width="stretch"):
         st.code(code.strip() + "\n", language="python")
     with right.popover("Export", icon=":material/download:", width="stretch"):

@@ -1,0 +1,87 @@
+"""A server of the explorer and a headless Chromium that looks at it, for the end-to-end tests and the benchmark."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ui.server import command
+from ui.settings import Settings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WHY_NOT = "no chromium on this machine: apt-get install chromium"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+PATIENCE = 60_000
+"""milliseconds that a page has to show what is waited for"""
+
+
+@contextmanager
+def served(folder: Path, log: Path, **options: Any) -> Iterator[tuple[str, int]]:
+    """The explorer over a folder, on a free port: its address, and the number of its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chosen = Settings(folder, options.get("models", ()), options.get("token", ""), "cpu")
+    with log.open("wb") as handle:
+        process = subprocess.Popen(
+            command("127.0.0.1", port), env={**os.environ, **chosen.variable()}, stdout=handle, stderr=subprocess.STDOUT
+        )
+    try:
+        _until_up(port, process, log)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2) as answer:
+                if answer.read() == b"ok":
+                    return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"the explorer did not come up: {log.read_text(errors='replace')[-2000:]}")
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser of playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def opened(browser: Any, address: str, *, width: int = 1280, dark: bool = False) -> Any:
+    """A page of a session of its own, once the script has run to its end."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 1000}, color_scheme="dark" if dark else "light", accept_downloads=True
+    )
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    settled(page)
+    return page
+
+
+def settled(page: Any) -> None:
+    """Waits until the page shows something and no script runs."""
+    page.wait_for_selector("[data-testid=stMain] h1")
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+    page.wait_for_function("() => !document.querySelector('[data-testid=stSkeleton]')")
