@@ -149,4 +149,3 @@ def _ends(lines: pd.DataFrame | Iterable[Mapping[str, Any]], key: str) -> tuple[
 def _range(low: float, high: float) -> str:
     a, b = plain(low), plain(high)
     return a if a == b else f"{a} to {b}"
-

@@ -27,4 +27,6 @@ def compare_runs(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> pd.Da
     named = runs if isinstance(runs, Mapping) else {Path(run).name: run for run in runs}
     if not named:
         raise UserError("no runs to compare; give the folders of at least one")
-    return pd.concat([result_frame(load_metrics(run)).assign(run=name) for name, run in named.items()], ignore_index=True)
+    return pd.concat(
+        [result_frame(load_metrics(run)).assign(run=name) for name, run in named.items()], ignore_index=True
+    )

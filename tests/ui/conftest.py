@@ -25,7 +25,9 @@ told({name}.page)()
 def open_page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
     """open_page("runs", folder, models=(), **query): the page, run once, over a folder; query is its address."""
 
-    def opened(name: str, folder: Path, models: tuple[str, ...] = (), token: str = "", **query: str | list[str]) -> AppTest:
+    def opened(
+        name: str, folder: Path, models: tuple[str, ...] = (), token: str = "", **query: str | list[str]
+    ) -> AppTest:
         for key, value in Settings(folder, models, token, "cpu").variable().items():
             monkeypatch.setenv(key, value)
         test = AppTest.from_string(PAGE.format(name=name), default_timeout=60)

@@ -134,14 +134,16 @@ def _edit(site: Site, pairs: Iterable[tuple[Adapter, Schedule]]) -> Callable[[Te
     def fn(h: Tensor, where: Where) -> Tensor:
         edited = h
         for adapter, schedule in pairs:
+            if not where.names_any(adapter.positions):
+                continue
             chosen, factors = where.mask(adapter.positions), None
             if not schedule.constant:
                 factors = schedule.factors(
                     where.position - where.prompt_length[:, None] + 1
                 )  # 1 at the first generated
                 chosen = chosen & (factors > 0)
-            if not bool(chosen.any()):
-                continue
+                if not bool(chosen.any()):
+                    continue
             delta = adapter.delta(site, h[chosen])
             if factors is not None:
                 delta = delta * factors[chosen][:, None].to(delta)

@@ -58,11 +58,22 @@ class Where:
 
     position: Int[Tensor, "b t"]
     prompt_length: Int[Tensor, " b"]
+    _known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """what was asked before: every site of a pass asks the same"""
 
     def mask(self, policy: str) -> Bool[Tensor, "b t"]:
         """Which positions a policy names: `last` (the last prompt token), `prompt`, `generated`, `all`, `first:n`,
         `last:n` (the first or last n prompt tokens), or the union of several, `first:1+last:1`."""
-        return reduce(torch.logical_or, (self._one(one) for one in check_policy(policy).split("+")))
+        if policy not in self._known:
+            self._known[policy] = reduce(torch.logical_or, (self._one(one) for one in check_policy(policy).split("+")))
+        return self._known[policy]
+
+    def names_any(self, policy: str) -> bool:
+        """Whether a policy names any position of this pass; a device is waited for once, not at each site."""
+        key = ("any", policy)
+        if key not in self._known:
+            self._known[key] = bool(self.mask(policy).any())
+        return self._known[key]
 
     def _one(self, policy: str) -> Bool[Tensor, "b t"]:
         p, end = self.position, self.prompt_length[:, None]
@@ -80,7 +91,12 @@ class Where:
         return p >= 0
 
     def to(self, device: torch.device) -> Where:
-        return Where(self.position.to(device), self.prompt_length.to(device))
+        """The same on a device; itself where it is there."""
+        if device == self.position.device:
+            return self
+        if device not in self._known:
+            self._known[device] = Where(self.position.to(device), self.prompt_length.to(device))
+        return self._known[device]
 
 
 Edit = Callable[[Float[Tensor, "b t d"], Where], Float[Tensor, "b t d"]]

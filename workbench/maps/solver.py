@@ -90,7 +90,7 @@ class Solver:
         """Q c."""
         if self.rows is None or self.p is None:
             return self.q @ c
-        return self.rows.T @ (self.p @ (c / self.s[:, None]))
+        return ((self.p @ (c / self.s[:, None])).T @ self.rows).T
 
     @property
     def unit(self) -> float:
