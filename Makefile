@@ -35,7 +35,7 @@ bench: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks
 
 bench-gpu: $(STAMP)
-	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks speed-gpu
+	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks speed-gpu maps-gpu
 
 pages: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.pages

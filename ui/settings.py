@@ -1,4 +1,4 @@
-"""What the explorer was started with; it comes in one environment variable, so that nothing of it shows in a list of processes."""
+"""What the explorer was started with: in one environment variable, so that no list of processes shows it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIABLE = "WORKBENCH_UI"
 
 @dataclass(frozen=True)
 class Settings:
-    """The opened folder, the models that may be loaded (hub ids, folders, bundled:NAME), and the token asked for at the door."""
+    """The opened folder, the models that may be loaded (hub ids, folders), and the token that is asked for at the door."""
 
     folder: Path
     models: tuple[str, ...] = ()

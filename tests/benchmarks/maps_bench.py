@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,67 @@ def targets_of_one_source(targets: Sequence[int] = (13, 25), d: int = 512, n: in
         fit_ridge_targets(parts, "l00", names[:count], alphas=REFERENCE_ALPHAS, absolute=True)
         seconds[str(count)] = time.perf_counter() - start
     return {"d": d, "n": n, "seconds": seconds}
+
+
+def features(count: int = 819, n: int = 50_000, d: int = 2304, *, size: int = 8192) -> dict[str, Any]:
+    """Seconds of measuring features of one map on made-up rows: all figures of `feature_metrics`, in one pass."""
+    from probes.dictionaries import Dictionary
+    from probes.features import feature_metrics
+    from workbench.maps import LinearMap
+
+    g = torch.Generator().manual_seed(0)
+    draw = torch.randn(d, count, generator=g) / d**0.5
+    dictionary = Dictionary(
+        draw,
+        torch.full((count,), -1.0),
+        draw.T.contiguous(),
+        torch.zeros(d),
+        "jumprelu",
+        threshold=torch.full((count,), 0.1),
+    )
+    operator = LinearMap(torch.eye(d) * 0.9, torch.zeros(d))
+    spent, start = 0.0, time.perf_counter()
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        nonlocal spent
+        for first in range(0, n, size):
+            begun = time.perf_counter()
+            x = torch.randn(min(size, n - first), d, generator=g)
+            y = x + 0.3 * torch.randn(x.shape, generator=g)
+            group = torch.arange(first, first + len(x)) // 50
+            spent += time.perf_counter() - begun  # of making the rows, which is not counted
+            yield x, y, group
+
+    found = feature_metrics(operator, dictionary, batches())
+    return {"features": count, "n": n, "d": d, "seconds": time.perf_counter() - start - spent,
+            "measured": int(found.r2.isfinite().sum())}  # fmt: skip
+
+
+def device_rate(device: str = "cuda", d: int = 2304, n: int = 1 << 16, *, repeats: int = 20) -> dict[str, Any]:
+    """The moment pass of two blocks on a device beside plain float32 products there of the same rows and as many FLOPs.
+
+    `fraction` is the time of the three plain products x'x, x'y, y'y over that of `Moments.update`, which makes half of
+    two of them, and the sums.
+    """
+    g = torch.Generator(device=device).manual_seed(0)
+    x, y = (torch.randn(n, d, generator=g, device=device) for _ in range(2))
+    torch.set_float32_matmul_precision("highest")
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+
+    def timed(work: Callable[[], Any]) -> float:
+        work()
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        wait()
+        return (time.perf_counter() - start) / repeats
+
+    moments = Moments(pairs=[("x", "y")], products=torch.float32)
+    ours = timed(lambda: moments.update({"x": x, "y": y}))
+    plain = timed(lambda: (x.T @ x, x.T @ y, y.T @ y))
+    return {"d": d, "n": n, "device": device, "plain_s": plain, "moments_s": ours, "fraction": plain / ours,
+            "tflops": 6 * n * d * d / ours / 1e12}  # fmt: skip
 
 
 def peak_memory(sizes: Sequence[int] = (10_000, 40_000), d: int = 512, layers: int = 4) -> dict[str, Any]:

@@ -151,7 +151,22 @@ def _maps(folder: Path) -> dict[str, Any]:
         "many": maps_bench.all_pairs(sklearn_s=small["sklearn_s"]),
         "targets": maps_bench.targets_of_one_source(d=1024),
         "memory": maps_bench.peak_memory(),
+        "features": maps_bench.features(),
     }
+
+
+def _gpu_maps(folder: Path) -> dict[str, Any]:
+    from . import maps_bench
+
+    return maps_bench.device_rate()
+
+
+def _tell_gpu_maps(found: dict[str, Any]) -> str:
+    return (
+        f"Moments of two blocks of {found['n']:,} x {found['d']:,} rows on the GPU, float32 products, TF32 off: "
+        f"{found['tflops']:.1f} TFLOP/s of nominal work, {100 * found['fraction']:.0f} % of the rate of the three plain "
+        "products of the same rows."
+    )
 
 
 def _tell_maps(found: dict[str, Any]) -> str:
@@ -174,7 +189,9 @@ def _tell_maps(found: dict[str, Any]) -> str:
         f"{'; '.join(said)}. One pair is the median of {found['one']['repeats']}, scikit-learn is run once.\n\n"
         + table(["what", "seconds", "scikit-learn's time / this"], rows)
         + f"\n\n{most} targets of one source take {most_s / few_s:.2f} times what {few} take (d = {found['targets']['d']:,}). "
-        f"Peak memory of all pairs of {found['memory']['layers']} layers, d = {found['memory']['d']}: {memory}."
+        f"Peak memory of all pairs of {found['memory']['layers']} layers, d = {found['memory']['d']}: {memory}. "
+        f"All figures of {found['features']['features']} features on {found['features']['n']:,} rows of width "
+        f"{found['features']['d']:,}: {found['features']['seconds']:.1f} s."
     )
 
 
@@ -295,6 +312,7 @@ SECTIONS: dict[str, Section] = {
     "profile-memory": Section("Memory of a profile", _profile_memory, _tell_profile_memory),
     "store": Section("Stores: opening, reading, memory", _store, _tell_store),
     "maps": Section("Fitting maps from moments", _maps, _tell_maps),
+    "maps-gpu": Section("Moments on a GPU", _gpu_maps, _tell_gpu_maps, gpu=True),
     "paste": Section("Pasting: cost", _paste, _tell_paste),
     "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
     "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),

@@ -46,7 +46,7 @@ def test_finished_runs_are_told_and_compared_and_nothing_of_theirs_is_markup(ope
     page = open_page("runs", tmp_path, open="true")
     assert not page.exception
     assert list(page.dataframe[0].value["state"]) == ["done", "done"]
-    assert EVIL in list(page.dataframe[0].value["models"])[0]
+    assert EVIL in next(iter(page.dataframe[0].value["models"]))
     assert "reasoning: the paste reached" in words(page)
     assert not [m for m in (*page.markdown, *page.caption, *page.error) if EVIL in m.value]
     run_snippets(page)
