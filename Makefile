@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all check bench bench-gpu pages data clean
+.PHONY: demo ui test test-all check bench bench-gpu pages data clean
 .DELETE_ON_ERROR:
 
 # constraints.txt pins every version, torch among them; on a machine with a GPU see "With a GPU" in the README
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/workbench demo
+
+ui: $(STAMP)
+	$(BIN)/workbench ui
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -45,6 +45,7 @@ def ui(
     opened = _demo() if folder is None else folder.expanduser()
     if not opened.is_dir():
         raise UserError(f"{opened}: no such folder; give the one that holds your runs and stores")
+    _check_free(address, port)
     secret = secrets.token_urlsafe(24) if token else ""
     host = f"[{address}]" if ":" in address else address
     typer.echo(f"{opened} at http://{host}:{port}")
@@ -56,6 +57,19 @@ def ui(
     except KeyboardInterrupt:
         return
     raise typer.Exit(done.returncode)
+
+
+def _check_free(address: str, port: int) -> None:
+    """Raises UserError where nothing can listen there."""
+    import socket
+
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as err:
+        raise UserError(f"nothing can listen at {address} port {port}: {err.strerror}; give another --port") from err
 
 
 def _demo() -> Path:
