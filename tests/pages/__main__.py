@@ -2,7 +2,8 @@
 
 `transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
 (docs/transport.json) and its pictures; `notebooks` runs every notebook of docs/ and keeps what it shows. Pictures are
-taken in a headless Chromium; where there is none, those that are there stay.
+taken in a headless Chromium; where there is none, those that are there stay. `explorer` takes pictures of every page of
+the explorer over the demo's run, a transport run and a store, which takes ten minutes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,20 @@ def write_notebooks() -> None:
         nbformat.write(notebook, path)
 
 
-PARTS: dict[str, Callable[[], None]] = {"transport": write_transport, "notebooks": write_notebooks}
+def write_explorer() -> None:
+    from . import explorer
+
+    if pictures.browser() is None:
+        sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+        return
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+        explorer.make_folder(Path(folder))
+        explorer.take_all(Path(folder), DOCS / "img")
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "transport": write_transport, "notebooks": write_notebooks, "explorer": write_explorer,
+}  # fmt: skip
 
 
 def main() -> None:
