@@ -1,0 +1,177 @@
+"""The explorer under use: how soon a large store is seen, and ten readers at once who click at random.
+
+Both drive headless Chromium against a server of their own (`tests/ui/browser.py`). Functions return dicts of numbers.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..ui.browser import chromium, opened, served, settled
+from .explorer_store import make_explorer_store
+
+PAGES = ("runs", "activations", "transport", "converters", "paste", "probes", "lens")
+MIB = 2**20
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that is its own: mapped files do not count."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("this system does not tell the anonymous memory of a process")
+
+
+class Peak:
+    """The most memory that a process had while a block ran, looked at ten times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.bytes, self._over = pid, 0, threading.Event()
+
+    def __enter__(self) -> Peak:
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            self.bytes = max(self.bytes, anonymous_bytes(self.pid))
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def large_store(
+    folder: Path, rows: int = 1_000_000, width: int = 2304, sites: int = 2, *, turns: int = 20
+) -> dict[str, Any]:
+    """Seconds to the first page of a large store, to another site, and to the table of a box drawn in its plane."""
+    make_explorer_store(folder / "large", rows, width, sites).close()
+    names = [f"resid_post.{i}" for i in range(sites)]
+    with served(folder, folder / "server.log") as (address, pid), chromium() as browser:
+        opened(browser, f"{address}/runs").context.close()  # imports are the server's start, not this page
+        before = anonymous_bytes(pid)
+        with Peak(pid) as peak:
+            context = browser.new_context(viewport={"width": 1280, "height": 1400})
+            page = context.new_page()
+            page.set_default_timeout(120_000)
+            overview = timed(lambda: (page.goto(f"{address}/activations?store=large"), drawn(page)))
+            plane = timed(lambda: (page.goto(f"{address}/activations?store=large&view=Rows+in+a+plane"), drawn(page)))
+            changes = [timed(lambda name=name: change(page, "Site", name)) for name in (names * 3)[1 : 2 * sites]]
+            selections = [timed(lambda turn=turn: box(page, turn)) for turn in range(turns)]
+        return {
+            "rows": rows, "width": width, "sites": sites, "overview_s": overview, "plane_s": plane,
+            "change_s": statistics.median(changes), "first_change_s": changes[0],
+            "selection_s": statistics.median(selections), "turns": turns, "memory_bytes": peak.bytes - before,
+        }  # fmt: skip
+
+
+def drawn(page: Any) -> None:
+    """Until the script has ended and a figure is there."""
+    page.wait_for_selector("[data-testid=stPlotlyChart] .main-svg")
+    settled(page)
+
+
+def change(page: Any, label: str, value: str) -> None:
+    """Picks a value in a selectbox and waits until the page has answered."""
+    pick = page.locator("[data-testid=stSelectbox]", has_text=label).first
+    pick.locator("input").first.click()
+    page.get_by_role("option", name=value, exact=True).first.click()
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=running]", timeout=2000)
+    drawn(page)
+
+
+def box(page: Any, turn: int) -> None:
+    """Draws a box in the figure and waits until the page has answered."""
+    at = page.locator("[data-testid=stPlotlyChart] .nsewdrag").first.bounding_box()
+    chance = random.Random(turn)
+    x, y = at["x"] + at["width"] * chance.uniform(0.2, 0.5), at["y"] + at["height"] * chance.uniform(0.2, 0.5)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + at["width"] * 0.25, y + at["height"] * 0.25, steps=4)
+    page.mouse.up()
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=running]", timeout=5000)
+    settled(page)
+
+
+def sessions(folder: Path, count: int = 10, seconds: float = 120.0, *, seed: int = 0) -> dict[str, Any]:
+    """Readers at once, each with a store of its own in view, who click at random for so long.
+
+    `foreign`: pages that showed what belongs to another reader's store. `exceptions`: of a page, or in the log.
+    `memory`: the server's own, after one reader had seen every page, and after all of them had left.
+    """
+    rows = {f"store{i}": 1000 + 100 * i for i in range(count)}
+    for name, n in rows.items():
+        make_explorer_store(folder / name, n, 64, 3).close()
+    log, found = folder / "server.log", [dict.fromkeys(("clicks", "foreign", "exceptions"), 0) for _ in range(count)]
+    with served(folder, log) as (address, pid):
+        with chromium() as browser:
+            for name in PAGES:
+                opened(browser, f"{address}/{name}").context.close()
+        before = _settled_bytes(pid)
+        readers = [
+            threading.Thread(target=_read, args=(address, i, rows, seconds, seed, found[i])) for i in range(count)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        after = _settled_bytes(pid)
+    total = {key: sum(one[key] for one in found) for key in found[0]}
+    total["exceptions"] += log.read_text(errors="replace").count("Traceback")
+    return {"count": count, "seconds": seconds, **total, "before_bytes": before, "after_bytes": after}
+
+
+def _settled_bytes(pid: int, wait: float = 15.0) -> int:
+    """The memory once closed sessions have been let go."""
+    time.sleep(wait)
+    return anonymous_bytes(pid)
+
+
+def _read(address: str, reader: int, rows: dict[str, int], seconds: float, seed: int, found: dict[str, int]) -> None:
+    chance, mine = random.Random(seed * 1000 + reader), f"store{reader}"
+    with chromium() as browser:
+        page = opened(browser, f"{address}/activations?store={mine}")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            _click(page, address, mine, chance)
+            found["clicks"] += 1
+            said = page.locator("[data-testid=stMain]").inner_text()
+            others = {f"{n:,} rows" for name, n in rows.items() if name != mine}
+            if "store=" in page.url and mine in page.url and any(words in said for words in others):
+                found["foreign"] += 1
+            found["exceptions"] += page.locator("[data-testid=stException]").count()
+        page.context.close()
+
+
+def _click(page: Any, address: str, mine: str, chance: random.Random) -> None:
+    """Another page, or another value of one of its picks; what cannot be clicked just now is left."""
+    from playwright.sync_api import Error
+
+    picks = page.locator("[data-testid=stSelectbox] input")
+    try:
+        if chance.random() < 0.3 or not picks.count():
+            page.goto(f"{address}/{chance.choice(PAGES)}?store={mine}")
+        else:
+            pick = picks.nth(chance.randrange(picks.count()))
+            label = pick.locator("xpath=ancestor::*[@data-testid='stSelectbox']").inner_text()
+            if label.startswith("Store"):
+                return
+            pick.click(timeout=2000)
+            options = page.get_by_role("option")
+            options.nth(chance.randrange(max(1, options.count()))).click(timeout=2000)
+        settled(page)
+    except Error:
+        page.keyboard.press("Escape")
