@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import replace
 
@@ -13,8 +12,9 @@ from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.adapters.blend import Blend
 from workbench.errors import UserError
 from workbench.job_options import open_job
+from workbench.job_start import write_job
 from workbench.jobs import Job
-from workbench.paste_settings import PasteSettings, job_of_settings, write_job
+from workbench.paste_settings import PasteSettings, job_of_settings
 from workbench.sites import Site
 
 METRICS = {"behaviours": {"style": {"forecast": {"chosen": {"strength": 1.5, "method": "ridge", "alpha": 0.03}}}}}
@@ -71,20 +71,6 @@ def test_what_a_job_has_no_place_for_is_said():
     assert PasteSettings(0.5).not_in_a_job == []
     said = PasteSettings(1, (1,), "all", "first:3").not_in_a_job
     assert [line.split()[1].rstrip(":") for line in said] == ["layers", "positions", "schedule"]
-
-
-def test_a_job_file_overwrites_nothing_and_leads_nowhere(tmp_path):
-    job = open_job("bundled:demo")
-    (tmp_path / "demo.toml").write_text("mine")
-    with pytest.raises(UserError, match=r"demo\.toml exists already and is not overwritten"):
-        write_job(job, tmp_path)
-    assert (tmp_path / "demo.toml").read_text() == "mine"
-    os.symlink(tmp_path / "elsewhere.toml", tmp_path / "link.toml")
-    with pytest.raises(UserError, match="exists already"):
-        write_job(job.model_copy(update={"name": "link"}), tmp_path)
-    assert not (tmp_path / "elsewhere.toml").exists()
-    with pytest.raises(UserError, match="cannot write"):
-        write_job(job, tmp_path / "nowhere")
 
 
 def test_a_job_that_cannot_be_is_refused(tmp_path):

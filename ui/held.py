@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,32 @@ if TYPE_CHECKING:
     from workbench.models import Model
 
 MOST_STORES, MOST_MODELS = 4, 3
+PATIENCE = 0.25
+"""seconds from one word to a session that waits for a model to the next"""
 
 
 class HeldModel:
     """A model and its lock: one session at a time runs it."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model: Model | None = model
         self._lock = threading.RLock()
 
     @contextmanager
-    def alone(self) -> Iterator[Model]:
-        """The model, for this thread only."""
-        with self._lock:
+    def alone(self, waiting: Callable[[], None] | None = None) -> Iterator[Model]:
+        """The model, for this thread only. `waiting` is called a few times a second until it is: it may say so, or give up.
+
+        Raises UserError where the model was released meanwhile.
+        """
+        while not self._lock.acquire(timeout=-1 if waiting is None else PATIENCE):
+            assert waiting is not None
+            waiting()
+        try:
+            if self.model is None:
+                raise UserError("the model was released meanwhile; do it again, and it is loaded anew")
             yield self.model
+        finally:
+            self._lock.release()
 
 
 def open_store(path: str | Path) -> Store:
@@ -76,7 +88,7 @@ def may_load(name: str) -> bool:
 def _model(name: str, device: str) -> HeldModel:
     from workbench.models import load
 
-    return HeldModel(load(name, device=device or None))
+    return HeldModel(load(name, device=device or "auto"))
 
 
 def _free(held: HeldModel) -> None:
@@ -86,7 +98,7 @@ def _free(held: HeldModel) -> None:
     import torch
 
     with held.alone():
-        held.model = None  # type: ignore[assignment]
+        held.model = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,23 +98,3 @@ def job_of_settings(
     if max_new_tokens is not None:
         made["evaluate"] = {**made["evaluate"], "max_new_tokens": max_new_tokens}
     return Job.parse(made, "these settings")
-
-
-def write_job(job: Job, folder: str | Path) -> Path:
-    """Writes FOLDER/NAME.toml, NAME the job's, and returns where; nothing is ever overwritten.
-
-    Raises UserError where something of that name is there, or the folder cannot be written to.
-    """
-    import tomli_w
-
-    path = Path(folder) / f"{job.name}.toml"
-    text = tomli_w.dumps(job.model_dump(exclude_none=True))
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    except FileExistsError as err:
-        raise UserError(f"{path} exists already and is not overwritten; choose another name") from err
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror}; choose another folder") from err
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    return path

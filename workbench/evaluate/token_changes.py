@@ -143,11 +143,12 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
         with adapter.on(model, prompt_lengths=[prompt_length]):
             after = head.states(row, mask)[0] if _acts(adapter) else before
         columns = _compared(head, before, after, row[0, 1:], top)
-    kl, losses, likely = columns[0], columns[1:3], [Likely(*columns[3:6]), Likely(*columns[6:9])]
+    kl, loss_before, loss_after, *rest = columns
+    likely = Likely(*rest[:3]), Likely(*rest[3:])
     seen = sorted({*ids, *(i for one in likely for i in one.ids.unique().tolist())})
     names = dict(zip(seen, model.tokenizer.batch_decode([[i] for i in seen]), strict=True))
     tokens = tuple(names[i] for i in ids)
-    return TokenChanges(tuple(ids), tokens, prompt_length, kl, *losses, *likely, names, model.name)
+    return TokenChanges(tuple(ids), tokens, prompt_length, kl, loss_before, loss_after, *likely, names, model.name)
 
 
 def _encoded(model: Model, text: Any) -> tuple[list[int], int]:
