@@ -56,12 +56,17 @@ def open_store(path: str | Path) -> Store:
 def rows_of(path: str | Path) -> ResidentRows:
     """The rows of a store: on the device while they are looked at, memory-mapped where there is no GPU."""
     path = Path(path)
-    manifest = path / "manifest.json"
+    return _rows(
+        str(path), stamp_of(path / "manifest.json"), settings().device
+    )  # Store.open says what is wrong with it
+
+
+def stamp_of(file: Path) -> int:
+    """When a file was last written to, for caches of what is in it; 0 where it is not there."""
     try:
-        stamp = manifest.stat().st_mtime_ns
+        return file.stat().st_mtime_ns
     except OSError:
-        stamp = 0  # Store.open says what is wrong with it
-    return _rows(str(path), stamp, settings().device)
+        return 0
 
 
 @st.cache_resource(max_entries=MOST_STORES, show_spinner=False, on_release=lambda rows: rows.close())

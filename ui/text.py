@@ -44,6 +44,22 @@ def write(text: object, most: int = LONGEST) -> None:
     st.text(shown(text, most))
 
 
+def lines(text: str, most: int = LONGEST) -> str:
+    """As `shown`, with its line ends kept.
+
+    >>> lines("a\\u202e\\nb")
+    'a⟨U+202E⟩\\nb'
+    """
+    whole = str(text)
+    seen = "\n".join("".join(map(_visible, line)) for line in whole[:most].split("\n"))
+    return seen if len(whole) <= most else f"{seen}… ({len(whole):,} characters)"
+
+
+def block(text: str, most: int = LONGEST) -> None:
+    """Somebody else's text of some lines, in a frame."""
+    st.code(lines(text, most), language=None, wrap_lines=True)
+
+
 def problem(text: object, *, fix: str = "") -> None:
     """What went wrong, in one line of its own words, and a command that mends it."""
     with st.container(border=True):

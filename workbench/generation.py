@@ -111,6 +111,15 @@ def generate(
     return [answers[i] for i in range(len(encoded))]
 
 
+def check_room(model: Model, prompt: Any, max_new_tokens: int) -> int:
+    """How many tokens a prompt takes; UserError where `generate` would cut it to leave room for an answer so long."""
+    n = len(encode(PromptSet.load([prompt]), model.tokenizer)[0])
+    if n > model.max_length - max_new_tokens:
+        raise UserError(f"this prompt takes {n} tokens and {model.name} reads {model.max_length}, an answer of "
+                        f"{max_new_tokens} included; give a shorter one, or fewer new tokens")  # fmt: skip
+    return n
+
+
 def _check(model: Model, max_new_tokens: int, batch_size: int, streamed: bool, options: dict[str, Any]) -> None:
     if not 0 < max_new_tokens < model.max_length - 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is out of range: {model.name} reads {model.max_length} tokens "
