@@ -206,7 +206,8 @@ def _may_run(tried: Tried) -> bool:
 def _send(tried: Tried) -> None:
     """The job file of these settings, and a button that writes it."""
     st.subheader("Send these settings to a job")
-    name = st.text_input("Name of the run", f"{tried.job.name[:60]}-{tried.table.name[:30]}", max_chars=100)
+    name = st.text_input("Name of the run", f"{tried.job.name[:60]}-{tried.table.name[:30]}", max_chars=100,
+                         key=f"job-{tried.table.name}")  # fmt: skip
     folder = started().folder
     try:
         job = job_of_settings(tried.job, tried.metrics, tried.table.name, tried.settings, name=name, out=folder,
