@@ -11,10 +11,14 @@ from . import text
 
 
 def choice(label: str, options: Mapping[Any, str], key: str, default: int = 0, **more: Any) -> Any:
-    """A pick among {value: how it is shown}, in the page's address as `key`; one that is not there is refused in words."""
+    """A pick among {value: how it is shown}, in the page's address as `key`; at least one is given.
+
+    What a link asks for and is not there is refused in so many words; what other picks of the page leave no room for
+    gives way to the first option.
+    """
     asked, shown = st.query_params.get(key), {value: text.shown(words, 120) for value, words in options.items()}
-    if asked is not None and asked not in shown.values():
+    if asked is not None and asked not in shown.values() and key not in st.session_state:
         text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
-    return st.selectbox(
-        label, list(options), default, key=key, bind="query-params", format_func=lambda v: shown[v], **more
-    )
+    # Streamlit wants no default beside a value that is there already
+    index = 0 if key in st.session_state else default
+    return st.selectbox(label, list(options), index, key=key, bind="query-params", format_func=lambda v: shown[v], **more)

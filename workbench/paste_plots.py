@@ -17,7 +17,7 @@ STRIP = [[0.0, "#DDE2E8"], [0.25, "#F6C67F"], [0.6, "#E07B23"], [1.0, "#7F2704"]
 """from grey, nothing changed, to dark brown: lightness falls all the way, for every kind of colour vision"""
 CELLS = 480
 """tokens that a strip draws"""
-LONGEST_LABEL = 14
+LONGEST_LABEL = 12
 
 
 def shown_token(token: str, most: int = LONGEST_LABEL) -> str:
@@ -41,7 +41,7 @@ def drawn_positions(changes: TokenChanges, most: int = CELLS) -> range:
     return range(max(0, len(changes) - most), len(changes))
 
 
-def kl_strip(changes: TokenChanges, *, columns: int = 16, most: int = CELLS) -> go.Figure:
+def kl_strip(changes: TokenChanges, *, columns: int = 12, most: int = CELLS) -> go.Figure:
     """The text token by token, a cell each; its colour is how far the distribution of the token after it moved, in nats.
 
     The answer begins behind the framed cell, the last token of the prompt. Of a text of more than `most` tokens the last
@@ -50,17 +50,18 @@ def kl_strip(changes: TokenChanges, *, columns: int = 16, most: int = CELLS) -> 
     positions = drawn_positions(changes, most)
     first = positions.start
     cell = [divmod(p - first, columns) for p in positions]
-    largest = max(float(changes.kl[first:].max()), 1e-6)
+    largest = float(changes.kl[first:].max()) or 1.0
     figure = go.Figure(
         go.Bar(
             x=[column for _, column in cell], y=[0.86] * len(cell), base=[-row - 0.43 for row, _ in cell], width=0.96,
             customdata=list(positions), text=[shown_token(changes.tokens[p]) for p in positions],
             textposition="inside", insidetextanchor="middle", textangle=0, textfont={"size": 13}, cliponaxis=False,
             hovertext=[_cell_hover(changes, p) for p in positions], hovertemplate="%{hovertext}<extra></extra>",
-            unselected={"marker": {"opacity": 0.55}}, showlegend=False,
+            unselected={"marker": {"opacity": 0.75}}, showlegend=False,
             marker={"color": changes.kl[first:].tolist(), "colorscale": STRIP, "cmin": 0, "cmax": largest,
                     "line": {"width": 0},
-                    "colorbar": {"title": {"text": "KL of the next token (nats)", "side": "right"}, "thickness": 12}},
+                    "colorbar": {"title": {"text": "KL of the next token (nats)", "side": "top"}, "thickness": 10,
+                                 "orientation": "h", "len": 0.4, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"}},
         )
     )  # fmt: skip
     rows = cell[-1][0] + 1
@@ -68,14 +69,14 @@ def kl_strip(changes: TokenChanges, *, columns: int = 16, most: int = CELLS) -> 
         row, column = cell[changes.prompt_length - 1 - first]
         figure.add_shape(type="rect", x0=column - 0.48, x1=column + 0.48, y0=-row - 0.43, y1=-row + 0.43,
                          line={"color": "#000000", "width": 2})  # fmt: skip
-    figure.update_xaxes(visible=False, range=[-0.5, columns - 0.5])
+    figure.update_xaxes(visible=False, range=[-0.5, columns - 0.5], fixedrange=True)
     figure.update_yaxes(title_text="position", tickvals=[-row for row in range(rows)], showgrid=False, zeroline=False,
                         ticktext=[str(first + row * columns) for row in range(rows)],
-                        range=[-rows + 0.5, 0.5])  # fmt: skip
+                        range=[-rows + 0.5, 0.5], fixedrange=True)  # fmt: skip
     if float(changes.kl.max()) == 0:
         figure.add_annotation(text="nothing changed anywhere: KL is exactly 0", showarrow=False, x=0, y=1.0,
                               xref="paper", yref="paper", xanchor="left", yanchor="bottom")  # fmt: skip
-    return _style(figure, max(170, 70 + 36 * rows), margin={"l": 60, "r": 20, "t": 24, "b": 24}, dragmode=False)
+    return _style(figure, 110 + 36 * rows, margin={"l": 60, "r": 20, "t": 80, "b": 16}, dragmode=False)
 
 
 def _cell_hover(changes: TokenChanges, position: int) -> str:
@@ -114,8 +115,8 @@ def top_bars(changes: TokenChanges, position: int) -> go.Figure:
             customdata=labels, hovertemplate=f"%{{customdata}}, {name}: %{{x:.4g}}<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="probability of the next token", rangemode="tozero")
-    figure.update_yaxes(tickvals=places, ticktext=labels, autorange="reversed")
-    where = f"after position {position}, {shown_token(changes.tokens[position], 40)}: KL {float(changes.kl[position]):.4g} nats"
+    figure.update_yaxes(tickvals=places, ticktext=labels, autorange="reversed", zeroline=False)
+    where = f"after position {position}, “{shown_token(changes.tokens[position], 40)}”: KL {float(changes.kl[position]):.4g} nats"
     return _style(figure, 130 + 26 * len(table), barmode="group", bargap=0.25, title={"text": where, "font": {"size": 14}},
                   legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})  # fmt: skip
 

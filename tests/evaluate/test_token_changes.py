@@ -103,6 +103,13 @@ def test_generated_positions_are_those_of_the_answer(small_model):
     assert found.tokens[-3:] == ("w20", "w21", "w22")
 
 
+def test_white_space_around_an_answer_is_no_token_of_it(small_model):
+    adapter = push(small_model)
+    plain, spaced = (token_changes(small_model, (PROMPT, text), adapter) for text in (ANSWER, f" \n{ANSWER} "))
+    assert plain.ids == spaced.ids
+    assert token_changes(small_model, (PROMPT, "  "), adapter).ids == token_changes(small_model, PROMPT, adapter).ids
+
+
 def response_ids_of(model: Model) -> tuple[list[int], list[int]]:
     from workbench.prompts import PromptSet
 

@@ -27,7 +27,7 @@ from workbench.paste_settings import PasteSettings, job_of_settings
 from workbench.summary import arms_of, load_metrics
 
 DEMO = "workbench demo --out {folder}"
-OWN, TYPED = "the adapter's own", "type one"
+OWN, TYPED = "as it is", "type one"
 STRONGEST, MOST_TOKENS, LONGEST_PROMPT, MOST_PROMPTS = 3.0, 512, 20_000, 400
 
 
@@ -57,12 +57,15 @@ class Tried:
 def page() -> None:
     st.title("Paste")
     command = DEMO.format(folder=shlex.quote(str(started().folder)))
-    entry = pick_run("run", command, "No transfer run in the opened folder. The demo takes some minutes.")
+    left, right = st.columns([2, 3])
+    with left:
+        entry = pick_run("run", command, "No transfer run in the opened folder. The demo takes some minutes.")
     if entry is None:
         return
     job = Job.parse(entry.facts.get("job") or {}, str(entry.path / "job.toml"))
     metrics = _metrics(entry)
-    name = choice("Behaviour", {table.name: table.name for table in job.behaviours}, "behaviour")
+    with right:
+        name = choice("Behaviour", {table.name: table.name for table in job.behaviours}, "behaviour")
     table = next(one for one in job.behaviours if one.name == name)
     stored = _stored(entry.path, name, metrics)
     prompt = _prompt(stored)

@@ -99,16 +99,18 @@ def _column(tried: Tried, arm: str, place: Any, kept: dict[str, Said]) -> Any:
         if said is not None and said.key == key_of(tried, arm):
             _draw(said)
         elif stored is not None:
-            text.block(stored)
+            text.block(stored.strip(), LONGEST)
             text.remark("the run's own answer, greedy" + (", at strength 1" if arm == "paste" else ""))
-        elif said is not None and said.answer:
-            text.remark("not answered yet with this prompt and these settings")
+        elif may_load(tried.model(SIDES[arm])):
+            text.remark("not answered yet with these settings")
+        else:
+            text.remark("this model may not be loaded")
     return box
 
 
 def _draw(said: Said) -> None:
     if said.answer or not said.problem:
-        text.block(said.answer, LONGEST)
+        text.block(said.answer.strip(), LONGEST)
     if said.problem:
         text.problem(said.problem)
     elif not said.whole:
@@ -129,7 +131,7 @@ def _answer(tried: Tried, arm: str, box: Any, kept: dict[str, Said]) -> None:
         kept[arm] = Said(key, "".join(pieces))
         if time.monotonic() - last[0] > EVERY:
             last[0] = time.monotonic()
-            box.code(text.lines("".join(pieces), LONGEST) + " ▌", language=None, wrap_lines=True)
+            box.code(text.lines("".join(pieces).strip(), LONGEST) + " ▌", language=None, wrap_lines=True)
 
     box.caption("…")
     try:

@@ -42,12 +42,14 @@ def _strip(tried: Tried, answers: dict[str, str]) -> None:
     left, right = st.columns(2)
     whose = {arm: ARMS[arm] for arm in ("paste", "native", "donor_adapter")
              if path_of(tried, arm).exists() and may_load(tried.model(SIDES[arm]))}  # fmt: skip
-    over = {"": ALONE} | {arm: f"the prompt and the answer of: {ARMS[arm]}" for arm in answers}
+    over = {"": ALONE} | {arm: f"the prompt and the answer of: {ARMS[arm]}" for arm in ARMS}
     with left:
         arm = choice("Without and with the adapter of", whose, "whose")
     with right:
-        said = choice("Over", over, "over", list(over).index("paste") if "paste" in over else 0)
+        said = choice("Over", over, "over", list(over).index("paste"))
     answer = answers.get(said, "")
+    if said and not answer:
+        text.remark("there is no such answer yet: this is the prompt alone")
     settings = tried.settings if arm == "paste" else PasteSettings()
     folder, model = path_of(tried, arm), tried.model(SIDES[arm])
     changes = _changes(model, str(folder), stamp_of(folder / "adapter.json"), settings, tried.prompt, answer)
@@ -71,9 +73,9 @@ def _bars(tried: Tried, changes: TokenChanges, picked: Any, code: str) -> None:
     if clicked in options and clicked != st.session_state.get("paste-clicked"):
         st.session_state["token"] = clicked  # the click is the newer pick, once
     st.session_state["paste-clicked"] = clicked
-    if st.session_state.get("token") not in options:
-        st.session_state.pop("token", None)
     largest = max(drawn, key=lambda p: float(changes.kl[p]))
+    if st.session_state.get("token", largest) not in options:
+        st.session_state["token"] = largest  # of another text
     position = choice("After the token at position", options, "token", list(drawn).index(largest))
     panel(top_bars(changes, position), key="likeliest", data=lambda: changes.at(position), notes=tried.run,
           code=f"from workbench.paste_plots import top_bars\n{code}figure = top_bars(changes, {position})")  # fmt: skip

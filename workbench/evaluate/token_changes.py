@@ -122,7 +122,7 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
 
     Args:
         text: a prompt as `PromptSet.load` reads one (a string is a user's turn), or a pair (prompt, answer) whose answer
-            stands where the model's would. An adapter for the last prompt token edits the last token of the prompt.
+            stands where the model's would, without the white space around it. An adapter for the last prompt token edits the last token of the prompt.
         top: how many of the likeliest tokens are kept at each position.
 
     Raises UserError for a text that is empty or does not fit into the model's context, for `top` below 1, and for an
@@ -153,10 +153,10 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
 
 def _encoded(model: Model, text: Any) -> tuple[list[int], int]:
     """The token ids of a text, and how many of them are the prompt's."""
-    prompt, answer = text if isinstance(text, tuple) else (text, None)
-    loaded = PromptSet.load([prompt])[0]
+    prompt, answer = text if isinstance(text, tuple) else (text, "")
+    loaded, answer = PromptSet.load([prompt])[0], str(answer).strip()
     if answer:
-        asked, said = response_ids(loaded, str(answer), model.tokenizer, end=False)
+        asked, said = response_ids(loaded, answer, model.tokenizer, end=False)
     else:
         asked, said = encode([loaded], model.tokenizer)[0], []
     total = len(asked) + len(said)
