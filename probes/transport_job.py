@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -57,6 +59,30 @@ class TransportJob:
     """which operators stay on disk: those that causal figures, shortcuts and features are made of, or all"""
     grid_only: bool = False
     """neither efficiency, features nor causal figures"""
+
+
+FLAGS = {"sites": "--sites", "tokens": "--tokens", "positions": "--positions", "alpha": "--alpha", "folds": "--folds",
+         "shards": "--shards", "holdout": "--holdout", "seed": "--seed", "dictionaries": "--dictionary", "text": "--text",
+         "pairs": "--pairs", "causal": "--causal", "keep_maps": "--keep-maps"}  # fmt: skip
+
+
+def command_of(job: TransportJob, out: str | Path) -> str:
+    """The command that makes a run, for a shell: what is not the default, quoted where it must be.
+
+    >>> print(command_of(TransportJob("gpt2", "my prompts.txt", causal="all", folds=4), "runs/t"))
+    workbench transport gpt2 --prompts 'my prompts.txt' --out runs/t --folds 4 --causal all
+    """
+    words = ["workbench", "transport", job.model, "--prompts", job.prompts, "--out", str(out)]
+    for field in fields(job):
+        value = getattr(job, field.name)
+        if field.name not in FLAGS or value == field.default:
+            continue
+        flag = FLAGS[field.name]
+        if field.name == "dictionaries":
+            words += [word for name in value for word in (flag, name)]
+        else:
+            words += [flag, ",".join(value) if isinstance(value, tuple | list) else str(value)]
+    return shlex.join([*words, *(["--grid-only"] if job.grid_only else [])])
 
 
 def check_job(prompts: PromptSet, job: TransportJob) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import transport_plots as plots
 from workbench.atomic import write_text
-from workbench.errors import UserError
 from workbench.report_page import cell, facts, flat, page, section, table
 from workbench.sites import Site
 from workbench.summary import plain
 from workbench.transport.grid import TransportGrid
 
+from .transport_results import read_metrics, read_part
 from .transport_summary import half_rank, headlines, score
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = "workbench.transport"
 EXAMPLES = 3
 """features of each verdict that are shown by name"""
 PREDICTED = 0.5
@@ -86,14 +84,14 @@ def write_transport_report(run: str | Path) -> Path:
 
 def render_transport(folder: Path) -> str:
     """The report as HTML; the same folder gives the same bytes."""
-    metrics, grid = _metrics(folder), TransportGrid.load(folder / "grid")
+    metrics, grid = read_metrics(folder), TransportGrid.load(folder / "grid")
     job = metrics["job"]
     line = next(x for x in grid.frame().query("arm == 'ridge' and not bos").to_dict("records"))
     about = (
         f"{job['n_prompts']:,} prompts of {job['prompts']}, tokens {job['tokens']}, positions {job['positions']}, alpha "
         f"{job['alpha']}; fitted on {line['n_train']:,} rows, scored on {line['n_held_out']:,} of other prompts"
     )
-    heads = headlines(metrics, grid, _parquet(folder / "efficiency.parquet"))
+    heads = headlines(metrics, grid, read_part(folder / "efficiency.parquet"))
     return page(
         title=str(job["name"]), subtitle=about, headlines=heads, warnings=list(metrics["warnings"]),
         sections=list(_sections(folder, metrics, grid)), footer=FOOTER,
@@ -103,18 +101,8 @@ def render_transport(folder: Path) -> str:
 def run_headlines(run: str | Path) -> list[str]:
     """What a finished transport run found, a line for each part. Raises UserError where the run has no results."""
     folder = Path(run)
-    found = headlines(_metrics(folder), TransportGrid.load(folder / "grid"), _parquet(folder / "efficiency.parquet"))
-    return [" ".join(head) for head in found]
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise UserError(f"{folder} has no results of a transport: its metrics.json cannot be read") from err
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise UserError(f"{folder / 'metrics.json'} is not that of a transport; run it with `workbench transport`")
-    return found
+    grid, efficiency = TransportGrid.load(folder / "grid"), read_part(folder / "efficiency.parquet")
+    return [" ".join(head) for head in headlines(read_metrics(folder), grid, efficiency)]
 
 
 def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:
@@ -131,12 +119,12 @@ def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> 
         yield section("Routes", SAYS["routes"], tables=[table(["pair", *heads], rows)])
     yield from _efficiency(folder, metrics, grid)
     yield from _features(folder, metrics)
-    if (found := _parquet(folder / "causal.parquet")) is not None:
+    if (found := read_part(folder / "causal.parquet")) is not None:
         job, about = metrics["job"], metrics["causal"]
         shift = SAYS["shift"].format(fitted=job["prompts"], read=about["prompts"])
         yield section("Causal", SAYS["causal"], *([shift] if not str(about["prompts"]).endswith("(held out)") else []),
                       figure=plots.causal_points(found), tables=_causal(found, about))  # fmt: skip
-    if (found := _parquet(folder / "shortcut.parquet")) is not None:
+    if (found := read_part(folder / "shortcut.parquet")) is not None:
         single, greedy = (found[found["search"] == name] for name in ("single", "greedy"))
         yield section("Shortcuts", SAYS["shortcut"], figure=plots.shortcut_points(single, greedy),
                       tables=[_shortcuts(single, "One run of blocks"), _shortcuts(greedy, "Greedy search")])  # fmt: skip
@@ -146,7 +134,7 @@ def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> 
 
 
 def _efficiency(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:
-    found = _parquet(folder / "efficiency.parquet")
+    found = read_part(folder / "efficiency.parquet")
     if found is None:
         return
     cells = {(str(a), str(b)): grid.cell(a, b) for a, b in grid.pairs}
@@ -171,7 +159,7 @@ def _efficiency(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -
 
 
 def _features(folder: Path, metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    found = _parquet(folder / "features.parquet")
+    found = read_part(folder / "features.parquet")
     if found is None:
         return
     lines = metrics["features"]["pairs"]
@@ -213,15 +201,6 @@ def _examples(part: pd.DataFrame, pair: tuple[str, str]) -> dict[str, Any]:
              "F1 of firing"]  # fmt: skip
     note = f"Of each verdict the {EXAMPLES} that fire on most tokens, whatever their figures."
     return table(heads, rows, f"{plots.pair_title(*pair)}: features by the tokens that they fire on hardest", note)
-
-
-def _parquet(file: Path) -> pd.DataFrame | None:
-    import pandas as pd
-
-    if not file.is_file():
-        return None
-    found = pd.read_parquet(file)
-    return None if found.empty else found
 
 
 def _lines(grid: TransportGrid) -> dict[str, Any]:

@@ -122,10 +122,35 @@ def judge(
     limits = thresholds or Thresholds()
     suffix = "" if limits.tokens == "active" else "_all"
     r2, carried = getattr(operator, "r2" + suffix), _carried(identity, suffix)
-    by_chance = torch.zeros_like(r2) if control is None else getattr(control, "r2" + suffix).clamp_min(0).nan_to_num(0)
+    by_chance = torch.full_like(r2, torch.nan) if control is None else getattr(control, "r2" + suffix)
+    return FeatureVerdicts(
+        _decided(r2, by_chance, carried, operator.count, limits), limits, operator, identity, control
+    )
+
+
+def judge_frame(table: pd.DataFrame, thresholds: Thresholds | None = None) -> pd.DataFrame:
+    """A table of verdicts (`FeatureVerdicts.frame()`, or lines of a transport run's features.parquet) under other
+    thresholds: the same lines with the column `verdict` anew, the thresholds in `.attrs`.
+
+    The table must have been made over the tokens that the thresholds name; those of a run are over the firing ones.
+    Raises UserError where a column is missing.
+    """
+    limits = thresholds or Thresholds()
+    columns = ("r2", "control_r2", "identity_carries", "count")
+    if missing := [name for name in columns if name not in table]:
+        raise UserError(f"this is no table of verdicts: it has no column {', '.join(missing)}")
+    r2, by_chance, carried, count = (torch.tensor(table[name].to_numpy(dtype="float64")) for name in columns)
+    made = table.assign(verdict=_decided(r2, by_chance, carried, count, limits))
+    made.attrs["thresholds"] = asdict(limits)
+    return made
+
+
+def _decided(r2: Tensor, by_chance: Tensor, carried: Tensor, count: Tensor, limits: Thresholds) -> tuple[str, ...]:
+    """by_chance: R2 of the control, NaN where there is none."""
+    by_chance = by_chance.clamp_min(0).nan_to_num(0)
     predicted = (r2 >= limits.predicted) & (r2 - by_chance >= limits.margin)
     absent = (r2 < limits.unpredicted) | (r2 - by_chance < limits.margin)
-    rare = (operator.count < limits.count) | r2.isnan()
+    rare = (count < limits.count) | r2.isnan()
     verdicts = []
     for i in range(len(r2)):
         if rare[i]:
@@ -134,7 +159,7 @@ def judge(
             verdicts.append("transported" if carried[i] >= limits.carried else "rotated")
         else:
             verdicts.append("synthesised" if absent[i] else "mixed")
-    return FeatureVerdicts(tuple(verdicts), limits, operator, identity, control)
+    return tuple(verdicts)
 
 
 def _carried(identity: FeatureMetrics, suffix: str) -> Float[Tensor, " f"]:

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .plot_marks import Cell, clickable
 from .summary import Metrics, arm_title, arms_of, get, number, score_name
 
 # Okabe and Ito's colours, which stay apart for every common kind of colour blindness; and a marker for each, for print
@@ -309,12 +310,14 @@ def _dose_curve(figure: go.Figure, name: str, points: list[Any], look: tuple[str
 
 
 def correspondence(
-    scores: Mapping[tuple[int, int], float], matched: Mapping[int, int] | None = None, name: str = "score"
-) -> go.Figure:
+    scores: Mapping[tuple[int, int], float], matched: Mapping[int, int] | None = None, name: str = "score", *,
+    picked: tuple[int, int] | None = None,
+) -> go.Figure:  # fmt: skip
     """How well each recipient layer answers to each donor layer, {(donor, recipient): score}, as a heatmap; `matched`,
-    {donor: recipient}, is drawn over it: rings, joined by a line where several donor layers have one each.
+    {donor: recipient}, is drawn over it: discs, joined by a line where several donor layers have one each.
 
-    Colours are centred at 0 where there are scores below it; blank pairs have none.
+    Colours are centred at 0 where there are scores below it; blank pairs have none. picked: a pair (donor, recipient)
+    that is framed; the cells can then be clicked, and give their pair as customdata.
     """
     if not scores:
         return _empty("No pair of layers has a score: give the layers of both profiles")
@@ -332,10 +335,14 @@ def correspondence(
     )  # fmt: skip
     if matched:
         pairs = [(d, r) for d, r in sorted(matched.items()) if d in donors and r in recipients]
-        ring = {"size": 20, "symbol": "circle-open", "color": "#000", "line": {"width": 2.5}}
+        disc = {"size": 13, "symbol": "circle", "color": "#FFFFFF", "line": {"width": 3, "color": ORANGE}}
         figure.add_trace(go.Scatter(x=[str(r) for _, r in pairs], y=[str(d) for d, _ in pairs], mode="lines+markers",
-                                    marker=ring, line={"color": "#000", "width": 1}, hoverinfo="skip",
+                                    marker=disc, line={"color": ORANGE, "width": 2}, hoverinfo="skip",
                                     showlegend=False))  # fmt: skip
+    if picked is not None:
+        cells = [Cell(str(r), str(d), f"donor layer {d}, recipient layer {r}: {escape(name)} {score:.3f}", (d, r))
+                 for (d, r), score in scores.items()]  # fmt: skip
+        clickable(figure, cells, (str(picked[1]), str(picked[0])))
     order = {"type": "category", "categoryorder": "array"}
     figure.update_xaxes(title_text="recipient layer", categoryarray=x, **order)
     figure.update_yaxes(title_text="donor layer", categoryarray=y, **order)

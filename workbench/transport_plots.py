@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .plot_marks import Cell, clickable, label_places
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
 from .sites import Site
 from .transport.grid import TransportGrid
@@ -63,8 +64,17 @@ def arm_word(arm: str) -> str:
     return ARM_WORDS.get(arm, arm.replace("_", " "))
 
 
-def grid_heatmap(grid: TransportGrid, metric: str = "uniform", *, bos: bool = False) -> go.Figure:
-    """Held-out R2 of every pair, sources down and targets across, beside the shuffled control where there is one."""
+def grid_heatmap(
+    grid: TransportGrid,
+    metric: str = "uniform",
+    *,
+    bos: bool = False,
+    picked: tuple[Site | str, Site | str] | None = None,
+) -> go.Figure:
+    """Held-out R2 of every pair, sources down and targets across, beside the shuffled control where there is one.
+
+    picked: a pair (source, target) that is framed; the cells can then be clicked, and give their pair as customdata.
+    """
     arms = [arm for arm in ("ridge", "shuffled") if arm in grid.arms]
     titles = {"ridge": "ridge map, held-out prompts", "shuffled": "shuffled pairs (control: nothing can be carried)"}
     figure = make_subplots(1, len(arms), subplot_titles=[titles[arm] for arm in arms], horizontal_spacing=0.05)
@@ -82,6 +92,10 @@ def grid_heatmap(grid: TransportGrid, metric: str = "uniform", *, bos: bool = Fa
         down = {**_site_axis("source", list(matrix.index)), "autorange": "reversed", "showticklabels": column == 1}
         figure.update_yaxes(**(down if column == 1 else down | {"title": None}), row=1, col=column)
     bar = {"title": {"text": METRIC_WORDS[metric], "side": "right"}, "thickness": 14}
+    if picked is not None:
+        part = grid.frame().query("arm == @arms[0] and bos == @bos").set_index(["source", "target"])
+        cells = [Cell(b, a, _cell_text(part, a, b, metric), (a, b)) for a, b in part.index]
+        clickable(figure, cells, (str(picked[1]), str(picked[0])))
     height = max(320, 140 + 22 * len(grid.matrix(metric).index))
     made = _style(figure, height, coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": bar})
     made.update_xaxes(showgrid=False)
@@ -138,9 +152,9 @@ def _bars(value: Any, low: Any, high: Any) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.4}
 
 
-def _log_axis() -> dict[str, Any]:
+def _log_axis(lowest: int = -6) -> dict[str, Any]:
     """A logarithmic axis whose every tick is written out: plotly leaves the decade of those between out."""
-    ticks = [step * 10.0**decade for decade in range(-6, 6) for step in (1, 2, 5)]
+    ticks = [step * 10.0**decade for decade in range(lowest, 6) for step in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
@@ -292,29 +306,47 @@ def causal_points(table: pd.DataFrame, most: int = 12) -> go.Figure:
 def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> go.Figure:
     """Rise of log-perplexity against the share of FLOPs saved; `greedy` is the path of the greedy search.
 
+    Points that there is room for bear the blocks that are left out; each says them when pointed at.
+
     table: `ShortcutCurve.frame()`.
     """
     if table.empty:
         return _empty("No shortcut was measured")
     figure = go.Figure()
-    parts: Sequence[tuple[str, pd.DataFrame | None, str, str]] = (
-        ("one run of blocks, one map", table, "markers", BLUE),
-        ("greedy search (other half)", greedy, "lines+markers", RED),
-    )
-    for i, (name, part, mode, colour) in enumerate(parts):
-        if part is None or part.empty:
-            continue
+    kinds = (("one run of blocks, one map", table, BLUE), ("greedy search (other half)", greedy, RED))
+    parts = [(name, part, colour) for name, part, colour in kinds if part is not None and not part.empty]
+    every = [part for _, part, _ in parts]
+    across = _reach([100 * part["saved"] for part in every], 0.03)
+    up = _reach([part[f"delta{end}"] for part in every for end in ("", "_low", "_high")], 0.06)
+    for i, (name, part, colour) in enumerate(parts):
         text = ["the whole model" if not blocks else f"without {blocks}" for blocks in part["blocks"]]
+        names, places = _named(part, text, across, up) if not i else ([""] * len(text), None)
         figure.add_trace(go.Scatter(
-            x=100 * part["saved"], y=part["delta"], mode=mode + ("+text" if not i and len(part) <= NAMED_CELLS else ""),
-            error_y=_bars(part["delta"], part["delta_low"], part["delta_high"]), name=name, text=text,
-            textposition="middle right", textfont={"size": 11, "color": GREY},
+            x=100 * part["saved"], y=part["delta"], mode="lines+markers" if i else "markers+text",
+            error_y=_bars(part["delta"], part["delta_low"], part["delta_high"]), name=name, text=names, hovertext=text,
+            textposition=places, textfont={"size": 11, "color": GREY},
             marker={"color": colour, "symbol": SYMBOLS[i], "size": 9}, line={"color": colour, "width": 1.6},
-            hovertemplate="%{text}: %{y:.4f} nats, %{x:.1f} % saved<extra></extra>",
+            hovertemplate="%{hovertext}: %{y:.4f} nats, %{x:.1f} % saved<extra></extra>",
         ))  # fmt: skip
-    figure.update_xaxes(title_text="share of the forward pass's FLOPs saved (%)")
-    figure.update_yaxes(title_text="rise of log-perplexity (nats per token)")
+    figure.update_xaxes(title_text="share of the forward pass's FLOPs saved (%)", range=across)
+    figure.update_yaxes(title_text="rise of log-perplexity (nats per token)", range=up)
     return _style(figure, 420)
+
+
+def _reach(columns: Sequence[Any], room: float) -> list[float]:
+    """From the least to the most of some columns, with room at both ends."""
+    low, high = min(float(c.min()) for c in columns), max(float(c.max()) for c in columns)
+    return [low - room * (high - low or 1), high + room * (high - low or 1)]
+
+
+def _named(part: pd.DataFrame, text: list[str], across: list[float], up: list[float]) -> tuple[list[str], list[str]]:
+    """The names that points bear, and where; those that save most choose first, and of those that save the same, the best."""
+    x, y = ((part["saved"] * 100 - across[0]) / (across[1] - across[0]), (part["delta"] - up[0]) / (up[1] - up[0]))
+    order = sorted(range(len(part)), key=lambda i: (-round(float(x.iloc[i]), 2), float(y.iloc[i])))
+    found = label_places(*([float(c.iloc[i]) for i in order] for c in (x, y)), [text[i] for i in order])
+    places = dict(zip(order, found, strict=True))
+    return ([text[i] if places[i] else "" for i in range(len(text))],
+            [places[i] or "middle right" for i in range(len(text))])  # fmt: skip
 
 
 def _nones(matrix: pd.DataFrame) -> list[list[float | None]]:
