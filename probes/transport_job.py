@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -59,6 +59,15 @@ class TransportJob:
     """which operators stay on disk: those that causal figures, shortcuts and features are made of, or all"""
     grid_only: bool = False
     """neither efficiency, features nor causal figures"""
+
+
+def job_of(data: Mapping[str, Any]) -> TransportJob:
+    """The job that a transport.toml holds; keys of other versions are left out. UserError where it lacks what is needed."""
+    names = {field.name for field in fields(TransportJob)}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
+    if not {"model", "prompts"} <= set(given):
+        raise UserError("this transport.toml names no model and no prompts; run the transport again")
+    return TransportJob(**given)
 
 
 FLAGS = {"sites": "--sites", "tokens": "--tokens", "positions": "--positions", "alpha": "--alpha", "folds": "--folds",

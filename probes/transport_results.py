@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
+from workbench.maps.scores import METRICS
 from workbench.sites import Site
 from workbench.transport.grid import TransportGrid
 
@@ -42,6 +43,14 @@ class TransportResults:
         a, b = str(Site.parse(source)), str(Site.parse(target))
         found: pd.DataFrame = table[(table["source"] == a) & (table["target"] == b)].reset_index(drop=True)
         return None if found.empty else found
+
+    def arms_of(self, source: Site | str | int, target: Site | str | int) -> pd.DataFrame:
+        """The grid's lines of one pair: arm, BOS or not, and R2 in the three metrics with its 95 % interval."""
+        a, b = str(Site.parse(source)), str(Site.parse(target))
+        table = self.grid.frame()
+        keep = ["arm", "bos", *(f"r2_{m}{end}" for m in METRICS for end in ("", "_low", "_high")), "alpha", "n_train",
+                "n_held_out"]  # fmt: skip
+        return table[(table["source"] == a) & (table["target"] == b)][keep].reset_index(drop=True)
 
     def size_of(self, source: Site | str | int, target: Site | str | int) -> dict[str, Any] | None:
         """The size of the transport subspace of a pair, as metrics.json has it; None where it was not measured."""

@@ -17,11 +17,54 @@ from workbench.store.resident import ResidentRows
 from .settings import settings
 
 if TYPE_CHECKING:
+    from workbench.convert import ConverterFits
     from workbench.models import Model
 
-MOST_STORES, MOST_MODELS = 4, 3
+MOST_STORES, MOST_MODELS, MOST_FITS = 4, 3, 2
 PATIENCE = 0.25
 """seconds from one word to a session that waits for a model to the next"""
+
+
+class HeldFits:
+    """The fits of a run and their lock: what one session factorises, the next one finds."""
+
+    def __init__(self, fits: ConverterFits) -> None:
+        self._fits = fits
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def alone(self) -> Iterator[ConverterFits]:
+        """The fits, for this thread only."""
+        with self._lock:
+            yield self._fits
+
+    def close(self) -> None:
+        """Lets go of the stores, after whoever reads them is done."""
+        with self._lock:
+            self._fits.donor.close()
+            self._fits.recipient.close()
+
+
+def stamp(*files: Path) -> tuple[int, ...]:
+    """When files were written last, 0 for one that is not there: what a cache of what was read from them is keyed by."""
+    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+
+
+def fits_stamp(run: Path) -> tuple[int, ...]:
+    """Changes when a run's converters would."""
+    return stamp(run / "job.toml", *(run / "profiles" / side / "manifest.json" for side in ("donor", "recipient")))
+
+
+def held_fits(run: Path) -> HeldFits:
+    """The fits between the two profiles of a transfer run, once for all sessions; UserError as `fits_of_run`."""
+    return _fits(str(run), fits_stamp(run))
+
+
+@st.cache_resource(max_entries=MOST_FITS, show_spinner=False, on_release=lambda held: held.close())
+def _fits(run: str, stamp: tuple[int, ...]) -> HeldFits:
+    from workbench.run_fits import fits_of_run
+
+    return HeldFits(fits_of_run(run))
 
 
 class HeldModel:
@@ -110,8 +153,9 @@ def _free(held: HeldModel) -> None:
 
 
 def release() -> None:
-    """Lets go of every store, row and model."""
+    """Lets go of every store, row, fit and model."""
     _rows.clear()
+    _fits.clear()
     _model.clear()
 
 

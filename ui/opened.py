@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+
 import streamlit as st
 
 from workbench.catalogue import Catalogue, Entry, catalogue
@@ -38,6 +40,22 @@ def pick(label: str, entries: list[Entry], key: str) -> Entry | None:
         return None
     name = st.selectbox(label, names, key=key, bind="query-params", format_func=lambda n: text.shown(n, 120))
     return next(entry for entry in entries if entry.name == name)
+
+
+def choose(
+    label: str, names: Sequence[str], key: str, *, default: str = "", known: Collection[str] = (),
+    words: Callable[[str], str] = str,
+) -> str:  # fmt: skip
+    """A choice among names, in the page's address as `key`, `default` where it says nothing. At least one name is given.
+
+    A name in the address that is not one of them is refused in so many words, unless it is one of `known`: those that
+    other picks of the page leave no room for, which give way to the default.
+    """
+    asked = st.query_params.get(key)
+    if asked is not None and asked not in names and asked not in known:
+        text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
+    return st.selectbox(label, names, index=names.index(default) if default in names else 0, key=key, bind="query-params",
+                        format_func=lambda name: text.shown(words(name), 120))  # fmt: skip
 
 
 def pick_store(key: str = "store") -> Store | None:

@@ -37,6 +37,7 @@ def panel(
     data: Callable[[], pd.DataFrame] | None = None,
     notes: Path | None = None,
     select: Sequence[str] = (),
+    on_select: Callable[[], None] | None = None,
     remark: str = "",
 ) -> Any:
     """Draws a figure with what belongs to it; returns what is selected in it where `select` names how (box, lasso, points).
@@ -46,13 +47,14 @@ def panel(
         code: Python that runs as it stands in a notebook and ends with the same figure in `figure`.
         data: makes the table behind the figure, when it is asked for.
         notes: the run folder whose notes.txt a line can be added to.
+        on_select: called once at each selection, before the page runs again; `picked_of` says what was clicked.
         remark: how much of the data is drawn, and how it was chosen.
     """
     drawn = on_dark(figure) if is_dark() else figure
     config = CONFIG | {"toImageButtonOptions": {**CONFIG["toImageButtonOptions"], "filename": key}}  # type: ignore[dict-item]
     options: dict[str, Any] = {"key": key, "theme": None, "config": config, "width": "stretch"}
     if select:
-        options |= {"on_select": "rerun", "selection_mode": tuple(select)}
+        options |= {"on_select": on_select or "rerun", "selection_mode": tuple(select)}
     found = st.plotly_chart(drawn, **options)
     if remark:
         text.remark(remark)
@@ -62,6 +64,14 @@ def panel(
     with right.popover("Export", icon=":material/download:", width="stretch"):
         _export(key, code, data, notes)
     return found if select else None
+
+
+def picked_of(key: str) -> tuple[Any, ...] | None:
+    """The customdata of the point that was clicked in the figure of a panel; None where there is none."""
+    state = st.session_state.get(key) or {}
+    points = state.get("selection", {}).get("points", [])
+    data = points[0].get("customdata") if points else None
+    return tuple(data) if isinstance(data, list | tuple) else None
 
 
 def _export(key: str, code: str, data: Callable[[], pd.DataFrame] | None, notes: Path | None) -> None:

@@ -15,7 +15,7 @@ from .errors import UserError
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, _empty, _style
 from .sites import Site
 from .transport.grid import TransportGrid
-from .transport_plots import ARM_LOOK, LOWEST, _log_axis, arm_word
+from .transport_plots import ARM_LOOK, LOWEST, _log_axis, arm_word, feature_scatter, pair_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_DIMENSIONS = 5_000
 """points of the curve; of more dimensions, evenly spread ones of the sorted are drawn"""
 BINS = 40
+MOST_FEATURES = 5_000
 CURVES = (
     ("optimal", "best map of the rank", RED, "solid"), ("truncated", "ridge map cut to it", BLUE, "dash"),
     ("bound", "bound, held out", "#222", "dot"), ("ceiling", "ceiling, in sample", GREY, "dashdot"),
@@ -165,3 +166,29 @@ def subspace_sizes(size: Mapping[str, Any]) -> go.Figure:
     figure.update_xaxes(title_text=f"dimensions (dotted: all {most})", range=[min(0.0, *values) * 1.05, most * 1.05])
     made = _style(figure, 300, legend={"orientation": "h", "y": 1.14, "x": 0})
     return made.update_yaxes(autorange="reversed", showgrid=False)
+
+
+def features_of_pair(
+    table: pd.DataFrame, source: Site | str, target: Site | str, most: int = MOST_FEATURES
+) -> go.Figure:
+    """`feature_scatter` of one pair; of more features than `most`, as many of each verdict as is its share, evenly spread.
+
+    table: lines of features.parquet, or what `probes.verdicts.judge_frame` made of them, with a column `feature`.
+    """
+    drawn = spread_features(table, most)
+    figure = feature_scatter({pair_title(source, target): drawn.set_index("feature")})
+    if len(drawn) < len(table):
+        figure.add_annotation(text=f"{len(drawn):,} of {len(table):,} features are drawn", xref="paper", yref="paper", x=1,
+                              y=1.1, showarrow=False, xanchor="right", font={"size": 12, "color": GREY})  # fmt: skip
+    return figure
+
+
+def spread_features(table: pd.DataFrame, most: int) -> pd.DataFrame:
+    """At most so many features, of each verdict evenly spread ones in its share (and one at least)."""
+    if len(table) <= most:
+        return table
+    chosen: list[int] = []
+    for _, places in table.reset_index(drop=True).groupby("verdict", sort=False).groups.items():
+        some = max(1, len(places) * most // len(table))
+        chosen += [int(places[i * len(places) // some]) for i in range(some)]
+    return table.iloc[sorted(chosen)]
