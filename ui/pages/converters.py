@@ -1,9 +1,167 @@
-"""converters"""
+"""Converters: which layer answers to which between two models, and the converter of one pair of layers in every way."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import streamlit as st
+
+from ui import held, text
+from ui.opened import choose, contents, pick_run
+from ui.pages.converter_parts import against, captured, forecasts, snippet, spectra
+from ui.pages.transport import take_pair
+from ui.panels import panel
+from ui.settings import settings
+from workbench.catalogue import Entry
+from workbench.errors import UserError
+from workbench.layer_matching import BY_SCORE, MATCHES, layer_scores, matched_sites
+from workbench.plots import correspondence
+from workbench.run_fits import SIDES, forecast_matching
+from workbench.sites import Site
+from workbench.summary import Metrics, get, load_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+COMMAND = "workbench demo --out {folder}"
+SCORES = {"r2": "held-out R²", "cka": "CKA (debiased)", "svcca": "SVCCA"}
+MATCHINGS = {
+    "forecast": "by forecast", "nearest": "nearest depth", "floor": "depth, rounded down",
+    "ends": "first to first, last to last", "cka": "best CKA", "svcca": "best SVCCA", "r2": "best held-out R²", "none": "none",
+}  # fmt: skip
+WAITED = 2e11
+"""FLOPs of factorising that are done without being asked for: some ten seconds of a slow machine"""
 
 
 def page() -> None:
     st.title("Converters")
+    entry = pick_run("run", COMMAND.format(folder=settings().folder), "No finished transfer run in the opened folder.")
+    for other in contents().of("run"):
+        if other.state in ("stopped", "damaged"):
+            text.write(f"{other.name}: {other.state}; {other.note}")
+    if entry is None or not _has_profiles(entry):
+        return
+    metrics: Metrics = load_metrics(entry.path) if entry.state == "done" else {}
+    with held.held_fits(entry.path).alone() as fits:
+        donors, recipients = ([str(site) for site in store.sites] for store in (fits.donor, fits.recipient))
+    donor, recipient, behaviour = _pair(metrics, donors, recipients)
+    _heatmap(entry, metrics, behaviour, Site.parse(donor), Site.parse(recipient))
+    st.header("The pair", divider="gray")
+    spec = spectra(entry, metrics, behaviour, donor, recipient)
+    against(entry, donor, recipient, spec)
+    captured(entry, behaviour, donor, recipient, spec)
+    st.header("Forecast and measurement", divider="gray")
+    forecasts(entry, metrics, behaviour, donor, recipient)
+
+
+def _has_profiles(entry: Entry) -> bool:
+    """Whether both profiles lie in the run, as stores of the opened folder: a link that leads out of it is none."""
+    there = {store.path for store in contents().of("store")}
+    lacking = [side for side in SIDES if entry.path / "profiles" / side not in there]
+    if lacking:
+        text.missing(f"{entry.name} has no profile of the {lacking[0]}; the job makes it again:",
+                     f"workbench run {entry.path}/job.toml")  # fmt: skip
+    return not lacking
+
+
+def _pair(metrics: Metrics, donors: list[str], recipients: list[str]) -> tuple[str, str, str]:
+    """The picks of the page's pair: (donor site, recipient site, behaviour)."""
+    behaviours = list(get(metrics, "behaviours") or {})
+    left, right, third = st.columns(3)
+    with third:
+        behaviour = choose("Behaviour", behaviours, "behaviour") if behaviours else ""
+    chosen = get(metrics, "behaviours", behaviour, "forecast", "chosen") or {}
+    with left:
+        donor = choose("Donor", donors, "donor", default=str(chosen.get("donor_site", "")))
+    with right:
+        recipient = choose("Recipient", recipients, "recipient", default=str(chosen.get("recipient_site", "")))
+    return donor, recipient, behaviour
+
+
+def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipient: Site) -> None:
+    left, right, _ = st.columns(3)
+    with left:
+        by = choose("Score", list(SCORES), "score", words=lambda name: SCORES[name])
+    with right:
+        offered = [name for name in MATCHINGS if name != "forecast" or forecast_matching(metrics, behaviour)]
+        match = choose(
+            "Matching drawn over it", offered, "match", known=list(MATCHINGS), words=lambda name: MATCHINGS[name]
+        )
+    if not _affordable(entry):
+        return
+    scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)
+    matched = forecast_matching(metrics, behaviour) if match == "forecast" else None
+    if match in MATCHES:
+        matched = _matched(str(entry.path), held.fits_stamp(entry.path), match, donor.point, recipient.point)
+    picked = (donor.layer, recipient.layer)
+    code = _code(entry, by, match, behaviour, donor, recipient)
+    panel(correspondence(scores, matched, SCORES[by], picked=picked), key="layers", code=code, notes=entry.path,
+          data=lambda: _score_table(scores), select=("points",), on_select=partial(_take_layers, donor.point, recipient.point),
+          remark="Click a cell to pick its pair; discs: the matching. R² is of the ridge map to the donor (alpha 0.1) on the "
+          "prompts that the run held out. None of these scores says whether a paste will work.")  # fmt: skip
+
+
+def _code(entry: Entry, by: str, match: str, behaviour: str, donor: Site, recipient: Site) -> str:
+    """The code of the heatmap."""
+    imports, line, also = "", "matched = None", ""
+    if match == "forecast":
+        imports, also = "from workbench.summary import load_metrics\n", "forecast_matching"
+        line = f"matched = forecast_matching(load_metrics({str(entry.path)!r}), {behaviour!r})"
+    elif match in MATCHES:
+        imports = "from workbench.layer_matching import matched_sites\n"
+        line = f"matched = matched_sites(fits, donors, recipients, {match!r})"
+    return snippet(
+        entry, imports + "from workbench.layer_matching import layer_scores\nfrom workbench.plots import correspondence",
+        f"donors = [site for site in fits.donor.sites if site.point == {donor.point!r}]\n"
+        f"recipients = [site for site in fits.recipient.sites if site.point == {recipient.point!r}]\n"
+        f"scores = layer_scores(fits, donors, recipients, {by!r})\n{line}\n"
+        f"figure = correspondence(scores, matched, {SCORES[by]!r}, picked={(donor.layer, recipient.layer)!r})", also,
+    )  # fmt: skip
+
+
+def _take_layers(donor_point: str, recipient_point: str) -> None:
+    take_pair("layers", ("donor", "recipient"), lambda d, r: (f"{donor_point}.{d}", f"{recipient_point}.{r}"))
+
+
+def _affordable(entry: Entry) -> bool:
+    """Whether all layers may be factorised: at once where that takes seconds, else when it was asked for."""
+    with held.held_fits(entry.path).alone() as fits:
+        work = fits.flops([(d, r, 0) for d in fits.donor.sites[:1] for r in fits.recipient.sites])
+        work += fits.flops([(d, r, 0) for d in fits.donor.sites for r in fits.recipient.sites[:1]])
+    key = f"_all-{entry.path}"
+    if work <= WAITED or st.session_state.get(key):
+        return True
+    text.remark(f"To score every pair of layers takes about {work / 2e10 / 60:,.0f} minutes of one core.")
+    st.session_state[key] = st.button("Score every pair of layers")
+    return bool(st.session_state[key])
+
+
+@st.cache_data(max_entries=32, show_spinner="Scoring every pair of layers …")
+def _scores(path: str, stamp: tuple[int, ...], by: str, donor: str, recipient: str) -> dict[tuple[int, int], float]:
+    if by not in BY_SCORE:
+        raise UserError(f"unknown score of layers {by!r}")
+    with held.held_fits(Path(path)).alone() as fits:
+        mine, theirs = (
+            [s for s in fits.donor.sites if s.point == donor],
+            [s for s in fits.recipient.sites if s.point == recipient],
+        )
+        return layer_scores(fits, mine, theirs, by)
+
+
+@st.cache_data(max_entries=32, show_spinner="Matching the layers …")
+def _matched(path: str, stamp: tuple[int, ...], match: str, donor: str, recipient: str) -> dict[int, int]:
+    with held.held_fits(Path(path)).alone() as fits:
+        mine, theirs = (
+            [s for s in fits.donor.sites if s.point == donor],
+            [s for s in fits.recipient.sites if s.point == recipient],
+        )
+        return matched_sites(fits, mine, theirs, match)
+
+
+def _score_table(scores: dict[tuple[int, int], float]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([{"donor_layer": d, "recipient_layer": r, "score": v} for (d, r), v in scores.items()])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import streamlit as st
 
@@ -87,12 +89,14 @@ def _grid(run: TransportResults, entry: Entry) -> tuple[str, str]:
     return picked
 
 
-def take_pair(key: str, names: tuple[str, str]) -> None:
-    """Makes the clicked cell of a panel the pick of two selectboxes."""
+def take_pair(
+    key: str, names: tuple[str, str], made: Callable[[Any, Any], tuple[str, str]] = lambda a, b: (str(a), str(b))
+) -> None:
+    """Makes the clicked cell of a panel the pick of two selectboxes; made: their values of its customdata."""
     pair = picked_of(key)
     if pair is not None and len(pair) == 2:
-        for name, value in zip(names, pair, strict=True):
-            st.session_state[name] = str(value)
+        for name, value in zip(names, made(*pair), strict=True):
+            st.session_state[name] = value
 
 
 def _dimensions(run: TransportResults, entry: Entry, source: str, target: str) -> None:

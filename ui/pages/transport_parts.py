@@ -76,7 +76,7 @@ def _verdicts(table: pd.DataFrame, entry: Entry, source: str, target: str) -> No
     imports = "from probes.verdicts import Thresholds, judge_frame\nfrom workbench.transport_pair_plots import features_of_pair"
     code = snippet(entry, imports, f"figure = features_of_pair({call}, {source!r}, {target!r})")
     counts = {verdict: int((judged["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    bars_code = _code(
+    bars_code = snippet(
         entry, "from probes.verdicts import VERDICTS, Thresholds, judge_frame\n"
         "from workbench.transport_plots import verdict_bars", f"table = {call}\n"
         f"counts = {{verdict: int((table['verdict'] == verdict).sum()) for verdict in VERDICTS}}\n"
@@ -93,11 +93,13 @@ def _thresholds() -> Thresholds:
     """The thresholds, in the open and in the address."""
     plain = Thresholds()
     with st.expander("Thresholds of the verdicts", expanded=True):
-        places = st.columns(5, vertical_alignment="bottom")
-        values = {name: place.number_input(name, -1.0, 1.0, getattr(plain, name), 0.05, key=name, bind="query-params",
-                                           help=words) for (name, words), place in zip(LIMITS.items(), places, strict=False)}  # fmt: skip
-        count = places[4].number_input("count", 1, 100_000, plain.count, key="count", bind="query-params",
-                                       help="tokens on which a feature must fire; one that fires on fewer is rare")  # fmt: skip
+        *places, last = st.columns(5, vertical_alignment="bottom")
+        values = {}
+        for (name, words), place in zip(LIMITS.items(), places, strict=True):
+            values[name] = place.number_input(name, -1.0, 1.0, getattr(plain, name), 0.05, key=name, help=words,
+                                              bind="query-params")  # fmt: skip
+        count = last.number_input("count", 1, 100_000, plain.count, key="count", bind="query-params",
+                                  help="tokens on which a feature must fire; one that fires on fewer is rare")  # fmt: skip
     return Thresholds(**values, count=int(count))
 
 
@@ -123,7 +125,8 @@ def causal(run: TransportResults, entry: Entry, source: str, target: str) -> Non
     code = snippet(entry, "from workbench.transport_plots import causal_points",
                  f"figure = causal_points(run.of_pair('causal', {source!r}, {target!r}))")  # fmt: skip
     panel(causal_points(table), key="causal", code=code, data=lambda: table, notes=entry.path,
-          remark="The state at the target is replaced, at every token but BOS, by what each arm makes of the source.")  # fmt: skip
+          remark="The state at the target is replaced, at every token but BOS, by what each arm makes of the source.",
+          )  # fmt: skip
     st.dataframe(table.drop(columns=["source", "target"]), hide_index=True, width="stretch", key="causal-table")
 
 
@@ -137,13 +140,16 @@ def shortcuts(run: TransportResults, entry: Entry) -> None:
     code = snippet(entry, "from workbench.transport_plots import shortcut_points",
                  "figure = shortcut_points(*run.shortcuts())")  # fmt: skip
     panel(shortcut_points(*parts), key="shortcut", code=code, data=lambda: run.shortcut, notes=entry.path,
-          remark="Names stand where there is room; every point says which blocks it leaves out when it is pointed at.")  # fmt: skip
+          remark="Names stand where there is room; every point says which blocks it leaves out when it is pointed at.",
+          )  # fmt: skip
 
 
 def _lacks(run: TransportResults, entry: Entry, what: str, about: str, more: dict[str, object]) -> None:
     """Says that a part is not in the run, what the run said of it, and the command that adds it."""
     job: TransportJob = replace(job_of(entry.facts["job"]), grid_only=False, **more)  # type: ignore[arg-type]
-    text.missing(f"{what} not in this run; this adds what is missing and keeps what is done:", command_of(job, entry.path))  # fmt: skip
+    text.missing(
+        f"{what} not in this run; this adds what is missing and keeps what is done:", command_of(job, entry.path)
+    )
     for warning in run.metrics.get("warnings", []):
         if about and about in str(warning):
             text.write(warning)
