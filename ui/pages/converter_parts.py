@@ -117,8 +117,8 @@ def captured(entry: Entry, behaviour: str, donor: str, recipient: str, spec: str
                    "figure = capture_curves(capture_of_maps(part, made.to_donor, made.to_recipient))")  # fmt: skip
     panel(capture_curves(found), key="capture", code=code, data=found.frame, notes=entry.path,
           remark="Share of the length of the adapter's V (read) and U (write) in the leading directions of the map to the "
-          "donor and of the map back; grey: an adapter of this rank without structure. Of the span of the donor's profile: read "
-          f"{span.read:.3f}, write {span.write:.3f}.")  # fmt: skip
+          "donor and of the map back; grey: an adapter of this rank without structure. In the span of the donor's profile lie "
+          f"{span.read:.3f} (read) and {span.write:.3f} (write).")  # fmt: skip
     if span.warning:
         text.remark(span.warning)
 
