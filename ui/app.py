@@ -55,7 +55,3 @@ def main() -> None:
     chosen = st.navigation(pages)
     sidebar()
     chosen.run()
-
-
-if __name__ == "__main__":
-    main()

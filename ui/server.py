@@ -20,5 +20,5 @@ def command(address: str, port: int) -> list[str]:
         **{f"theme.light.{key}": value for key, value in LIGHT.items()},
         **{f"theme.dark.{key}": value for key, value in DARK.items()},
     }  # fmt: skip
-    app = Path(__file__).with_name("app.py")
-    return [sys.executable, "-m", "streamlit", "run", str(app), *(f"--{key}={value}" for key, value in flags.items())]
+    script = Path(__file__).parent / "entry" / "explorer.py"
+    return [sys.executable, "-m", "streamlit", "run", str(script), *(f"--{key}={value}" for key, value in flags.items())]
