@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import streamlit as st
 
@@ -43,19 +43,24 @@ def pick(label: str, entries: list[Entry], key: str) -> Entry | None:
 
 
 def choose(
-    label: str, names: Sequence[str], key: str, *, default: str = "", known: Collection[str] = (),
-    words: Callable[[str], str] = str,
-) -> str:  # fmt: skip
+    label: str,
+    names: Sequence[str],
+    key: str,
+    *,
+    default: str = "",
+    known: Collection[str] = (),
+    help: str | None = None,
+) -> str:
     """A choice among names, in the page's address as `key`, `default` where it says nothing. At least one name is given.
 
     A name in the address that is not one of them is refused in so many words, unless it is one of `known`: those that
     other picks of the page leave no room for, which give way to the default.
     """
     asked = st.query_params.get(key)
-    if asked is not None and asked not in names and asked not in known:
+    if asked is not None and asked not in {text.shown(name, 120) for name in (*names, *known)}:
         text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
     return st.selectbox(label, names, index=names.index(default) if default in names else 0, key=key, bind="query-params",
-                        format_func=lambda name: text.shown(words(name), 120))  # fmt: skip
+                        format_func=lambda name: text.shown(name, 120), help=help)  # fmt: skip
 
 
 def pick_store(key: str = "store") -> Store | None:

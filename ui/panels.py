@@ -58,12 +58,21 @@ def panel(
     found = st.plotly_chart(drawn, **options)
     if remark:
         text.remark(remark)
-    left, right, _ = st.columns([2, 1, 3])
-    with left.popover("Code for this figure", icon=":material/code:", width="stretch"):
+    below = st.container(horizontal=True)
+    with below.popover("Code for this figure", icon=":material/code:"):
         st.code(code.strip() + "\n", language="python")
-    with right.popover("Export", icon=":material/download:", width="stretch"):
+    with below.popover("Export", icon=":material/download:"):
         _export(key, code, data, notes)
     return found if select else None
+
+
+def lines(table: Any, key: str, *, wide: str = "") -> None:
+    """A table of results: numbers with four decimals, text as text; wide: the column that gets the room."""
+    config: dict[str, Any] = {name: st.column_config.NumberColumn(format="%.4f") for name, kind in table.dtypes.items()
+                              if kind.kind == "f"}  # fmt: skip
+    if wide:
+        config[wide] = st.column_config.TextColumn(width="large")
+    st.dataframe(table, hide_index=True, width="stretch", key=key, column_config=config)
 
 
 def picked_of(key: str) -> tuple[Any, ...] | None:

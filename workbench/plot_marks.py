@@ -36,10 +36,11 @@ def clickable(figure: go.Figure, cells: Sequence[Cell], picked: tuple[str, str] 
         mode="markers", marker=marker, selected=unseen, unselected=unseen, showlegend=False, name="cells",
         hovertemplate="%{text}<extra></extra>",
     ))  # fmt: skip
-    if picked is not None:
-        frame = {"symbol": "square-open", "size": 26, "color": FRAME, "line": {"width": 3, "color": FRAME}}
-        figure.add_trace(go.Scatter(x=[picked[0]], y=[picked[1]], mode="markers", marker=frame, hoverinfo="skip",
-                                    showlegend=False, name="picked"))  # fmt: skip
+    heat = figure.data[0]
+    if picked is not None and picked[0] in heat.x and picked[1] in heat.y:
+        x, y = list(heat.x).index(picked[0]), list(heat.y).index(picked[1])  # of a category axis, places are numbers
+        figure.add_shape(type="rect", x0=x - 0.48, x1=x + 0.48, y0=y - 0.48, y1=y + 0.48, xref="x", yref="y",
+                         line={"width": 4, "color": FRAME}, name="picked")  # fmt: skip
     return figure.update_layout(hoverdistance=-1, clickmode="event+select")
 
 

@@ -28,6 +28,7 @@ ARM_STYLE = {
 BEHAVIOUR_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, GREY)
 SYMBOLS = ("circle", "diamond-open", "x", "triangle-up", "cross", "square-open")
 DIVERGING = [[0.0, "#B35806"], [0.25, "#F1A340"], [0.5, "#F7F7F7"], [0.75, "#67A9CF"], [1.0, "#2166AC"]]
+BLACKS = ("#000000", "#000", "black", "#222")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -51,12 +52,14 @@ def on_dark(figure: go.Figure) -> go.Figure:
     drawn.update_xaxes(gridcolor="#3A3F4A", zerolinecolor="#6A6F7A")
     drawn.update_yaxes(gridcolor="#3A3F4A", zerolinecolor="#6A6F7A")
     for trace in drawn.data:
-        for holder in (trace, *(getattr(trace, part, None) for part in ("marker", "line", "error_y", "error_x"))):
-            if holder is not None and getattr(holder, "color", None) in ("#000000", "black", "#222"):
+        marker = getattr(trace, "marker", None)
+        parts = (getattr(trace, part, None) for part in ("line", "error_y", "error_x"))
+        for holder in (trace, marker, getattr(marker, "line", None), *parts):
+            if holder is not None and getattr(holder, "color", None) in BLACKS:
                 holder.color = "#FFFFFF"
     for part in (*drawn.layout.annotations, *drawn.layout.shapes):
         for holder in (getattr(part, "font", None), getattr(part, "line", None)):
-            if holder is not None and holder.color in ("#000000", "black", "#222", "#444"):
+            if holder is not None and holder.color in (*BLACKS, "#444"):
                 holder.color = "#E8E8E8"
     return drawn
 
@@ -329,6 +332,7 @@ def correspondence(
     figure = go.Figure(
         go.Heatmap(
             x=x, y=y, z=[[scores.get((d, r)) for r in recipients] for d in donors], xgap=2, ygap=2, **colours,
+            texttemplate="%{z:.2f}" if len(x) <= 12 else None,
             colorbar={"title": {"text": escape(name), "side": "right"}, "thickness": 14},
             hovertemplate=f"donor layer %{{y}}, recipient layer %{{x}}: {escape(name)} %{{z:.3f}}<extra></extra>",
         )

@@ -14,6 +14,7 @@ from scipy import stats
 from .errors import UserError
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, _empty, _style
 from .sites import Site
+from .summary import plain
 from .transport.grid import TransportGrid
 from .transport_plots import ARM_LOOK, LOWEST, _log_axis, arm_word, feature_scatter, pair_title
 
@@ -92,7 +93,7 @@ def r2_by_dimension(grid: TransportGrid, source: Site | str | int, target: Site 
     if notes:
         figure.add_annotation(text="; ".join(notes), xref="paper", yref="paper", x=1, y=1.1, showarrow=False,
                               xanchor="right", font={"size": 12, "color": GREY})  # fmt: skip
-    return _style(figure, 400)
+    return _style(figure, 400, margin={"l": 60, "r": 20, "t": 30, "b": 56})
 
 
 def _arm_lines(figure: go.Figure, grid: TransportGrid, source: Any, target: Any, across: int) -> float:
@@ -123,7 +124,7 @@ def efficiency_of_pair(table: pd.DataFrame) -> go.Figure:
     """
     if table.empty:
         return _empty("No efficiency of this pair was measured: it needs more held-out rows than both widths together")
-    titles = ("whitened R²", "efficiency: held-out R² as a share of the bound")
+    titles = ("whitened R²", "efficiency: share of the bound")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.07, column_widths=[0.58, 0.42])
     for key, name, colour, dash in CURVES:
         if key in table:
@@ -157,13 +158,13 @@ def subspace_sizes(size: Mapping[str, Any]) -> go.Figure:
     text = [f"{name}: {value:.2f} of {most}<br>of independent rows {null:.2f}"
             for name, value, null in zip(names, values, chance, strict=True)]  # fmt: skip
     figure.add_trace(go.Bar(x=values, y=names, orientation="h", marker_color=[c for *_, c in SIZES], hovertext=text,
-                            text=[f"{value:.1f}" for value in values], textposition="auto", showlegend=False,
+                            text=[plain(size[key]) for key, *_ in SIZES], textposition="outside", showlegend=False,
                             hovertemplate="%{hovertext}<extra></extra>"))  # fmt: skip
     ticks = {"symbol": "line-ns", "size": 20, "line": {"width": 3, "color": GREY}, "color": GREY}
     figure.add_trace(go.Scatter(x=chance, y=names, mode="markers", marker=ticks, name="independent rows",
                                 hoverinfo="skip"))  # fmt: skip
     figure.add_vline(most, line={"dash": "dot", "width": 1, "color": "#444"})
-    figure.update_xaxes(title_text=f"dimensions (dotted: all {most})", range=[min(0.0, *values) * 1.05, most * 1.05])
+    figure.update_xaxes(title_text=f"dimensions (dotted: all {most})", range=[min(0.0, *values) * 1.05, most * 1.1])
     made = _style(figure, 300, legend={"orientation": "h", "y": 1.14, "x": 0})
     return made.update_yaxes(autorange="reversed", showgrid=False)
 

@@ -224,7 +224,8 @@ def verdict_bars(counts: Sequence[Mapping[str, Any]]) -> go.Figure:
             insidetextanchor="middle", textangle=0, hovertemplate=f"{verdict}, %{{y}}: %{{x:.1f}} %<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="features of the target's dictionary (%; numbers are counts)", range=[0, 100])
-    made = _style(figure, 150 + 28 * len(counts), barmode="stack", legend={"traceorder": "normal"})
+    legend = {"traceorder": "normal", "orientation": "h", "yanchor": "bottom", "y": 1, "x": 0}
+    made = _style(figure, 150 + 28 * len(counts), barmode="stack", legend=legend)
     return made.update_yaxes(autorange="reversed", showgrid=False)
 
 

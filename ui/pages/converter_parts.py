@@ -9,7 +9,7 @@ import streamlit as st
 
 from ui import held, text
 from ui.opened import choose, contents
-from ui.panels import panel
+from ui.panels import lines, panel
 from workbench.adapters.adapter import Adapter
 from workbench.captures import MapCapture, capture_of_maps
 from workbench.catalogue import Entry
@@ -38,14 +38,14 @@ SPECS = (
     "whitened",
     "cycle:1",
 )
-WAYS = {"to_donor": "recipient to donor", "to_recipient": "donor to recipient"}
+WAYS = ("to_donor", "to_recipient")
 COLUMNS = ("method", "alpha", "strength", "on", "measured_on", "off", "kl", "sigma", "chosen")
 
 
 def snippet(entry: Entry, imports: str, last: str, also: str = "") -> str:
     """The code of a panel: the fits of the run in `fits`, then the figure; also: another name of workbench.run_fits."""
-    lines = sorted([f"from workbench.run_fits import fits_of_run{also and f', {also}'}", *imports.splitlines()])
-    return "\n".join([*lines, "", f"fits = fits_of_run({str(entry.path)!r})", last])
+    imported = sorted([f"from workbench.run_fits import fits_of_run{also and f', {also}'}", *imports.splitlines()])
+    return "\n".join([*imported, "", f"fits = fits_of_run({str(entry.path)!r})", last])
 
 
 def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipient: str) -> str:
@@ -54,7 +54,7 @@ def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipien
     used = f"ridge:{chosen['alpha']:g}" if chosen.get("method") == "ridge" else str(chosen.get("method", ""))
     spec = choose("Converter", list(dict.fromkeys([*([used] if used else []), *SPECS])), "converter", default=used)
     made = converter(entry.path, donor, recipient, spec)
-    st.dataframe(quality_rows([made]), hide_index=True, width="stretch", key="quality")
+    lines(quality_table([made]), "quality")
     text.remark("On the prompts that the run held out. r2_identity_bias: the state itself plus a constant, where widths agree; "
                 "cycle error: 0 is perfect, 1 no better than the mean.")  # fmt: skip
     st.subheader("Spectrum of the maps")
@@ -68,7 +68,7 @@ def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipien
 def against(entry: Entry, donor: str, recipient: str, spec: str) -> None:
     """Predicted against actual, of the prompts that were held out."""
     st.subheader("Predicted against actual")
-    way = choose("Direction", list(WAYS), "way", words=lambda name: WAYS[name])
+    way = choose("Map", WAYS, "way", help="to_donor: what an adapter is read through; to_recipient: the way back")
     try:
         found = _agreement(str(entry.path), held.fits_stamp(entry.path), donor, recipient, spec, way)
     except UserError as err:
@@ -144,7 +144,7 @@ figure = forecast({{"behaviours": {{{behaviour!r}: metrics["behaviours"][{behavi
     if here.empty:
         text.write(f"No candidate pastes {donor} to {recipient}.")
         return
-    st.dataframe(here[[name for name in COLUMNS if name in here]], hide_index=True, width="stretch", key="candidates")
+    lines(here[[name for name in COLUMNS if name in here]], "candidates")
     text.remark("The candidates of this pair. on, off: forecast change of log-odds (nats); measured_on: as measured on "
                 "validation prompts, where it was; sigma: length in standard deviations of the recipient's profile."
                 )  # fmt: skip
@@ -156,6 +156,13 @@ def candidate_table(metrics: Metrics) -> pd.DataFrame:
 
     lines = [{k: v for k, v in c.items() if not isinstance(v, dict | list)} for c in candidates(metrics)]
     return pd.DataFrame(lines)
+
+
+def quality_table(converters: list[Converter]) -> pd.DataFrame:
+    """The quality of both maps of some converters, a line each."""
+    import pandas as pd
+
+    return pd.DataFrame(quality_rows(converters))
 
 
 def converter(run: Path, donor: str, recipient: str, spec: str) -> Converter:

@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 COMMAND = "workbench demo --out {folder}"
 SCORES = {"r2": "held-out R²", "cka": "CKA (debiased)", "svcca": "SVCCA"}
-MATCHINGS = {
-    "forecast": "by forecast", "nearest": "nearest depth", "floor": "depth, rounded down",
-    "ends": "first to first, last to last", "cka": "best CKA", "svcca": "best SVCCA", "r2": "best held-out R²", "none": "none",
-}  # fmt: skip
+MATCHINGS = ("forecast", *MATCHES, "none")
 WAITED = 2e11
 """FLOPs of factorising that are done without being asked for: some ten seconds of a slow machine"""
 
@@ -84,12 +81,12 @@ def _pair(metrics: Metrics, donors: list[str], recipients: list[str]) -> tuple[s
 def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipient: Site) -> None:
     left, right, _ = st.columns(3)
     with left:
-        by = choose("Score", list(SCORES), "score", words=lambda name: SCORES[name])
+        by = choose("Score", list(SCORES), "score", help="; ".join(f"{name}: {what}" for name, what in SCORES.items()))
     with right:
         offered = [name for name in MATCHINGS if name != "forecast" or forecast_matching(metrics, behaviour)]
-        match = choose(
-            "Matching drawn over it", offered, "match", known=list(MATCHINGS), words=lambda name: MATCHINGS[name]
-        )
+        match = choose("Matching drawn over it", offered, "match", known=MATCHINGS, help=(
+            "forecast: what the run's forecast chose for the behaviour; nearest, floor, ends: by relative depth; cka, svcca, r2: "
+            "the best of that score, one after the other"))  # fmt: skip
     if not _affordable(entry):
         return
     scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)

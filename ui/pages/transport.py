@@ -13,7 +13,7 @@ from probes.transport_results import PARTS, TransportResults, load_transport
 from ui import held, text
 from ui.opened import choose, contents, pick_run
 from ui.pages.transport_parts import causal, efficiency, features, shortcuts, snippet
-from ui.panels import panel, picked_of
+from ui.panels import lines, panel, picked_of
 from ui.settings import settings
 from workbench.catalogue import Entry
 from workbench.transport_pair_plots import dimension_frame, r2_by_dimension
@@ -72,7 +72,8 @@ def _grid(run: TransportResults, entry: Entry) -> tuple[str, str]:
     with right:
         target = choose("Target", reached, "target", default=reached[-1], known=targets)
     with third:
-        metric = choose("R²", list(METRIC_WORDS), "metric", words=lambda name: METRIC_WORDS[name])
+        words = "; ".join(f"{name}: {what}" for name, what in METRIC_WORDS.items())
+        metric = choose("R²", list(METRIC_WORDS), "metric", help=words)
     with fourth:
         bos = st.toggle("With BOS", key="bos", bind="query-params", disabled=not run.grid.has_bos,
                         help="With the rows at position 0, which are nearly alike in every prompt and lift R² whatever the "
@@ -107,4 +108,4 @@ def _dimensions(run: TransportResults, entry: Entry, source: str, target: str) -
           data=lambda: dimension_frame(run.grid, source, target),
           remark="Of the ridge map, without BOS. Lines across: what each arm scores on average over the dimensions; the "
           "baselines' own dimensions are not kept by a run.")  # fmt: skip
-    st.dataframe(run.arms_of(source, target), hide_index=True, width="stretch", key="arms")
+    lines(run.arms_of(source, target), "arms")

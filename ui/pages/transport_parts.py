@@ -11,7 +11,7 @@ from probes.transport_job import TransportJob, command_of, job_of
 from probes.transport_results import TransportResults
 from probes.verdicts import VERDICTS, Thresholds, judge_frame
 from ui import text
-from ui.panels import panel
+from ui.panels import lines, panel
 from workbench.catalogue import Entry
 from workbench.errors import UserError
 from workbench.transport_pair_plots import MOST_FEATURES, efficiency_of_pair, features_of_pair, subspace_sizes
@@ -106,12 +106,11 @@ def _thresholds() -> Thresholds:
 def _feature_table(judged: pd.DataFrame) -> None:
     wanted = st.multiselect("Verdicts", VERDICTS, key="verdict", bind="query-params", placeholder="all")
     names = judged["name"] if "name" in judged else [""] * len(judged)
-    lines = judged.assign(**{"fires on": [text.shown(name, 200) for name in names]})
-    lines = lines[lines["verdict"].isin(wanted)] if wanted else lines
-    lines = lines.sort_values("count", ascending=False, kind="stable")
-    st.dataframe(lines[[name for name in SHOWN if name in lines]].head(MOST_LINES), hide_index=True, width="stretch",
-                 key="feature-table", column_config={"fires on": st.column_config.TextColumn(width="large")})  # fmt: skip
-    text.remark(f"{min(len(lines), MOST_LINES):,} of {len(judged):,} features, those that fire on most tokens first; fires on: "
+    table = judged.assign(**{"fires on": [text.shown(name, 200) for name in names]})
+    table = table[table["verdict"].isin(wanted)] if wanted else table
+    table = table.sort_values("count", ascending=False, kind="stable").astype({"count": int})
+    lines(table[[name for name in SHOWN if name in table]].head(MOST_LINES), "feature-table", wide="fires on")
+    text.remark(f"{min(len(table), MOST_LINES):,} of {len(judged):,} features, those that fire on most tokens first; fires on: "
                 "the tokens of the profile on which it fires hardest; count: held-out tokens.")  # fmt: skip
 
 
@@ -127,7 +126,7 @@ def causal(run: TransportResults, entry: Entry, source: str, target: str) -> Non
     panel(causal_points(table), key="causal", code=code, data=lambda: table, notes=entry.path,
           remark="The state at the target is replaced, at every token but BOS, by what each arm makes of the source.",
           )  # fmt: skip
-    st.dataframe(table.drop(columns=["source", "target"]), hide_index=True, width="stretch", key="causal-table")
+    lines(table.drop(columns=["source", "target"]), "causal-table")
 
 
 def shortcuts(run: TransportResults, entry: Entry) -> None:
