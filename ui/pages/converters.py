@@ -85,8 +85,8 @@ def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipi
     with right:
         offered = [name for name in MATCHINGS if name != "forecast" or forecast_matching(metrics, behaviour)]
         match = choose("Matching drawn over it", offered, "match", known=MATCHINGS, help=(
-            "forecast: what the run's forecast chose for the behaviour; nearest, floor, ends: by relative depth; cka, svcca, r2: "
-            "the best of that score, one after the other"))  # fmt: skip
+            "forecast: what the run's forecast chose for the behaviour; nearest, floor, ends: by relative depth; cka, svcca, "
+            "r2: the best of that score, one after the other"))  # fmt: skip
     if not _affordable(entry):
         return
     scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)
