@@ -317,7 +317,7 @@ def correspondence(
     picked: tuple[int, int] | None = None,
 ) -> go.Figure:  # fmt: skip
     """How well each recipient layer answers to each donor layer, {(donor, recipient): score}, as a heatmap; `matched`,
-    {donor: recipient}, is drawn over it: discs, joined by a line where several donor layers have one each.
+    {donor: recipient}, is drawn over it: rings, joined by a line where several donor layers have one each.
 
     Colours are centred at 0 where there are scores below it; blank pairs have none. picked: a pair (donor, recipient)
     that is framed; the cells can then be clicked, and give their pair as customdata.
@@ -339,9 +339,9 @@ def correspondence(
     )  # fmt: skip
     if matched:
         pairs = [(d, r) for d, r in sorted(matched.items()) if d in donors and r in recipients]
-        disc = {"size": 13, "symbol": "circle", "color": "#FFFFFF", "line": {"width": 3, "color": ORANGE}}
+        ring = {"size": 30, "symbol": "circle-open", "color": ORANGE, "line": {"width": 3}}
         figure.add_trace(go.Scatter(x=[str(r) for _, r in pairs], y=[str(d) for d, _ in pairs], mode="lines+markers",
-                                    marker=disc, line={"color": ORANGE, "width": 2}, hoverinfo="skip",
+                                    marker=ring, line={"color": ORANGE, "width": 2}, hoverinfo="skip",
                                     showlegend=False))  # fmt: skip
     if picked is not None:
         cells = [Cell(str(r), str(d), f"donor layer {d}, recipient layer {r}: {escape(name)} {score:.3f}", (d, r))

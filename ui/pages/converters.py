@@ -97,7 +97,7 @@ def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipi
     code = _code(entry, by, match, behaviour, donor, recipient)
     panel(correspondence(scores, matched, SCORES[by], picked=picked), key="layers", code=code, notes=entry.path,
           data=lambda: _score_table(scores), select=("points",), on_select=partial(_take_layers, donor.point, recipient.point),
-          remark="Click a cell to pick its pair; discs: the matching. R² is of the ridge map to the donor (alpha 0.1) on the "
+          remark="Click a cell to pick its pair; rings: the matching. R² is of the ridge map to the donor (alpha 0.1) on the "
           "prompts that the run held out. None of these scores says whether a paste will work.")  # fmt: skip
 
 
