@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .plot_marks import Cell, clickable, label_places
+from .plot_marks import Cell, clickable, hover_text, label_places
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
 from .sites import Site
 from .transport.grid import TransportGrid
@@ -267,7 +267,7 @@ def feature_scatter(tables: Mapping[str, pd.DataFrame], most: int = 6) -> go.Fig
 
 def _feature_texts(part: pd.DataFrame, verdict: str) -> list[str]:
     names = part["name"] if "name" in part else [""] * len(part)
-    return [f"feature {n}: {verdict}" + (f"<br>fires on {escape(str(name))}" if name else "")
+    return [f"feature {n}: {verdict}" + (f"<br>fires on {hover_text(name)}" if name else "")
             + f"<br>R² {r2:.3f}, firing on {int(count):,} tokens"
             for n, name, r2, count in zip(part.index, names, part["r2"], part["count"], strict=True)]  # fmt: skip
 
