@@ -121,3 +121,24 @@ def test_shortcuts_say_which_blocks_are_left_out():
 
 def test_sites_are_ordered_by_layer(grid):
     assert [Site.parse(s).layer for s in plots.grid_heatmap(grid).data[0].x] == [1, 2]
+
+
+def test_of_shortcuts_in_a_heap_some_bear_their_names_and_none_leaves_the_plot():
+    saved = [0.0, *[0.08] * 11, *[0.16] * 10, 0.92]
+    delta = [0.0, *[0.1 + 0.001 * i for i in range(11)], *[0.3 + 0.01 * i for i in range(10)], 4.0]
+    blocks = ["", *map(str, range(1, 12)), *(f"{i} {i + 1}" for i in range(10)), " ".join(map(str, range(1, 12)))]
+    single = pd.DataFrame({"blocks": blocks, "saved": saved, "delta": delta, "delta_low": delta, "delta_high": delta})
+    trace = plots.shortcut_points(single).data[0]
+    named = [(name, place) for name, place in zip(trace.text, trace.textposition, strict=True) if name]
+    assert ("without 1 2 3 4 5 6 7 8 9 10 11", "middle left") in named
+    assert 3 <= len(named) < len(blocks)
+    assert list(trace.hovertext) == ["the whole model", *(f"without {b}" for b in blocks[1:])]
+
+
+def test_cells_can_be_clicked_and_the_picked_one_is_framed(grid):
+    figure = plots.grid_heatmap(grid, picked=("resid_post.1", "resid_post.2"))
+    cells = figure.data[-1]
+    assert [list(pair) for pair in cells.customdata] == [[str(a), str(b)] for a, b in grid.pairs]
+    frame = figure.layout.shapes[0]
+    assert (frame.x0 + frame.x1, frame.y0 + frame.y1) == (2, 2)  # the second target and the second source
+    assert len(plots.grid_heatmap(grid).layout.shapes) == 0

@@ -22,4 +22,11 @@ def command(address: str, port: int) -> list[str]:
         **{f"theme.dark.{key}": value for key, value in DARK.items()},
     }  # fmt: skip
     script = Path(__file__).parent / "entry" / "explorer.py"
-    return [sys.executable, "-m", "streamlit", "run", str(script), *(f"--{key}={value}" for key, value in flags.items())]
+    return [
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        str(script),
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]

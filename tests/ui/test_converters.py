@@ -42,7 +42,10 @@ def test_a_finished_run_shows_every_panel_of_the_pair_that_was_pasted(open_page,
         "resid_post.2", "resid_post.1", "reasoning", "ridge:0.1",
     ]  # fmt: skip
     assert run_snippets(page) == len(PANELS)
-    assert (spec(page, 0)["data"][1]["x"], spec(page, 0)["data"][1]["y"]) == (["1"], ["2"])  # the forecast's pair, ringed
+    assert (spec(page, 0)["data"][1]["x"], spec(page, 0)["data"][1]["y"]) == (
+        ["1"],
+        ["2"],
+    )  # the forecast's pair, ringed
     said = words(page).replace("\\", "")
     assert "60 held-out rows x 12 dimensions" in said
 
@@ -80,7 +83,9 @@ def test_a_link_opens_the_same_pair_and_converter(open_page, folder):
     assert run_snippets(page) == len(PANELS) - 1
 
 
-@pytest.mark.parametrize("query", [{"donor": "resid_post.9"}, {"converter": "ridge:-1"}, {"match": "<i>"}, {"run": "../.."}])
+@pytest.mark.parametrize(
+    "query", [{"donor": "resid_post.9"}, {"converter": "ridge:-1"}, {"match": "<i>"}, {"run": "../.."}]
+)
 def test_a_pick_in_a_link_that_is_not_there_is_refused(open_page, folder, query):
     page = open_page("converters", folder, **query)
     assert not page.exception
@@ -122,6 +127,14 @@ def test_a_damaged_store_is_one_line(open_page, tmp_path):
     assert not page.exception
     assert "manifest.json" in words(page)
     assert not page.get("plotly_chart")
+
+
+def test_a_damaged_adapter_costs_its_panel_alone(open_page, tmp_path):
+    (converter_run(tmp_path) / "adapters" / "reasoning" / "donor" / "adapter.safetensors").write_bytes(b"no")
+    page = open_page("converters", tmp_path)
+    assert not page.exception
+    assert "adapter.safetensors" in words(page)
+    assert run_snippets(page) == len(PANELS) - 1
 
 
 def test_metrics_without_a_forecast_leave_the_rest(open_page, tmp_path):

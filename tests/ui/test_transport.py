@@ -38,7 +38,11 @@ def test_a_finished_run_shows_every_panel_and_the_code_of_each_makes_it(open_pag
     page = open_page("transport", folder)
     assert not page.exception
     assert run_snippets(page) == len(PANELS)
-    assert [page.selectbox(key=key).value for key in ("source", "target", "metric")] == ["resid_post.0", "resid_post.2", "uniform"]
+    assert [page.selectbox(key=key).value for key in ("source", "target", "metric")] == [
+        "resid_post.0",
+        "resid_post.2",
+        "uniform",
+    ]
     heat = spec(page, 0)
     assert heat["layout"]["shapes"][0]["name"] == "picked"
     assert list(page.dataframe[0].value["arm"])[0] == "ridge"

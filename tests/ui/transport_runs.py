@@ -27,7 +27,12 @@ def transport_run(folder: Path, name: str = "transport", *, grid_only: bool = Fa
     grid.save(run / "grid")
     job = {"model": "m", "prompts": "my prompts.txt", "folds": 2, "shards": 4, "grid_only": grid_only}
     (run / "transport.toml").write_text(tomli_w.dumps(job))
-    metrics: dict[str, Any] = {"format": "workbench.transport", "schema": 1, "job": job, "warnings": [note] if note else []}
+    metrics: dict[str, Any] = {
+        "format": "workbench.transport",
+        "schema": 1,
+        "job": job,
+        "warnings": [note] if note else [],
+    }
     if not grid_only:
         metrics["efficiency"] = {"sizes": [_size()]}
         for part, table in (("efficiency", _efficiency()), ("features", _features()), ("causal", _causal()),

@@ -95,7 +95,11 @@ def captured(entry: Entry, behaviour: str, donor: str, recipient: str, spec: str
         text.missing("The run has no adapter of the donor for a behaviour; its job makes one:",
                      f"workbench run {entry.path}/job.toml")  # fmt: skip
         return
-    terms = _adapter(str(path), held.stamp(path / "adapter.json")).split()
+    try:
+        terms = _adapter(str(path), held.stamp(path / "adapter.json", path / "adapter.safetensors")).split()
+    except UserError as err:
+        text.problem(err)
+        return
     places = {f"{site}{f', {term.positions}' if len(terms) > 1 else ''}": (i, site) for i, term in enumerate(terms)
               for site in term.parts}  # fmt: skip
     mine = [name for name, (_, site) in places.items() if str(site) == donor]
