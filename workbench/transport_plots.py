@@ -344,7 +344,7 @@ def _named(part: pd.DataFrame, text: list[str], across: list[float], up: list[fl
     """The names that points bear, and where; those that save most choose first, and of those that save the same, the best."""
     x, y = ((part["saved"] * 100 - across[0]) / (across[1] - across[0]), (part["delta"] - up[0]) / (up[1] - up[0]))
     order = sorted(range(len(part)), key=lambda i: (-round(float(x.iloc[i]), 2), float(y.iloc[i])))
-    found = label_places(*([float(c.iloc[i]) for i in order] for c in (x, y)), [text[i] for i in order])
+    found = label_places([float(x.iloc[i]) for i in order], [float(y.iloc[i]) for i in order], [text[i] for i in order])
     places = dict(zip(order, found, strict=True))
     return ([text[i] if places[i] else "" for i in range(len(text))],
             [places[i] or "middle right" for i in range(len(text))])  # fmt: skip

@@ -45,7 +45,7 @@ def test_a_finished_run_shows_every_panel_and_the_code_of_each_makes_it(open_pag
     ]
     heat = spec(page, 0)
     assert heat["layout"]["shapes"][0]["name"] == "picked"
-    assert list(page.dataframe[0].value["arm"])[0] == "ridge"
+    assert page.dataframe[0].value["arm"].iloc[0] == "ridge"
 
 
 def test_a_link_opens_the_same_picks(open_page, folder):
