@@ -151,15 +151,8 @@ def _decided(r2: Tensor, by_chance: Tensor, carried: Tensor, count: Tensor, limi
     predicted = (r2 >= limits.predicted) & (r2 - by_chance >= limits.margin)
     absent = (r2 < limits.unpredicted) | (r2 - by_chance < limits.margin)
     rare = (count < limits.count) | r2.isnan()
-    verdicts = []
-    for i in range(len(r2)):
-        if rare[i]:
-            verdicts.append("rare")
-        elif predicted[i]:
-            verdicts.append("transported" if carried[i] >= limits.carried else "rotated")
-        else:
-            verdicts.append("synthesised" if absent[i] else "mixed")
-    return tuple(verdicts)
+    place = torch.where(predicted, torch.where(carried >= limits.carried, 0, 1), torch.where(absent, 2, 3))
+    return tuple(VERDICTS[i] for i in torch.where(rare, 4, place).tolist())
 
 
 def _carried(identity: FeatureMetrics, suffix: str) -> Float[Tensor, " f"]:

@@ -67,8 +67,8 @@ def panel(
 
 
 def lines(table: Any, key: str, *, wide: str = "") -> None:
-    """A table of results: numbers with four decimals, text as text; wide: the column that gets the room."""
-    config: dict[str, Any] = {name: st.column_config.NumberColumn(format="%.4f") for name, kind in table.dtypes.items()
+    """A table of results: numbers with four digits, text as text; wide: the column that gets the room."""
+    config: dict[str, Any] = {name: st.column_config.NumberColumn(format="%.4g") for name, kind in table.dtypes.items()
                               if kind.kind == "f"}  # fmt: skip
     if wide:
         config[wide] = st.column_config.TextColumn(width="large")

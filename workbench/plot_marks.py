@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -83,6 +83,23 @@ def label_places(x: Sequence[float], y: Sequence[float], texts: Sequence[str]) -
         if place:
             taken.append(boxes[place])
     return places
+
+
+def reach(columns: Iterable[Any], room: float) -> list[float]:
+    """The range of an axis from the least to the most of some columns, with a share `room` of it at both ends."""
+    values = [float(value) for column in columns for value in column]
+    low, high = min(values), max(values)
+    more = room * (high - low or 1)
+    return [low - more, high + more]
+
+
+def shares(values: Iterable[Any], span: Sequence[float]) -> list[float]:
+    """Where values lie on an axis that reaches from `span[0]`, 0, to `span[1]`, 1.
+
+    >>> shares([2.0, 3.0], [2.0, 4.0])
+    [0.0, 0.5]
+    """
+    return [(float(value) - span[0]) / (span[1] - span[0]) for value in values]
 
 
 Box = tuple[float, float, float, float]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .plot_marks import Cell, clickable, hover_text, label_places
+from .plot_marks import Cell, clickable, hover_text, label_places, reach, shares
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
 from .sites import Site
 from .transport.grid import TransportGrid
@@ -317,10 +317,10 @@ def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> 
     kinds = (("one run of blocks, one map", table, BLUE), ("greedy search (other half)", greedy, RED))
     parts = [(name, part, colour) for name, part, colour in kinds if part is not None and not part.empty]
     every = [part for _, part, _ in parts]
-    across = _reach([100 * part["saved"] for part in every], 0.03)
-    up = _reach([part[f"delta{end}"] for part in every for end in ("", "_low", "_high")], 0.06)
+    across = reach((100 * part["saved"] for part in every), 0.03)
+    up = reach((part[f"delta{end}"] for part in every for end in ("", "_low", "_high")), 0.06)
     for i, (name, part, colour) in enumerate(parts):
-        text = ["the whole model" if not blocks else f"without {blocks}" for blocks in part["blocks"]]
+        text = [f"without {hover_text(blocks)}" if blocks else "the whole model" for blocks in part["blocks"]]
         names, places = _named(part, text, across, up) if not i else ([""] * len(text), None)
         figure.add_trace(go.Scatter(
             x=100 * part["saved"], y=part["delta"], mode="lines+markers" if i else "markers+text",
@@ -334,20 +334,15 @@ def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> 
     return _style(figure, 420)
 
 
-def _reach(columns: Sequence[Any], room: float) -> list[float]:
-    """From the least to the most of some columns, with room at both ends."""
-    low, high = min(float(c.min()) for c in columns), max(float(c.max()) for c in columns)
-    return [low - room * (high - low or 1), high + room * (high - low or 1)]
-
-
 def _named(part: pd.DataFrame, text: list[str], across: list[float], up: list[float]) -> tuple[list[str], list[str]]:
     """The names that points bear, and where; those that save most choose first, and of those that save the same, the best."""
-    x, y = ((part["saved"] * 100 - across[0]) / (across[1] - across[0]), (part["delta"] - up[0]) / (up[1] - up[0]))
-    order = sorted(range(len(part)), key=lambda i: (-round(float(x.iloc[i]), 2), float(y.iloc[i])))
-    found = label_places([float(x.iloc[i]) for i in order], [float(y.iloc[i]) for i in order], [text[i] for i in order])
-    places = dict(zip(order, found, strict=True))
-    return ([text[i] if places[i] else "" for i in range(len(text))],
-            [places[i] or "middle right" for i in range(len(text))])  # fmt: skip
+    order = part.assign(saved=-part["saved"].round(4)).reset_index(drop=True).sort_values(["saved", "delta"]).index
+    x, y = shares(100 * part["saved"], across), shares(part["delta"], up)
+    found = dict(
+        zip(order, label_places([x[i] for i in order], [y[i] for i in order], [text[i] for i in order]), strict=True)
+    )
+    return ([text[i] if found[i] else "" for i in range(len(text))],
+            [found[i] or "middle right" for i in range(len(text))])  # fmt: skip
 
 
 def _nones(matrix: pd.DataFrame) -> list[list[float | None]]:
