@@ -54,6 +54,10 @@ def clickable(figure: go.Figure, cells: Sequence[Cell], picked: tuple[str, str] 
         x, y = list(heat.x).index(picked[0]), list(heat.y).index(picked[1])  # of a category axis, places are numbers
         figure.add_shape(type="rect", x0=x - 0.48, x1=x + 0.48, y0=y - 0.48, y1=y + 0.48, xref="x", yref="y",
                          line={"width": 4, "color": FRAME}, name="picked")  # fmt: skip
+    # marks would have room around them, the cells of another heatmap beside them none
+    across, down = [-0.5, len(heat.x) - 0.5], [-0.5, len(heat.y) - 0.5]
+    down = down[::-1] if figure.layout.yaxis.autorange == "reversed" else down
+    figure.update_layout(xaxis={"range": across}, yaxis={"range": down, "autorange": None})
     return figure.update_layout(hoverdistance=-1, clickmode="event+select")
 
 

@@ -40,6 +40,8 @@ VERDICT_LOOK = {
 }  # fmt: skip
 LOWEST = -0.5
 """R2 below this leaves the axes, or is drawn there: how bad a very bad prediction is tells little"""
+MOST_TICKS = 14
+"""layers that an axis across names"""
 NAMED_CELLS = 12
 """sites across up to which each cell of the heatmap bears its number"""
 METRIC_WORDS = {
@@ -89,7 +91,7 @@ def grid_heatmap(
         )  # fmt: skip
         figure.add_trace(heat, row=1, col=column)
         figure.update_xaxes(**_site_axis("target", list(matrix.columns)), row=1, col=column)
-        down = {**_site_axis("source", list(matrix.index)), "autorange": "reversed", "showticklabels": column == 1}
+        down = {**_site_axis("source", list(matrix.index), 100), "autorange": "reversed", "showticklabels": column == 1}
         figure.update_yaxes(**(down if column == 1 else down | {"title": None}), row=1, col=column)
     bar = {"title": {"text": METRIC_WORDS[metric], "side": "right"}, "thickness": 14}
     if picked is not None:
@@ -102,14 +104,14 @@ def grid_heatmap(
     return made.update_yaxes(showgrid=False)
 
 
-def _site_axis(role: str, names: list[str]) -> dict[str, Any]:
-    """An axis of sites: layer numbers where all are of one point, which the title then names."""
+def _site_axis(role: str, names: list[str], most: int = MOST_TICKS) -> dict[str, Any]:
+    """An axis of sites: layer numbers where all are of one point, which the title then names; of many, some."""
     sites = [Site.parse(name) for name in names]
     if len({site.point for site in sites}) > 1:
         return {"type": "category", "title": {"text": role}}
-    layers = [str(site.layer) for site in sites]
-    return {"type": "category", "title": {"text": f"{role} layer ({sites[0].point})"}, "tickvals": names,
-            "ticktext": layers}  # fmt: skip
+    layers, every = [str(site.layer) for site in sites], max(1, -(-len(names) // most))
+    return {"type": "category", "title": {"text": f"{role} layer ({sites[0].point})"}, "tickvals": names[::every],
+            "ticktext": layers[::every]}  # fmt: skip
 
 
 def _cell_text(part: pd.DataFrame, a: str, b: str, metric: str) -> str:
