@@ -103,6 +103,17 @@ def test_names_that_mean_harm_are_text(open_page, folder):
     assert "The run has no adapter of the donor for a behaviour" in words(page)
 
 
+def test_work_of_minutes_is_done_when_it_is_asked_for(open_page, folder, monkeypatch):
+    monkeypatch.setattr("ui.pages.converter_parts.WAITED", 0.0)
+    page = open_page("converters", folder)
+    assert not page.exception
+    assert run_snippets(page) == 1  # what was forecast is read, not fitted
+    assert "takes about 1 minutes of one core" in words(page).replace("\\", "")
+    for label in ("Score every pair of layers", "Fit the converter of the pair"):
+        next(button for button in page.button if button.label == label).click().run()
+    assert run_snippets(page) == len(PANELS)
+
+
 def test_a_run_without_its_profiles_says_so(open_page, tmp_path):
     converter_run(tmp_path, profiles=False)
     page = open_page("converters", tmp_path)

@@ -119,6 +119,7 @@ def test_tokens_that_mean_harm_are_text(open_page, folder):
     drawn = "".join(str(one.proto.spec) for one in page.get("plotly_chart"))
     assert "<script>" not in drawn
     assert "y" * 130 not in drawn
+    assert f"12 prompts of {EVIL[0]}, 345 predicted tokens" in [one.value for one in page.text]
 
 
 def test_damaged_runs_are_one_line(open_page, tmp_path):

@@ -35,6 +35,7 @@ def transport_run(folder: Path, name: str = "transport", *, grid_only: bool = Fa
     }
     if not grid_only:
         metrics["efficiency"] = {"sizes": [_size()]}
+        metrics["causal"] = {"prompts": EVIL[0], "sequences": 12, "tokens": 345}
         for part, table in (("efficiency", _efficiency()), ("features", _features()), ("causal", _causal()),
                             ("shortcut", _shortcut())):  # fmt: skip
             table.to_parquet(run / f"{part}.parquet", index=False)

@@ -39,6 +39,8 @@ SPECS = (
     "cycle:1",
 )
 WAYS = ("to_donor", "to_recipient")
+WAITED, PACE = 2e11, 2e10
+"""FLOPs of factorising that are done without being asked for, and what a slow core does in a second"""
 COLUMNS = ("method", "alpha", "strength", "on", "measured_on", "off", "kl", "sigma", "chosen")
 
 
@@ -48,11 +50,26 @@ def snippet(entry: Entry, imports: str, last: str, also: str = "") -> str:
     return "\n".join([*imported, "", f"fits = fits_of_run({str(entry.path)!r})", last])
 
 
+def asked_for(work: float, key: str, what: str) -> bool:
+    """Whether work of so many FLOPs is done: at once where it takes seconds, else when its button was pressed."""
+    key = f"_asked-{key}"
+    if work <= WAITED or st.session_state.get(key):
+        return True
+    text.remark(f"{what}: that takes about {max(1, work / PACE / 60):,.0f} minutes of one core.")
+    if st.button(what):
+        st.session_state[key] = True
+    return bool(st.session_state.get(key))
+
+
 def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipient: str) -> str:
-    """The pick of a converter, its quality and the spectra of its maps; returns its spec."""
+    """The pick of a converter, its quality and the spectra of its maps; returns its spec, empty where it is not fitted."""
     chosen = get(metrics, "behaviours", behaviour, "forecast", "chosen") or {}
     used = f"ridge:{chosen['alpha']:g}" if chosen.get("method") == "ridge" else str(chosen.get("method", ""))
     spec = choose("Converter", list(dict.fromkeys([*([used] if used else []), *SPECS])), "converter", default=used)
+    with held.held_fits(entry.path).alone() as fits:
+        work = fits.flops([(Site.parse(donor), Site.parse(recipient), 0)])
+    if not asked_for(work, f"pair-{entry.name}", "Fit the converter of the pair"):
+        return ""
     made = converter(entry.path, donor, recipient, spec)
     lines(quality_table([made]), "quality")
     text.remark("On the prompts that the run held out. r2_identity_bias: the state itself plus a constant, where widths agree; "

@@ -10,7 +10,7 @@ import streamlit as st
 
 from ui import held, text
 from ui.opened import choose, contents, pick_run
-from ui.pages.converter_parts import against, captured, forecasts, snippet, spectra
+from ui.pages.converter_parts import against, asked_for, captured, forecasts, snippet, spectra
 from ui.pages.transport import take_pair
 from ui.panels import panel
 from ui.settings import settings
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 COMMAND = "workbench demo --out {folder}"
 SCORES = {"r2": "held-out R²", "cka": "CKA (debiased)", "svcca": "SVCCA"}
 MATCHINGS = ("forecast", *MATCHES, "none")
-WAITED = 2e11
-"""FLOPs of factorising that are done without being asked for: some ten seconds of a slow machine"""
 
 
 def page() -> None:
@@ -48,8 +46,9 @@ def page() -> None:
     _heatmap(entry, metrics, behaviour, Site.parse(donor), Site.parse(recipient))
     st.header("The pair", divider="gray")
     spec = spectra(entry, metrics, behaviour, donor, recipient)
-    against(entry, donor, recipient, spec)
-    captured(entry, behaviour, donor, recipient, spec)
+    if spec:
+        against(entry, donor, recipient, spec)
+        captured(entry, behaviour, donor, recipient, spec)
     st.header("Forecast and measurement", divider="gray")
     forecasts(entry, metrics, behaviour, donor, recipient)
 
@@ -87,7 +86,10 @@ def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipi
         match = choose("Matching drawn over it", offered, "match", known=MATCHINGS, help=(
             "forecast: what the run's forecast chose for the behaviour; nearest, floor, ends: by relative depth; cka, svcca, "
             "r2: the best of that score, one after the other"))  # fmt: skip
-    if not _affordable(entry):
+    with held.held_fits(entry.path).alone() as fits:
+        work = fits.flops([*((d, fits.recipient.sites[0], 0) for d in fits.donor.sites),
+                           *((fits.donor.sites[0], r, 0) for r in fits.recipient.sites)])  # fmt: skip
+    if not asked_for(work, f"layers-{entry.name}", "Score every pair of layers"):
         return
     scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)
     matched = forecast_matching(metrics, behaviour) if match == "forecast" else None
@@ -121,19 +123,6 @@ def _code(entry: Entry, by: str, match: str, behaviour: str, donor: Site, recipi
 
 def _take_layers(donor_point: str, recipient_point: str) -> None:
     take_pair("layers", ("donor", "recipient"), lambda d, r: (f"{donor_point}.{d}", f"{recipient_point}.{r}"))
-
-
-def _affordable(entry: Entry) -> bool:
-    """Whether all layers may be factorised: at once where that takes seconds, else when it was asked for."""
-    with held.held_fits(entry.path).alone() as fits:
-        work = fits.flops([(d, r, 0) for d in fits.donor.sites[:1] for r in fits.recipient.sites])
-        work += fits.flops([(d, r, 0) for d in fits.donor.sites for r in fits.recipient.sites[:1]])
-    key = f"_all-{entry.path}"
-    if work <= WAITED or st.session_state.get(key):
-        return True
-    text.remark(f"To score every pair of layers takes about {work / 2e10 / 60:,.0f} minutes of one core.")
-    st.session_state[key] = st.button("Score every pair of layers")
-    return bool(st.session_state[key])
 
 
 @st.cache_data(max_entries=32, show_spinner="Scoring every pair of layers …")

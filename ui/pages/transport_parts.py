@@ -126,6 +126,9 @@ def causal(run: TransportResults, entry: Entry, source: str, target: str) -> Non
     panel(causal_points(table), key="causal", code=code, data=lambda: table, notes=entry.path,
           remark="The state at the target is replaced, at every token but BOS, by what each arm makes of the source.",
           )  # fmt: skip
+    about = run.metrics.get("causal") or {}
+    if about.get("prompts"):
+        text.write(f"{about.get('sequences')} prompts of {about['prompts']}, {about.get('tokens')} predicted tokens")
     lines(table.drop(columns=["source", "target"]), "causal-table")
 
 
