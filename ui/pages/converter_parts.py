@@ -50,15 +50,15 @@ def snippet(entry: Entry, imports: str, last: str, also: str = "") -> str:
     return "\n".join([*imported, "", f"fits = fits_of_run({str(entry.path)!r})", last])
 
 
-def asked_for(work: float, key: str, what: str) -> bool:
-    """Whether work of so many FLOPs is done: at once where it takes seconds, else when its button was pressed."""
-    key = f"_asked-{key}"
-    if work <= WAITED or st.session_state.get(key):
+def asked_for(work: float, run: Path, key: str, what: str) -> bool:
+    """Whether work of so many FLOPs is done: at once where it takes seconds, else when its button, `key`, was pressed."""
+    asked = f"_{key}-{run}"
+    if work <= WAITED or st.session_state.get(asked):
         return True
-    text.remark(f"{what}: that takes about {max(1, work / PACE / 60):,.0f} minutes of one core.")
-    if st.button(what):
-        st.session_state[key] = True
-    return bool(st.session_state.get(key))
+    text.remark(f"{what} takes about {max(1, work / PACE / 60):,.0f} minutes of one core.")
+    if st.button("Go ahead", key=key):
+        st.session_state[asked] = True
+    return bool(st.session_state.get(asked))
 
 
 def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipient: str) -> str:
@@ -68,7 +68,7 @@ def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipien
     spec = choose("Converter", list(dict.fromkeys([*([used] if used else []), *SPECS])), "converter", default=used)
     with held.held_fits(entry.path).alone() as fits:
         work = fits.flops([(Site.parse(donor), Site.parse(recipient), 0)])
-    if not asked_for(work, f"pair-{entry.name}", "Fit the converter of the pair"):
+    if not asked_for(work, entry.path, "fit", "To fit the converter of the pair"):
         return ""
     made = converter(entry.path, donor, recipient, spec)
     lines(quality_table([made]), "quality")

@@ -89,7 +89,7 @@ def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipi
     with held.held_fits(entry.path).alone() as fits:
         work = fits.flops([*((d, fits.recipient.sites[0], 0) for d in fits.donor.sites),
                            *((fits.donor.sites[0], r, 0) for r in fits.recipient.sites)])  # fmt: skip
-    if not asked_for(work, f"layers-{entry.name}", "Score every pair of layers"):
+    if not asked_for(work, entry.path, "score-all", "To score every pair of layers"):
         return
     scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)
     matched = forecast_matching(metrics, behaviour) if match == "forecast" else None

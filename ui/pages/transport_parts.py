@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 
 MOST_LINES = 5_000
 """of the table of features"""
-LIMITS = {
-    "predicted": "R² of the map from which a feature is predicted",
-    "margin": "... and by how much it must exceed the shuffled control",
-    "carried": "share that the identity carries from which it is in place",
-    "unpredicted": "R² of the map below which a feature is synthesised",
-}
 SHOWN = ("feature", "verdict", "fires on", "count", "r2", "r2_low", "r2_high", "identity_carries", "control_r2", "f1")
 
 
@@ -91,16 +85,20 @@ def _verdicts(table: pd.DataFrame, entry: Entry, source: str, target: str) -> No
 
 def _thresholds() -> Thresholds:
     """The thresholds, in the open and in the address."""
-    plain = Thresholds()
+    plain, of = Thresholds(), {"min_value": -1.0, "max_value": 1.0, "step": 0.05, "bind": "query-params"}
     with st.expander("Thresholds of the verdicts", expanded=True):
-        *places, last = st.columns(5, vertical_alignment="bottom")
-        values = {}
-        for (name, words), place in zip(LIMITS.items(), places, strict=True):
-            values[name] = place.number_input(name, -1.0, 1.0, getattr(plain, name), 0.05, key=name, help=words,
-                                              bind="query-params")  # fmt: skip
-        count = last.number_input("count", 1, 100_000, plain.count, key="count", bind="query-params",
+        one, two, three, four, five = st.columns(5, vertical_alignment="bottom")
+        predicted = one.number_input("predicted", value=plain.predicted, key="predicted", **of,
+                                     help="R² of the map from which a feature is predicted")  # fmt: skip
+        margin = two.number_input("margin", value=plain.margin, key="margin", **of,
+                                  help="... and by how much it must exceed the shuffled control")  # fmt: skip
+        carried = three.number_input("carried", value=plain.carried, key="carried", **of,
+                                     help="share that the identity carries from which a feature is in place")  # fmt: skip
+        unpredicted = four.number_input("unpredicted", value=plain.unpredicted, key="unpredicted", **of,
+                                        help="R² of the map below which a feature is synthesised")  # fmt: skip
+        count = five.number_input("count", 1, 100_000, plain.count, key="count", bind="query-params",
                                   help="tokens on which a feature must fire; one that fires on fewer is rare")  # fmt: skip
-    return Thresholds(**values, count=int(count))
+    return Thresholds(predicted, margin, carried, unpredicted, int(count))
 
 
 def _feature_table(judged: pd.DataFrame) -> None:
