@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
@@ -84,3 +84,20 @@ def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
         skeleton = type(module)(module.config).state_dict()
     for key in skeleton:
         yield key, plain[key]
+
+
+def difference_of(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:
+    """Why two fingerprints are of different models, by the strongest evidence that both hold; None where they agree.
+
+    >>> difference_of({"name": "x/tiny"}, {"name": "/models/tiny/"}), difference_of({"name": "a"}, {"name": "b"})
+    (None, 'name a and b differ')
+    """
+    for key in ("weights", "config", "name"):
+        if a.get(key) and b.get(key):
+            same = a[key] == b[key] if key != "name" else _last(a[key]) == _last(b[key])
+            return None if same else f"{key} {a[key][:40]} and {b[key][:40]} differ"
+    return None
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
+from ..fingerprint import difference_of
 from ..sites import Site
 from .low_rank import LowRank
 
@@ -150,7 +151,7 @@ class Adapter:
     def check(self, model: Model, allow_mismatch: bool = False) -> None:
         """Raises UserError where the adapter cannot act on `model`: another model, another width, a missing layer."""
         # whose it is comes first: the other two are then only symptoms
-        if self.base and not allow_mismatch and (difference := _difference(self.base, model.fingerprint)):
+        if self.base and not allow_mismatch and (difference := difference_of(self.base, model.fingerprint)):
             raise UserError(
                 f"this adapter belongs to {self.base.get('name', 'another model')}, not to "
                 f"{model.fingerprint.get('name', model.name)}: {difference}; paste it, or pass allow_mismatch=True"
@@ -180,7 +181,7 @@ class Adapter:
         """
         if not isinstance(other, Adapter):
             return NotImplemented
-        if self.base and other.base and (difference := _difference(self.base, other.base)):
+        if self.base and other.base and (difference := difference_of(self.base, other.base)):
             names = self.base.get("name", "?"), other.base.get("name", "?")
             raise UserError(f"adapters of {names[0]} and {names[1]} do not add: {difference}")
         name = " + ".join(filter(None, (self.name, other.name)))
@@ -268,16 +269,3 @@ def _sum(adapters: Iterable[Adapter]) -> Adapter:
             parts[site] = parts[site] + scaled if site in parts else scaled
     terms = tuple(Adapter(parts, positions) for positions, parts in sorted(by_positions.items()))
     return terms[0] if len(terms) == 1 else Adapter({}, terms=terms)
-
-
-def _difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:
-    """Why two fingerprints are of different models, by the strongest evidence that both hold; None where they agree."""
-    for key in ("weights", "config", "name"):
-        if a.get(key) and b.get(key):
-            same = a[key] == b[key] if key != "name" else _last(a[key]) == _last(b[key])
-            return None if same else f"{key} {a[key][:40]} and {b[key][:40]} differ"
-    return None
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
