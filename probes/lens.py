@@ -132,6 +132,19 @@ def lens_sites(model: Model) -> list[Site]:
     return [Site(0, "resid_pre"), *(Site(layer) for layer in range(model.n_layers))]
 
 
+def translated_sites(model: Model, asked: Sequence[Site | str | int] | None = None) -> list[Site]:
+    """Those that have a translator: all but the output of the last block, which is the end itself.
+
+    asked: of these alone. Raises UserError for others, and for none.
+    """
+    allowed = lens_sites(model)[:-1]
+    found = allowed if asked is None else sorted({model.site(site) for site in asked})
+    if not found or not set(found) <= set(allowed):
+        raise UserError(f"a lens has translators at {', '.join(map(str, allowed))}; asked for "
+                        f"{', '.join(map(str, found)) or 'none'}")  # fmt: skip
+    return found
+
+
 def site_word(site: Site) -> str:
     """The name of a lens's site in tables: `embeddings`, or its layer.
 

@@ -74,7 +74,8 @@ def read_lens(folder: Path) -> Lens:
     config = _config(folder)
     width, layers = config["d_model"], config["num_hidden_layers"]
     own, slots = config.get(OWN), _sites(layers)
-    base: dict[str, str] = {"name": str(config.get("base_model_name_or_path") or "")}
+    named = config.get("base_model_name_or_path")
+    base: dict[str, str] = {"name": str(named)} if named else {}
     meta: dict[str, Any] = {"source": "tuned-lens"}
     kept = slots
     if own is not None:
@@ -104,7 +105,7 @@ def read_lens(folder: Path) -> Lens:
         if not all(one.is_floating_point() and bool(torch.isfinite(one).all()) for one in (weight, bias)):
             raise damaged(file, f"{i}.weight or {i}.bias holds what is no finite number")
         translators[site] = LinearMap(weight.T.contiguous().float(), bias.float())
-    return Lens(LENS_TYPES[config["lens_type"]], translators, {k: v for k, v in base.items() if v}, meta)
+    return Lens(LENS_TYPES[config["lens_type"]], translators, base, meta)
 
 
 def is_lens(names: set[str]) -> bool:
