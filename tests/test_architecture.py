@@ -68,8 +68,10 @@ def offences(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
 
 
 def test_imports_go_from_the_explorer_to_the_probes_to_the_workbench():
-    # the command line alone starts what lies above it: `workbench transport` is a run of the probes, `workbench ui` a server
-    below = [file for file in sources("workbench") if file.name not in ("cli_transport.py", "cli_ui.py")]
+    # the command line alone starts what lies above it: `workbench transport` and `workbench lens` run probes, `workbench ui`
+    # a server
+    above = ("cli_transport.py", "cli_lens.py", "cli_ui.py")
+    below = [file for file in sources("workbench") if file.name not in above]
     assert offences(below, ("probes", "ui", "streamlit")) == []
     assert offences(sources("workbench"), ("streamlit",)) == []
     assert offences(sources("probes"), ("ui", "streamlit")) == []
@@ -96,8 +98,8 @@ def test_maps_know_tensors_and_nothing_of_models():
           "row_pairs", "line_search", "paste", "forecast", "adapters", "evaluate", "transport"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
-          "verification", "verification_table", "transport_plots", "report_page"),
-         ("cli", "cli_profile", "cli_adapters", "cli_stores", "cli_transport", "cli_generate", "cli_grade",
+          "verification", "verification_table", "transport_plots", "lens_plots", "report_page"),
+         ("cli", "cli_profile", "cli_adapters", "cli_stores", "cli_transport", "cli_lens", "cli_generate", "cli_grade",
           "cli_train", "cli_options", "cli_errors", "cli_values", "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],
@@ -160,6 +162,7 @@ def test_importing_the_workbench_imports_nothing_heavy():
         ["--version"],
         ["profile", "--help"],
         ["transport", "--help"],
+        ["lens", "--help"],
         ["train", "--help"],
         ["convert"],
         ["stores", "merge", "--help"],

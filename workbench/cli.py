@@ -19,6 +19,7 @@ from .cli_adapters import adapters
 from .cli_errors import FLAGS, guarded
 from .cli_generate import chat, generate
 from .cli_grade import grade
+from .cli_lens import lens
 from .cli_options import ADAPTER_HELP, MODEL_HELP, Device, Dtype, Json, Mismatch, Out, Overwrite, Plugin
 from .cli_profile import profile
 from .cli_stores import stores
@@ -299,6 +300,7 @@ def verify(
 
 
 app.command()(transport)
+app.command()(lens)
 app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")
