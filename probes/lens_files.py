@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG, PARAMS, PICKLED = "config.json", "params.safetensors", "params.pt"
 FORMAT, VERSION = "workbench.lens", 1
 LENS_TYPES = {"linear_tuned_lens": "tuned", "linear_jacobian_lens": "jacobian"}
+FLAT = torch.contiguous_format
 OWN = "workbench"
 """the key of config.json under which stands what tuned-lens does not know"""
 
@@ -49,7 +50,7 @@ def write_lens(lens: Lens, folder: Path, model: Model, *, overwrite: bool = Fals
     tensors: dict[str, Tensor] = {}
     for i, site in enumerate(slots):
         one = lens.translators.get(site) or LinearMap.zeros(model.width, model.width)
-        tensors |= {f"{i}.weight": one.weight.T.cpu().contiguous(), f"{i}.bias": one.bias.cpu().contiguous()}
+        tensors |= {f"{i}.weight": one.weight.T.clone(memory_format=FLAT).cpu(), f"{i}.bias": one.bias.clone().cpu()}
     lens_type = next(name for name, kind in LENS_TYPES.items() if kind == lens.kind)
     config = {
         "base_model_name_or_path": model.name, "base_model_revision": model.revision or None, "bias": True,

@@ -120,6 +120,25 @@ def lens_scores(
     return LensScores(model.name, tuple(lenses), tuple(seen), kl[..., kept], agree[..., kept], tokens[kept])
 
 
+def saved_scores(lens: Lens) -> pd.DataFrame:
+    """The held-out figures that a tuned lens was saved with: lens (logit, start, tuned), site, layer, kl, kl_low, kl_high.
+
+    Empty where it has none: another kind, or not fitted here. Raises UserError where they are damaged.
+    """
+    import pandas as pd
+
+    columns = ["lens", "site", "layer", "kl", "kl_low", "kl_high"]
+    try:
+        lines = [
+            {"lens": name, "site": str(one["site"]), "layer": str(one["layer"]),
+             **{f"kl{end}": float(one[f"kl_{name}{end}"]) for end in ("", "_low", "_high")}}
+            for name in ("logit", "start", "tuned") for one in lens.meta.get("figures", [])
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError) as err:
+        raise UserError(f"the figures that this lens was saved with cannot be read ({err}); fit it again") from err
+    return pd.DataFrame(lines, columns=columns)
+
+
 def divergence(p: Float[Tensor, "n v"], q: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
     """KL(p || q) in nats of log-probabilities, never below 0.
 

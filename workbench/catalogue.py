@@ -19,6 +19,8 @@ from .store.locks import is_locked
 
 MOST_FOLDERS = 20_000
 """folders that are looked at: a folder that holds more is no folder of work, and nobody waits for its end"""
+LENS, LENS_KEY = {"config.json", "params.safetensors"}, "workbench"
+"""the files of a fitted lens (`probes.lens_files`), and the key of its config.json that is ours"""
 RUN_KINDS = {"job.toml": "run", "transport.toml": "transport"}
 
 
@@ -27,7 +29,7 @@ class Entry:
     """One artefact of `catalogue`."""
 
     kind: str
-    """run (a transfer job), transport, store, moments, unfinished (a store) or adapter"""
+    """run (a transfer job), transport, store, moments, unfinished (a store), adapter or lens"""
     name: str
     """its path from the folder, with slashes"""
     path: Path
@@ -92,6 +94,8 @@ def _entries(root: Path, path: Path, names: set[str]) -> Iterator[Entry]:
             yield _run(kind, name, path, path / marker)
     if ADAPTER in names:
         yield _adapter(name, path)
+    if names >= LENS:
+        yield _lens(name, path)
     if (listed := listed_at(path, names)) is not None:
         kind = "store" if listed.state in ("whole", "damaged") else listed.state
         facts = {"model": listed.model, "prompts": listed.prompts, "rows": listed.rows, "sites": listed.sites,
@@ -122,6 +126,20 @@ def _adapter(name: str, path: Path) -> Entry:
         return Entry("adapter", name, path, "whole", age=_age([path / ADAPTER]), facts=facts)
     except (OSError, ValueError, AttributeError) as err:
         return Entry("adapter", name, path, "damaged", f"{ADAPTER} cannot be read: {err}")
+
+
+def _lens(name: str, path: Path) -> Entry:
+    """A fitted lens; its own key holds what tuned-lens's config does not know, the fingerprint of its model say."""
+    file = path / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        own = about.get(LENS_KEY) or {}
+        base = own.get("base") or {"name": about["base_model_name_or_path"]}
+        facts = {"model": base.get("name", ""), "lens": str(about["lens_type"]), "base": dict(base),
+                 "layers": about["num_hidden_layers"]}  # fmt: skip
+        return Entry("lens", name, path, "whole", age=_age([file]), facts=facts)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as err:
+        return Entry("lens", name, path, "damaged", f"config.json cannot be read: {err}")
 
 
 def _age(files: Iterable[Path]) -> float:

@@ -53,10 +53,19 @@ def lens_heatmap(table: pd.DataFrame, value: str = "entropy", *, title: str = ""
         return _empty("No tokens: give a prompt")
     part, left_out = _window(table)
     x, y, grid = _grid(part, value)
-    figure = go.Figure(go.Heatmap(
-        x=x, y=y, z=grid, xgap=1, ygap=1, hoverinfo="skip", zmin=low, zmax=high, **_colours(part[value], value),
-    ))  # fmt: skip
+    look = _colours(part[value], value)
+    look |= {"zmin": low, "zmax": high} if low is not None and high is not None else {}
+    figure = go.Figure(go.Heatmap(x=x, y=y, z=grid, xgap=1, ygap=1, hoverinfo="skip", **look))
     return _layers(figure, part, _texts(part, value), title, left_out)
+
+
+def shared_range(tables: Sequence[pd.DataFrame], value: str) -> tuple[float, float]:
+    """The ends of the colours for heatmaps that are looked at together: `lens_heatmap(..., low=, high=)`."""
+    _check(value)
+    if value.endswith("probability"):
+        return 0.0, 1.0
+    shades = [shade for table in tables for v in table[value] if (shade := _shade(v, value)) is not None]
+    return 0.0, max([1.0 if value in LOGARITHMIC else 0.1, *shades])
 
 
 def lens_difference(before: pd.DataFrame, after: pd.DataFrame, value: str = "entropy", *, title: str = "") -> go.Figure:
