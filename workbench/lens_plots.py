@@ -170,6 +170,11 @@ def piece(text: str, most: int = 40) -> str:
     return escape(seen)
 
 
+def _said(name: object) -> str:
+    """A name or a title as it is shown: cut, its control characters seen, escaped."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name)[:80]))
+
+
 def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str, left_out: int) -> go.Figure:
     """Axes, the tokens in the cells, and the points that are clicked, over a heatmap."""
     positions = sorted(set(part["position"]))
@@ -197,7 +202,7 @@ def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str,
         title_text="after layer", type="category", categoryorder="array", categoryarray=layers, showgrid=False
     )
     said = f"the last {len(positions)} of {len(positions) + left_out} tokens" if left_out else ""
-    heading = " · ".join(filter(None, (escape(title), said)))
+    heading = " · ".join(filter(None, (_said(title), said)))
     layout: dict[str, Any] = {"title": {"text": heading, "font": {"size": 14}}} if heading else {}
     return _style(figure, max(300, 170 + 26 * len(layers)), clickmode="event+select", dragmode="pan", **layout)
 
@@ -219,7 +224,7 @@ def lens_curves(
     figure = make_subplots(1, len(values), subplot_titles=[VALUES[v] for v in values], horizontal_spacing=0.06)
     for i, (name, table) in enumerate(shown.items()):
         for column, value in enumerate(values, 1):
-            _curve(figure, column, escape(name), table, value, i, band=position is None)
+            _curve(figure, column, _said(name), table, value, i, band=position is None)
     figure.update_xaxes(title_text="after layer", type="category")
     for column, value in enumerate(values, 1):
         axis = {"type": "log", "dtick": 1} if value in LOGARITHMIC else {"rangemode": "tozero"}
@@ -258,10 +263,10 @@ def lens_scores_curves(table: pd.DataFrame) -> go.Figure:
         colour = COLOURS[i % len(COLOURS)]
         kl, low, high = (part[column].to_numpy() for column in ("kl", "kl_low", "kl_high"))
         figure.add_trace(go.Scatter(
-            x=[str(layer) for layer in part["layer"]], y=kl, mode="lines+markers", name=escape(str(name)),
+            x=[str(layer) for layer in part["layer"]], y=kl, mode="lines+markers", name=_said(name),
             error_y={"type": "data", "symmetric": False, "array": high - kl, "arrayminus": kl - low, "thickness": 1.4},
             line={"color": colour, "width": 2}, marker={"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
-            hovertemplate=f"{escape(str(name))} lens, after layer %{{x}}: %{{y:.4g}} nats per token<extra></extra>",
+            hovertemplate=f"{_said(name)} lens, after layer %{{x}}: %{{y:.4g}} nats per token<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="after layer", type="category")
     figure.update_yaxes(title_text="KL to the model's own prediction<br>(nats per token, held-out prompts)", type="log")
@@ -278,12 +283,12 @@ def token_bars(tables: Mapping[str, pd.DataFrame], title: str = "") -> go.Figure
     for number, (name, table) in enumerate(tables.items()):
         known = dict(zip(table["id"], table["probability"], strict=True))
         figure.add_trace(go.Bar(
-            y=[str(i) for i in ids], x=[known.get(i) for i in ids], orientation="h", name=escape(name),
+            y=[str(i) for i in ids], x=[known.get(i) for i in ids], orientation="h", name=_said(name),
             marker_color=COLOURS[number % len(COLOURS)],
-            hovertemplate=f"{escape(name)}: %{{x:.4f}}<extra></extra>",
+            hovertemplate=f"{_said(name)}: %{{x:.4f}}<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="probability of the next token", range=[0, 1])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=[str(i) for i in reversed(ids)],
                         tickvals=[str(i) for i in ids], ticktext=[words[i] for i in ids])  # fmt: skip
-    layout: dict[str, Any] = {"title": {"text": escape(title), "font": {"size": 14}}} if title else {}
+    layout: dict[str, Any] = {"title": {"text": _said(title), "font": {"size": 14}}} if title else {}
     return _style(figure, 150 + 26 * len(ids), barmode="group", **layout)
