@@ -212,14 +212,16 @@ class Adapter:
             return mine == theirs and self.terms == other.terms
         return mine == theirs and dict(self.parts) == dict(other.parts)
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False, storage: str | None = None) -> None:
         """Writes adapter.json and adapter.safetensors, and of a paste its card, README.md.
 
-        Raises UserError where `folder` exists, unless `overwrite`.
+        storage: `int8` keeps V and U as 8-bit integers with a scale for each rank, in a quarter of the bytes of float32; it
+        is loaded as float32, and adapter.json has the relative error of each. Unless given, the tensors as they are.
+        Raises UserError where `folder` exists, unless `overwrite`, and for an unknown storage.
         """
         from .adapter_files import write_adapter
 
-        write_adapter(self, Path(folder), overwrite=overwrite)
+        write_adapter(self, Path(folder), overwrite=overwrite, storage=storage)
 
     @classmethod
     def load(cls, path: str | Path, *, site: str | int | Site | None = None, positions: str | None = None) -> Adapter:

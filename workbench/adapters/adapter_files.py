@@ -20,11 +20,13 @@ from ..sites import Site
 from .adapter import Adapter
 from .card import CARD, card_text
 from .low_rank import LowRank
+from .storage import STORAGES, pack, unpack
 
 FORMAT = "workbench.adapter"
 ADAPTER = "adapter.json"
-VERSIONS = (1, 2)
-"""2 has `terms`, one entry of positions and sites for each, in place of the two; all else is as in 1"""
+VERSIONS = (1, 2, 3)
+"""2 has `terms`, one entry of positions and sites for each, in place of the two; 3 has `storage` and at each site the `error`
+of what is stored, with or without terms; all else is as in 1"""
 
 
 def read_json(file: Path, advice: str) -> Any:
@@ -37,11 +39,15 @@ def read_json(file: Path, advice: str) -> Any:
         raise UserError(f"{file} is damaged: it cannot be read as JSON; {advice}") from err
 
 
-def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False) -> None:
+def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False, storage: str | None = None) -> None:
     """Writes adapter.json and adapter.safetensors, and the card of a paste; see `Adapter.save`."""
+    if storage not in (None, *STORAGES):
+        raise UserError(
+            f"unknown storage {storage!r}; allowed: {', '.join(STORAGES)}, or None for the tensors as they are"
+        )
     header: dict[str, Any] = {
         "format": FORMAT,
-        "version": 2 if adapter.terms else 1,
+        "version": 3 if storage else 2 if adapter.terms else 1,
         "name": adapter.name,
         "strength": adapter.strength,
         "base": dict(adapter.base),
@@ -50,13 +56,17 @@ def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False) ->
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for prefix, term in _prefixed(adapter.split()):
-        sites = {str(site): {"act": part.act} for site, part in term.parts.items()}
+        sites: dict[str, Any] = {}
         entries.append({"positions": term.positions, "sites": sites})
         for site, part in term.parts.items():
-            for key in ("V", "b", "U"):
-                # cloned: safetensors takes no two names for one memory, as of a part that acts in two places
-                tensors[f"{prefix}{site}.{key}"] = getattr(part, key).detach().cpu().contiguous().clone()
+            sites[str(site)] = {"act": part.act}
+            # cloned: safetensors takes no two names for one memory, as of a part that acts in two places
+            kept = {key: getattr(part, key).detach().cpu().contiguous().clone() for key in ("V", "b", "U")}
+            if storage:
+                kept, sites[str(site)]["error"] = pack(part)
+            tensors |= {f"{prefix}{site}.{key}": tensor for key, tensor in kept.items()}
     header |= {"terms": entries} if adapter.terms else entries[0]
+    header |= {"storage": storage} if storage else {}
     with staged_folder(folder, marker=ADAPTER, overwrite=overwrite) as staged:
         (staged / ADAPTER).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
         (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
@@ -75,13 +85,14 @@ def read_adapter(folder: Path) -> Adapter:
     header = read_json(file, "write the adapter again")
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") not in VERSIONS:
         raise UserError(f"{file} is not of format {FORMAT!r} version {' or '.join(map(str, VERSIONS))}")
-    several = header["version"] == 2
-    _check_header(file, header, _RULES | (_TERMS if several else _PLACES))
+    several = header["version"] == 2 or (header["version"] == 3 and "terms" in header)
+    packed = header["version"] == 3
+    _check_header(file, header, _RULES | (_TERMS if several else _PLACES) | (_STORAGE if packed else {}))
     entries = header["terms"] if several else [header]
     for entry in entries:
         _check_header(file, entry, _PLACES)
     tensors, _ = read_safetensors(folder / "adapter.safetensors")
-    terms = [_assemble(folder, prefix, entry, tensors) for prefix, entry in _prefixed(entries)]
+    terms = [_assemble(folder, prefix, entry, tensors, packed) for prefix, entry in _prefixed(entries)]
     if len({term.positions for term in terms}) < len(terms):
         raise UserError(f"{file} is damaged: two of its terms have the same positions; write the adapter again")
     whole = terms[0] if len(terms) == 1 else Adapter({}, terms=tuple(terms))
@@ -124,6 +135,7 @@ _PLACES: dict[str, Rule] = {
         ),
     ),
 }
+_STORAGE: dict[str, Rule] = {"storage": (" or ".join(map(repr, STORAGES)), lambda x: x in STORAGES)}
 _TERMS: dict[str, Rule] = {
     "terms": (
         "a list of two objects or more",
@@ -132,14 +144,19 @@ _TERMS: dict[str, Rule] = {
 }
 
 
-def _assemble(folder: Path, prefix: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _assemble(
+    folder: Path, prefix: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], packed: bool
+) -> Adapter:
     """One adapter of one positions, of strength 1."""
     parts: dict[Site, LowRank] = {}
     for text, said in entry["sites"].items():
-        found = {key: tensors[name] for key in ("V", "b", "U") if (name := f"{prefix}{text}.{key}") in tensors}
+        names = {key: f"{prefix}{text}.{key}" for key in ("V", "b", "U", *(("V.scale", "U.scale") if packed else ()))}
+        found = {key: tensors[name] for key, name in names.items() if name in tensors}
         missing = [key for key in ("V", "b", "U") if key not in found]
         if missing:
             raise UserError(f"{folder} is damaged: {', '.join(missing)} of {text} is missing; write the adapter again")
+        if packed:
+            found = unpack(found, folder / "adapter.safetensors", text)
         for key, tensor in found.items():
             check_finite(tensor, folder / "adapter.safetensors", f"{key} of {text}")
         try:
