@@ -63,6 +63,7 @@ _HOME = {
     "read_answers": "evaluate.answer_files",
     "arms_frame": "evaluate.comparison",
     "dose_response": "evaluate.comparison",
+    "measure_interference": "evaluate.interference",
     "Job": "jobs",
     "run_job": "jobs",
 }

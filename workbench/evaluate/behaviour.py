@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.blend import Blend
 from ..errors import UserError
 from ..models import Model
 from ..progress import progress
@@ -103,7 +104,7 @@ def log_odds(
     model: Model,
     prompts: PromptSet | Sequence[Any],
     openers: Sequence[str],
-    adapter: Adapter | None = None,
+    adapter: Adapter | Blend | None = None,
     batch_size: int = 128,
 ) -> Float[Tensor, " n"]:
     """Log-odds of a behaviour where an answer begins: log p(S) - log(1 - p(S)), in nats, float64 [n] in prompt order.
