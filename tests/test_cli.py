@@ -657,3 +657,55 @@ def test_a_strength_that_is_no_number_is_refused(strength):
     told(
         workbench("generate", "bundled:donor", "w1", "--adapter", "bundled:refusal", "--strength", strength), "strength"
     )
+
+
+# -- an adapter that does nothing -------------------------------------------------------------------------------------
+
+
+def test_paste_tells_of_an_adapter_that_is_exactly_zero(home, tmp_path):
+    vector(Site(1), torch.zeros(WIDTH)).save(tmp_path / "zero")
+    line = ["paste", tmp_path / "zero", home / "converters", "--out", tmp_path / "p"]
+    result = good(*line)
+    assert result.stderr.startswith("warning: this adapter's delta is exactly zero at resid_post.1, on every state")
+    assert len(result.stderr.splitlines()) == 1
+    (Adapter.load(home / "adapter") * 0).save(tmp_path / "off")
+    line = ["paste", tmp_path / "off", home / "converters", "--out", tmp_path / "q", "--json"]
+    assert "strength 0" in json.loads(good(*line).stdout)["warnings"][0]
+
+
+def test_paste_tries_the_adapter_on_its_donor_first(home, tmp_path):
+    base = Adapter.load(home / "adapter").base
+    strong, faint = (vector(Site(1), torch.full((WIDTH,), size), base=base) for size in (30.0, 1e-6))
+    strong.save(tmp_path / "strong")
+    faint.save(tmp_path / "faint")
+
+    def said(name: str, *more: Any) -> list[str]:
+        line = ["paste", tmp_path / name, home / "converters", "--out", tmp_path / "p", "--overwrite", "--json"]
+        return json.loads(good(*line, "--quiet", *more).stdout)["warnings"]
+
+    prompts = ("--prompts", home / "prompts.txt")
+    assert said("faint") == []  # nothing was asked for
+    assert said("strong", *prompts) == []
+    (found,) = said("faint", *prompts)
+    assert "mean KL" in found
+    assert "does nothing to its own donor" in found
+    (found,) = said("faint", *prompts, "--opener", "w7", "--opener", "w8", "--donor", home / "donor")
+    assert "log-odds of 'w7, w8'" in found
+    assert "does nothing to its own donor" in found
+
+
+def test_bad_input_of_the_trial_on_the_donor(home, tmp_path):
+    line = ["paste", home / "adapter", home / "converters", "--out", tmp_path / "p"]
+    told(workbench(*line, "--opener", "w7"), "--opener and --donor are of --prompts")
+    told(workbench(*line, "--storage", "int4"), "unknown storage 'int4'", "int8")
+    trial = [*line, "--prompts", home / "prompts.txt", "--quiet"]
+    told(workbench(*trial, "--donor", home / "recipient"), "belongs to", "donor")
+    told(workbench(*trial, "--donor", tmp_path / "gone"), "gone")
+    assert tree(tmp_path) == set()
+
+
+def test_paste_in_eight_bits_is_the_paste_but_for_its_error(home, tmp_path):
+    good("paste", home / "adapter", home / "converters", "--out", tmp_path / "p", "--storage", "int8")
+    small, whole = Adapter.load(tmp_path / "p"), Adapter.load(home / "pasted")
+    for site, part in whole.parts.items():
+        torch.testing.assert_close(small.parts[site].U, part.U, atol=float(part.U.abs().max()) / 200, rtol=0)

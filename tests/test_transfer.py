@@ -323,6 +323,22 @@ def test_an_adapter_that_does_nothing_to_its_donor_is_warned_of_before_it_is_pas
 
 
 @pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (vector(Site(1), torch.zeros(WIDTH)), "delta is exactly zero at resid_post.1"),
+        (vector(Site(1), torch.ones(WIDTH), strength=0), "has strength 0"),
+    ],
+)
+def test_an_adapter_that_is_exactly_zero_is_refused_before_a_model_is_loaded(
+    folders, prompts, tmp_path, adapter, words, monkeypatch
+):
+    job = a_job(folders, prompts, tmp_path, **given(prompts, adapter, tmp_path / "zero"))
+    monkeypatch.setattr("workbench.transfer.load", lambda *_, **__: pytest.exit("about to load"))
+    with pytest.raises(UserError, match=rf"behaviour 'counting', .*zero: this adapter.*{words}"):
+        run_job(job)
+
+
+@pytest.mark.parametrize(
     ("effect", "words"),
     [
         (Interval(0.9, 0.4, 1.4), None),

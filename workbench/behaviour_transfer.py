@@ -24,7 +24,8 @@ from .converter_specs import method_pairs
 from .errors import UserError
 from .evaluate.behaviour import log_odds
 from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
-from .evaluate.statistics import Interval, mean_interval, sign_agreement, spearman
+from .evaluate.idleness import ineffective
+from .evaluate.statistics import mean_interval, sign_agreement, spearman
 from .forecast import (
     Candidate,
     Forecast,
@@ -43,7 +44,6 @@ from .sites import Site
 
 log = logging.getLogger("workbench")
 REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
-NEGLIGIBLE = 0.05  # nats: less is no effect of an adapter, whatever the interval
 MEASURED = 24  # candidates whose forecast is checked against a measurement on validation prompts
 
 if TYPE_CHECKING:
@@ -308,19 +308,6 @@ class BehaviourTransfer:
             name: [at_length(make(donor, t.fits, chosen.candidate, s), length, t.fits, self.states) for s in seeds]
             for name, make in makers.items()
         }
-
-
-def ineffective(name: str, effect: Interval) -> str | None:
-    """What to say of an adapter that does nothing, or the contrary, to its own donor; None where it does something.
-
-    effect: the change of the donor's log-odds of the behaviour.
-    """
-    if effect.low > 0 and effect.value >= NEGLIGIBLE:
-        return None
-    done = "lowers it there" if effect.high < 0 and effect.value <= -NEGLIGIBLE else "does nothing to its own donor"
-    return (f"the donor's adapter changes the log-odds of {name!r} by {effect.value:+.3f} nats [{effect.low:+.3f}, "
-            f"{effect.high:+.3f}]: it {done}, so that no paste of it can be expected to bring the behaviour out; check that "
-            "it is of this donor and of this behaviour")  # fmt: skip
 
 
 def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from .cli_errors import FLAGS, guarded
 from .cli_generate import chat, generate
 from .cli_grade import grade
 from .cli_lens import lens
-from .cli_options import ADAPTER_HELP, MODEL_HELP, Device, Dtype, Json, Mismatch, Out, Overwrite, Plugin
+from .cli_options import MODEL_HELP, Device, Dtype, Json, Out, Overwrite, Plugin
+from .cli_paste import paste
 from .cli_profile import profile
 from .cli_stores import stores
 from .cli_train import train
@@ -217,31 +218,7 @@ def convert(
     typer.echo(f"{out}: {len(made)} converters")
 
 
-@app.command()
-def paste(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help=f"the donor's {ADAPTER_HELP}")],
-    converters: Annotated[Path, typer.Argument(metavar="CONVERTERS", help="folder that `workbench convert` made")],
-    out: Out,
-    strength: Annotated[float, typer.Option(help="factor on the adapter's own")] = 1.0,
-    allow_mismatch: Mismatch = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Rewrites a donor's adapter for the recipient."""
-    from .adapters.adapter import Adapter
-    from .converter_files import load_converters
-
-    made = load_converters(converters).paste(Adapter.load(adapter), strength=strength, allow_mismatch=allow_mismatch)
-    made.save(out, overwrite=overwrite)
-    if as_json:
-        return _json({"adapter": str(out), "sites": [str(s) for s in made.sites], "rank": made.rank, "width": made.width,
-                      "strength": made.strength})  # fmt: skip
-    sites = ", ".join(map(str, made.sites))
-    typer.echo(
-        f"{out}: rank {made.rank} at {sites}, for {made.base.get('name', 'the recipient')} of width {made.width}"
-    )
-
-
+app.command()(paste)
 app.command()(generate)
 app.command()(chat)
 app.command()(grade)

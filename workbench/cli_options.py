@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 ADAPTER_HELP = "adapter folder or file, of any format that is read, or bundled:NAME"
-MODEL_HELP = "hub id, local folder, bundled:donor or bundled:recipient"
+MODEL_HELP = "hub id, local folder, or bundled:donor, bundled:recipient, bundled:outsider"
 PROMPTS_HELP = "bundled:NAME, hub:owner/name, or a .txt, .jsonl, .csv, .parquet file"
 ADAPTER_HELP = "adapter folder, ours or pyreft's, or bundled:NAME"
 

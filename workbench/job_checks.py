@@ -9,6 +9,7 @@ from .backends.torch_hooks import check_policy
 from .errors import UserError
 from .evaluate.behaviour import Behaviour
 from .evaluate.graders import grade
+from .evaluate.idleness import silent
 from .evaluate.registry import BATCH
 from .hashes import json_hash
 from .prompts import PromptSet
@@ -47,8 +48,8 @@ def _check_behaviour(table: BehaviourTable) -> None:
         raise UserError(f"behaviour {table.name!r}: {err}") from err
     if table.adapter is None and table.demonstrations is None:
         raise UserError(f"behaviour {table.name!r} has neither an adapter nor demonstrations to train one on; give one")
-    if table.adapter is not None:
-        Adapter.load(table.adapter)
+    if table.adapter is not None and (said := silent(Adapter.load(table.adapter))):
+        raise UserError(f"behaviour {table.name!r}, {table.adapter}: {said}")
     for key in ("demonstrations", "validation", "validation_not", "evaluation", "evaluation_not"):
         _readable(f"behaviour {table.name!r}, {key}", getattr(table, key))
     _check_sets(table)

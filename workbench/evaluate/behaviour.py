@@ -212,6 +212,22 @@ def kl_on_text(
     return TextShift(mean_interval(per_text), per_text, before, after, int(total))
 
 
+def shift_of_answers(
+    model: Model, answers: Sequence[tuple[list[int], list[int]]], adapter: Adapter, batch_size: int = 32
+) -> Float[Tensor, " n"]:
+    """How far an adapter moves the distributions along given answers: mean KL per token, in nats, float64 [n].
+
+    answers: the ids of a prompt and of its answer, as `response_ids` gives them. KL as of `kl_on_text`.
+    """
+    found = torch.empty(len(answers), dtype=torch.float64)
+    with torch.inference_mode():
+        for rows in _by_length([p + a for p, a in answers], batch_size):
+            whole, cuts = [answers[i][0] + answers[i][1] for i in rows], [len(answers[i][0]) for i in rows]
+            kl, _, _, tokens = _shift_batch(model, whole, cuts, adapter).unbind(1)
+            found[rows] = kl / tokens
+    return found
+
+
 def _shift_batch(
     model: Model, batch: list[list[int]], cuts: list[int], adapter: Adapter | None
 ) -> Float[Tensor, "b 4"]:
