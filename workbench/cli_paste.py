@@ -36,7 +36,9 @@ def paste(
     Warns of an adapter that changes nothing; with --prompts, also of one that does nothing to its own donor there.
     """
     if prompts is None and (opener or donor is not None):
-        raise UserError("--opener and --donor are of --prompts, on which the adapter is tried on its donor; give them too")
+        raise UserError(
+            "--opener and --donor are of --prompts, on which the adapter is tried on its donor; give them too"
+        )
     from .adapters.adapter import Adapter
     from .converter_files import load_converters
     from .evaluate.idleness import idle_on_donor, silent

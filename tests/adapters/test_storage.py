@@ -22,7 +22,9 @@ def part(width: int, rank: int, seed: int, act: str = "linear") -> LowRank:
 
 
 def adapter() -> Adapter:
-    return Adapter({Site(1): part(64, 3, 0, "gelu"), Site(2, "mlp_out"): part(64, 2, 1)}, "prompt", 0.7, "x", {"name": "m"})
+    return Adapter(
+        {Site(1): part(64, 3, 0, "gelu"), Site(2, "mlp_out"): part(64, 2, 1)}, "prompt", 0.7, "x", {"name": "m"}
+    )
 
 
 def size(folder: Path) -> int:
@@ -98,7 +100,7 @@ def test_what_cannot_be_stored_or_read_is_told(tmp_path):
         with pytest.raises(UserError, match=r"damaged: [VU] of resid_post.1 is not int8 with a float32 scale"):
             Adapter.load(tmp_path / "a")
     save_file({**tensors, "resid_post.1.U.scale": torch.full((3,), float("inf"))}, file)
-    with pytest.raises(UserError, match="damaged: U of resid_post.1 holds NaN or infinity"):
+    with pytest.raises(UserError, match=r"damaged: U of resid_post.1 holds NaN or infinity"):
         Adapter.load(tmp_path / "a")
     header = tmp_path / "a" / "adapter.json"
     header.write_text(header.read_text().replace('"int8"', '"int2"'))

@@ -72,5 +72,5 @@ def test_what_cancels_is_told_from_what_adds_up(small_model):
 def test_one_adapter_alone_does_not_interfere(small_model):
     with pytest.raises(UserError, match="1 adapters cannot interfere; give two or more"):
         measure_interference(small_model, [along(1.0)], PROMPTS, OPENERS)
-    with pytest.raises(UserError, match="has width 3 at resid_post.1"):
+    with pytest.raises(UserError, match=r"has width 3 at resid_post.1"):
         measure_interference(small_model, [along(1.0), vector(Site(1), torch.ones(3))], PROMPTS, OPENERS)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
@@ -41,7 +40,7 @@ def pack(part: LowRank) -> tuple[dict[str, Tensor], dict[str, float]]:
     return tensors, error
 
 
-def unpack(tensors: Mapping[str, Tensor], file: Path, site: str) -> dict[str, Float[Tensor, "..."]]:
+def unpack(tensors: Mapping[str, Tensor], file: Path, site: str) -> dict[str, Tensor]:
     """V, b and U as `pack` was given them, float32; UserError, naming the file, where they are damaged."""
     found = {"b": tensors["b"]}
     for key in ("V", "U"):

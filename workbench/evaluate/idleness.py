@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..prompts import PromptSet, response_ids
@@ -37,6 +35,7 @@ def ineffective(name: str, effect: Interval) -> str | None:
 def silent(adapter: Adapter) -> str | None:
     """What to say of an adapter whose delta is exactly zero on every state; None of any other.
 
+    >>> import torch
     >>> from workbench.adapters import vector
     >>> from workbench.sites import Site
     >>> silent(vector(Site(1), torch.ones(2))), silent(vector(Site(1), torch.zeros(2)))[:50]
@@ -90,5 +89,5 @@ def idle_on_donor(
     if moved.high >= UNSEEN:
         return None
     return (f"the donor's adapter moves the first tokens of its donor's answers to {len(tried)} prompts by a mean KL of "
-            f"{moved.value:.1e} nats, at most {moved.high:.1e}: it does nothing to its own donor, so that no paste of it can be "
-            "expected to do anything; check that it is of this donor")  # fmt: skip
+            f"{moved.value:.1e} nats, at most {moved.high:.1e}: it does nothing to its own donor, so that no paste of it can "
+            "be expected to do anything; check that it is of this donor")  # fmt: skip
