@@ -6,7 +6,7 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +114,7 @@ class BehaviourTransfer:
         t = self.shared
         if self.table.adapter is not None:
             given = Adapter.load(self.table.adapter)
-            self._check_lengths(given)
+            self._check_lengths({term.positions for term in given.split()})
 
             def copy() -> dict[str, Any]:
                 given.check(t.donor, self.table.allow_mismatch)
@@ -126,18 +126,20 @@ class BehaviourTransfer:
 
             inputs = [self.table.adapter, given.hash, self.table.allow_mismatch]
             return self._step("donor", inputs, copy, ("donor",))
+        self._check_lengths({t.job.training.positions})
         layers = t.job.training.layers or [default_layer(t.donor)]
         sites = [t.donor.site(l) for l in layers]
         inputs = [self._training, layers, self.demonstrations_hash]
         return self._step("donor", inputs, lambda: self._train("donor", sites, "donor"), ("donor",))
 
-    def _check_lengths(self, adapter: Adapter) -> None:
-        """UserError for prompts that are too short for the positions of an adapter, in either model."""
-        for positions in sorted({term.positions for term in adapter.split()}):
-            if tokens_needed(positions) > 1:
-                for model in (self.shared.donor, self.shared.recipient):
-                    for prompts in map(self.shared.prompts, (self.table.validation, self.table.evaluation)):
-                        check_lengths(prompts, [len(ids) for ids in encode(prompts, model.tokenizer)], positions)
+    def _check_lengths(self, listed: Iterable[str]) -> None:
+        """UserError for prompts that are too short, in either model, for positions of an adapter that meets them."""
+        sources = [self.table.validation, self.table.evaluation, self.table.evaluation_not,
+                   *(b.evaluation for b in self.shared.job.behaviours)]  # fmt: skip
+        for positions in sorted(p for p in listed if tokens_needed(p) > 1):
+            for model in (self.shared.donor, self.shared.recipient):
+                for prompts in map(self.shared.prompts, dict.fromkeys(filter(None, sources))):
+                    check_lengths(prompts, [len(ids) for ids in encode(prompts, model.tokenizer)], positions)
 
     @cached_property
     def demonstrations_hash(self) -> str | None:

@@ -84,8 +84,12 @@ def generate(
     """See `Model.generate`."""
     from transformers import GenerationConfig
 
+    from .adapters.demonstrations import check_positions
+
     _check(model, max_new_tokens, batch_size, on_text is not None, options)
-    encoded = encode(PromptSet.load(prompts), model.tokenizer, max_length=model.max_length - max_new_tokens)
+    prompts = PromptSet.load(prompts)
+    encoded = encode(prompts, model.tokenizer, max_length=model.max_length - max_new_tokens)
+    check_positions(adapter, prompts, encoded)
     given = {"pad_token_id": model.pad_id, "eos_token_id": model.end_ids or None, "do_sample": False, **options}
     config = GenerationConfig(max_new_tokens=max_new_tokens, **given)
     torch.manual_seed(seed)

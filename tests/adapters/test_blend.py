@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from tests.conftest import make_model
 from workbench.adapters import Adapter, Blend, LowRank, Schedule, vector
 from workbench.backends import torch_hooks
 from workbench.errors import UserError
+from workbench.evaluate.behaviour import kl_on_text, log_odds
 from workbench.models import Model
-from workbench.prompts import pad
+from workbench.prompts import Prompt, PromptSet, pad
 from workbench.sites import Site
 
 ROWS = [[1, 20, 21, 22, 23, 24], [1, 30, 31], [1], [1, 40, 41, 42]]
@@ -181,3 +183,33 @@ def test_beams_follow_a_schedule():
     ):
         model.generate(PROMPTS[:2], max_new_tokens=4, min_new_tokens=4, num_beams=3)
     assert seen == [[0.0] * 6, [1.0] * 6, [0.0] * 6, [0.0] * 6]
+
+
+@pytest.mark.parametrize("positions", ["first:2", "last:2", "first:2+last"])
+def test_a_prompt_that_is_too_short_for_the_positions_is_named(small_model, positions):
+    adapter = vector(SITE, torch.ones(48), positions=positions)
+    with pytest.raises(
+        UserError,
+        match=rf"prompt 2 of the batch \(from 0\) has 1 tokens, too few for positions '{re.escape(positions)}', which name 2",
+    ):
+        states(small_model, adapter.on(small_model))
+    assert torch.equal(states(small_model, (adapter * 0).on(small_model)), states(small_model))
+    named = PromptSet((Prompt(None, "w20 w21", "long"), Prompt(None, "w30", "short")))
+    for use in (
+        lambda: small_model.generate(named, adapter=adapter, max_new_tokens=2),
+        lambda: small_model.generate(named, adapter=Blend([adapter * 0.5, adapter]), max_new_tokens=2),
+        lambda: log_odds(small_model, named, ["w7"], adapter),
+    ):
+        with pytest.raises(
+            UserError, match=r"prompt 'short' has 1 tokens, too few for positions '.*2.*', which name 2"
+        ):
+            use()
+    small_model.generate(named[:1], adapter=adapter, max_new_tokens=2)  # the tokens that follow are no prompts
+
+
+def test_neutral_texts_are_cut_where_the_positions_have_room(small_model):
+    adapter = vector(SITE, torch.ones(48), positions="first:5")
+    texts = ["w20 w21 w22 w23 w24", "w30 w31", "w40 w41 w42 w43"]
+    assert kl_on_text(small_model, texts, adapter).per_text.shape == (2,)
+    with pytest.raises(UserError, match="none of the neutral texts has 6 tokens"):
+        kl_on_text(small_model, texts[1:2], adapter)

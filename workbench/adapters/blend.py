@@ -107,6 +107,10 @@ class Blend:
 
     __rmul__ = __mul__
 
+    def split(self) -> list[Adapter]:
+        """Its adapters, of one positions each."""
+        return list(self.adapters)
+
     @property
     def sites(self) -> list[Site]:
         """Every site that is edited, ascending."""
@@ -136,6 +140,7 @@ def _edit(site: Site, pairs: Iterable[tuple[Adapter, Schedule]]) -> Callable[[Te
         for adapter, schedule in pairs:
             if not where.names_any(adapter.positions):
                 continue
+            _check_lengths(where, adapter.positions)
             chosen, factors = where.mask(adapter.positions), None
             if not schedule.constant:
                 factors = schedule.factors(
@@ -152,3 +157,11 @@ def _edit(site: Site, pairs: Iterable[tuple[Adapter, Schedule]]) -> Callable[[Te
         return edited
 
     return fn
+
+
+def _check_lengths(where: Where, positions: str) -> None:
+    """UserError for a prompt that has fewer tokens than `positions` name."""
+    if (short := where.too_short(positions)) is not None:
+        row, tokens, needed = short
+        raise UserError(f"prompt {row} of the batch (from 0) has {tokens} tokens, too few for positions {positions!r}, which "
+                        f"name {needed}; choose other positions or leave it out")  # fmt: skip

@@ -16,6 +16,8 @@ from ..prompts import PromptSet, pad, response_ids
 
 if TYPE_CHECKING:
     from ..models import Model
+    from .adapter import Adapter
+    from .blend import Blend
 
 Sample = tuple[list[int], list[int]]
 """the ids of a prompt and of its answer"""
@@ -45,6 +47,13 @@ def check_lengths(prompts: PromptSet, lengths: Sequence[int], positions: str) ->
         if length < needed:
             raise UserError(f"prompt {prompt.id!r} has {length} tokens, too few for positions {positions!r}, which name "
                             f"{needed}; choose other positions or leave it out")  # fmt: skip
+
+
+def check_positions(adapter: Adapter | Blend | None, prompts: PromptSet, encoded: Sequence[Sequence[int]]) -> None:
+    """`check_lengths` for all that an adapter edits; encoded: the ids of each prompt."""
+    acting = [] if adapter is None else [term.positions for term in adapter.split() if term.strength != 0]
+    for positions in sorted(set(acting)):
+        check_lengths(prompts, [len(ids) for ids in encoded], positions)
 
 
 def held_out(demonstrations: PromptSet, validation: Any, seed: int) -> tuple[PromptSet, PromptSet | None]:

@@ -75,6 +75,21 @@ class Where:
             self._known[key] = bool(self.mask(policy).any())
         return self._known[key]
 
+    def too_short(self, policy: str) -> tuple[int, int, int] | None:
+        """Of the first prompt of this pass that has fewer tokens than a policy names: its row, its tokens and how many are
+        needed; None where all are long enough, and in a pass that only continues prompts."""
+        key = ("short", policy)
+        if key not in self._known:
+            self._known[key] = self._find_short(tokens_needed(policy))
+        return self._known[key]
+
+    def _find_short(self, needed: int) -> tuple[int, int, int] | None:
+        if needed == 1:  # any prompt has as many, and no device need be waited for
+            return None
+        short = (self.prompt_length < needed) & (self.position == 0).any(1)
+        rows = short.nonzero()[:1, 0].tolist()
+        return (rows[0], int(self.prompt_length[rows[0]]), needed) if rows else None
+
     def _one(self, policy: str) -> Bool[Tensor, "b t"]:
         p, end = self.position, self.prompt_length[:, None]
         kind, _, count = policy.partition(":")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.blend import Blend
+from ..adapters.demonstrations import check_positions
+from ..backends.torch_hooks import tokens_needed
 from ..errors import UserError
 from ..models import Model
 from ..progress import progress
@@ -117,6 +119,7 @@ def log_odds(
     """
     prompts = PromptSet.load(prompts)
     encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
+    check_positions(adapter, prompts, encoded)
     found = torch.empty(len(prompts), dtype=torch.float64)
     chosen = _first_tokens(model, prompts, openers)
     with progress(total=len(encoded), desc="log-odds", unit="prompt") as bar, torch.inference_mode():
@@ -186,23 +189,27 @@ def kl_on_text(
     Each text is cut after the share `split` of its tokens; the first part takes the place of the prompt, so an adapter
     for the last prompt token edits the token before the cut. Compared are the distributions of every token after it:
     KL(p || q) = sum_v p log(p / q), p of the plain model, q of the edited one. Without an adapter KL is 0 and both
-    perplexities are the plain model's. Texts are cut to `max_length` tokens, at most the model's own limit.
+    perplexities are the plain model's. Texts are cut to `max_length` tokens, at most the model's own limit. The first part
+    has at least the tokens that the adapter's positions name; texts too short for that are left out.
 
-    Raises UserError for a split outside 0 to 1, and for texts of which none has two tokens.
+    Raises UserError for a split outside 0 to 1, and for texts of which none is long enough.
     """
     if not 0 < split < 1:
         raise UserError(f"split must lie between 0 and 1; got {split}")
     limit = min(max_length or model.max_length, model.max_length)
     encoded = [row[:limit] for row in encode(PromptSet.load(texts), model.tokenizer)]
-    encoded = [row for row in encoded if len(row) > 1]
+    needed = max((tokens_needed(term.positions) for term in adapter.split()), default=1) if adapter is not None else 1
+    encoded = [row for row in encoded if len(row) > needed]
     if not encoded:
-        raise UserError("none of the neutral texts has two tokens; give longer texts")
+        raise UserError(
+            f"none of the neutral texts has {'two' if needed == 1 else needed + 1} tokens; give longer texts"
+        )
     widest = max(map(len, encoded)) * model.module.get_input_embeddings().weight.shape[0]
     size = max(1, min(batch_size, LOGIT_BUDGET // widest))
     sums = torch.zeros(len(encoded), 4, dtype=torch.float64)  # kl, base loss, edited loss, tokens
     with progress(total=len(encoded), desc="neutral text", unit="text") as bar, torch.inference_mode():
         for rows in _by_length(encoded, size):
-            cuts = [min(len(encoded[i]) - 1, max(1, round(split * len(encoded[i])))) for i in rows]
+            cuts = [min(len(encoded[i]) - 1, max(needed, round(split * len(encoded[i])))) for i in rows]
             sums[rows] = _shift_batch(model, [encoded[i] for i in rows], cuts, adapter)
             bar.update(len(rows))
     kl, base, edited, tokens = sums.unbind(1)
