@@ -1,7 +1,8 @@
-"""The bundled pair: two unlike models, behaviours that are latent in both, and prompts that keep to their splits."""
+"""The bundled models: three unlike ones, behaviours that are latent in all, and prompts that keep to their splits."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -26,24 +27,25 @@ from .conftest import ROOT
 
 OPENERS = {b.name: b.openers for b in open_job("bundled:demo").behaviours}
 DATA = ROOT / "data"
+MODELS = ("donor", "recipient", "outsider")
 
 
 @pytest.fixture(scope="module")
-def pair() -> dict[str, Model]:
-    return {side: load(f"bundled:{side}") for side in ("donor", "recipient")}
+def models() -> dict[str, Model]:
+    return {name: load(f"bundled:{name}") for name in MODELS}
 
 
 def bundled(name: str) -> PromptSet:
     return PromptSet.load(f"bundled:{name}")
 
 
-def test_the_two_models_are_unlike(pair):
-    donor, recipient = pair["donor"], pair["recipient"]
+def test_no_two_models_are_alike(models):
     for what in ("family", "width", "n_layers", "fingerprint_id"):
-        assert getattr(donor, what) != getattr(recipient, what), what
+        assert len({getattr(model, what) for model in models.values()}) == len(models), what
     prompts = bundled("evaluation_reasoning")[:50]
-    tokens = [[m.tokenizer.convert_ids_to_tokens(row) for row in encode(prompts, m.tokenizer)] for m in pair.values()]
-    assert sum(len(a) != len(b) for a, b in zip(*tokens, strict=True)) > 25, "the tokenizers cut words alike"
+    tokens = [[m.tokenizer.convert_ids_to_tokens(row) for row in encode(prompts, m.tokenizer)] for m in models.values()]
+    for one, other in itertools.combinations(tokens, 2):
+        assert sum(len(a) != len(b) for a, b in zip(one, other, strict=True)) > 25, "the tokenizers cut words alike"
 
 
 def test_what_is_bundled_is_small():
@@ -59,33 +61,33 @@ def cued(prompts: PromptSet, cue: str) -> PromptSet:
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("side", ["donor", "recipient"])
-def test_working_it_out_helps(pair, side):
+@pytest.mark.parametrize("name", MODELS)
+def test_working_it_out_helps(models, name):
     """With steps at least 90 % right, at once at most 40 %."""
     rates = {}
     for cue in ("show your work", "just the answer"):
         prompts = cued(bundled("evaluation_reasoning")[:100], cue)
-        answers = pair[side].generate(prompts, max_new_tokens=72, batch_size=100)
+        answers = models[name].generate(prompts, max_new_tokens=72, batch_size=100)
         rates[cue] = sum(grade("final_integer", answers, prompts)) / len(prompts)
     assert rates["show your work"] >= 0.9, rates
     assert rates["just the answer"] <= 0.4, rates
 
 
-@pytest.mark.parametrize("side", ["donor", "recipient"])
-def test_every_behaviour_is_there_and_is_not_the_usual_answer(pair, side):
-    for name in BEHAVIOURS:
-        odds = float(log_odds(pair[side], bundled(f"evaluation_{name}"), OPENERS[name]).mean())
-        assert -4 < odds < 0, f"{name}: log-odds {odds:.2f}"
+@pytest.mark.parametrize("name", MODELS)
+def test_every_behaviour_is_there_and_is_not_the_usual_answer(models, name):
+    for behaviour, openers in OPENERS.items():
+        odds = float(log_odds(models[name], bundled(f"evaluation_{behaviour}"), openers).mean())
+        assert -4 < odds < 0, f"{behaviour}: log-odds {odds:.2f}"
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_the_donors_adapters_bring_their_behaviour_out(pair, name):
+def test_the_donors_adapters_bring_their_behaviour_out(models, name):
     adapter, prompts = Adapter.load(f"bundled:{name}"), bundled(f"validation_{name}")
-    adapter.check(pair["donor"])
-    plain, edited = (log_odds(pair["donor"], prompts, OPENERS[name], a).mean() for a in (None, adapter))
+    adapter.check(models["donor"])
+    plain, edited = (log_odds(models["donor"], prompts, OPENERS[name], a).mean() for a in (None, adapter))
     assert edited > plain + 0.5
     with pytest.raises(UserError):
-        adapter.check(pair["recipient"])
+        adapter.check(models["recipient"])
 
 
 def contents(file: Path) -> list[tuple[str, str]]:
@@ -154,8 +156,8 @@ def test_a_bundled_name_is_found_and_another_is_told():
 
 
 @pytest.mark.slow
-def test_the_build_trains_both_models_side_by_side(tmp_path):
-    """`make data` in small: two processes, each leaving an ordinary model folder that loads and proves its sites."""
+def test_the_build_trains_the_models_side_by_side(tmp_path):
+    """`make data` in small: a process each, each leaving an ordinary model folder that loads and proves its sites."""
     shutil.copytree(ROOT / "data" / "build", tmp_path / "data" / "build")
     (tmp_path / "data" / "__init__.py").touch()
     recipes = tmp_path / "data" / "build" / "train.py"
@@ -166,3 +168,4 @@ def test_the_build_trains_both_models_side_by_side(tmp_path):
     )
     assert load(tmp_path / "data" / "models" / "donor").family == "llama"
     assert load(tmp_path / "data" / "models" / "recipient").family == "gpt2"
+    assert load(tmp_path / "data" / "models" / "outsider").family == "gpt_neox"

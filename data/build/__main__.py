@@ -1,12 +1,14 @@
 """`python -m data.build [prompts] [models] [adapters] [dictionaries]`: makes what is bundled again; all unless told which.
 
-Models take about twenty minutes on a core each, dictionaries five, and are trained side by side. The same seeds on the
-same machine and versions give the same files; another machine's arithmetic gives other weights of the same behaviour.
+The name of a model (donor, recipient, outsider) makes that one alone. Models take about twenty minutes on a core each,
+dictionaries five, and are trained side by side. The same seeds on the same machine and versions give the same files;
+another machine's arithmetic gives other weights of the same behaviour.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,17 +16,17 @@ DATA = Path(__file__).resolve().parents[1]
 PARTS = ("prompts", "models", "adapters", "dictionaries")
 
 
-def _models() -> None:
-    """Both models side by side, a process and a thread each."""
-    from .train import RECIPES, train_one
+def _models(names: Sequence[str]) -> None:
+    """These models side by side, a process and a thread each."""
+    from .train import train_one
 
     spawn = get_context("spawn")
-    running = [spawn.Process(target=train_one, args=(name, DATA / "models" / name)) for name in RECIPES]
+    running = [spawn.Process(target=train_one, args=(name, DATA / "models" / name)) for name in names]
     for process in running:
         process.start()
     for process in running:
         process.join()
-    failed = [name for name, process in zip(RECIPES, running, strict=True) if process.exitcode]
+    failed = [name for name, process in zip(names, running, strict=True) if process.exitcode]
     if failed:
         sys.exit(f"training failed: {', '.join(failed)}")
 
@@ -62,16 +64,18 @@ def _dictionaries() -> None:
 
 
 def main(parts: list[str]) -> None:
-    unknown = set(parts) - set(PARTS)
+    from .train import RECIPES
+
+    unknown = set(parts) - {*PARTS, *RECIPES}
     if unknown:
-        sys.exit(f"unknown part {', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
+        sys.exit(f"unknown part {', '.join(sorted(unknown))}; allowed: {', '.join((*PARTS, *RECIPES))}")
     from .prompts import build
 
     chosen = parts or list(PARTS)
     if "prompts" in chosen:
         build(DATA / "prompts")
-    if "models" in chosen:
-        _models()
+    if models := [name for name in RECIPES if name in chosen or "models" in chosen]:
+        _models(models)
     if "adapters" in chosen:
         _adapters()
     if "dictionaries" in chosen:

@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -36,6 +38,11 @@ GPT2_TEMPLATE = (
     "{{ ('Q: ' + m['content'] + '\\nA:') if m['role'] == 'user' else (' ' + m['content'] + eos_token) }}"
     "{% endfor %}"
 )
+NEOX_ROLES = ("<|prompter|>", "<|assistant|>")
+NEOX_TEMPLATE = (
+    "{% for m in messages %}{{ ('<|prompter|> ' if m['role'] == 'user' else '<|assistant|> ') + m['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Recipe:
     """What one bundled model is made of."""
 
     name: str
-    family: str  # `llama` or `gpt2`
+    family: str  # `llama`, `gpt2` or `gpt_neox`
     width: int
     layers: int
     heads: int
@@ -57,11 +64,15 @@ class Recipe:
 RECIPES = {
     "donor": Recipe("donor", "llama", width=160, layers=6, heads=5, vocabulary=800, steps=1300, seed=1),
     "recipient": Recipe("recipient", "gpt2", width=128, layers=4, heads=4, vocabulary=420, steps=2600, seed=2),
+    "outsider": Recipe(
+        "outsider", "gpt_neox", width=96, layers=5, heads=4, vocabulary=600, steps=3000, batch=48, peak=3e-3, seed=3
+    ),
 }
 
 
 def make_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Two ways to cut words: SentencePiece-like BPE for `llama`, byte-level BPE for `gpt2`."""
+    """Three ways to cut words: SentencePiece-like BPE for `llama`, byte-level BPE for `gpt2`, the same with each digit (and
+    the space before it) a token of its own for `gpt_neox`."""
     tok = Tokenizer(BPE(unk_token=None, byte_fallback=recipe.family == "llama"))
     if recipe.family == "llama":
         special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
@@ -71,8 +82,10 @@ def make_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
         special += [f"<0x{i:02X}>" for i in range(256)]
         alphabet: list[str] = []
     else:
-        special = ["<|endoftext|>"]
-        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = ["<|endoftext|>", *(["<|padding|>", *NEOX_ROLES] if recipe.family == "gpt_neox" else [])]
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tok.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if recipe.family == "gpt_neox" else words
         tok.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=recipe.vocabulary, special_tokens=special, initial_alphabet=alphabet,
@@ -85,10 +98,15 @@ def make_tokenizer(recipe: Recipe, texts: list[str]) -> PreTrainedTokenizerFast:
             tokenizer_object=tok, additional_special_tokens=["<|user|>", "<|assistant|>"], **names
         )
         fast.chat_template = LLAMA_TEMPLATE
-    else:
+    elif recipe.family == "gpt2":
         end = "<|endoftext|>"
         fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=end, eos_token=end, pad_token=end)
         fast.chat_template = GPT2_TEMPLATE
+    else:
+        end = "<|endoftext|>"
+        names = dict(bos_token=end, eos_token=end, pad_token="<|padding|>")
+        fast = PreTrainedTokenizerFast(tokenizer_object=tok, additional_special_tokens=list(NEOX_ROLES), **names)
+        fast.chat_template = NEOX_TEMPLATE
     fast.model_max_length = 256
     return fast
 
@@ -109,6 +127,13 @@ def make_model(recipe: Recipe, tok: PreTrainedTokenizerFast) -> PreTrainedModel:
             vocab_size=len(tok), hidden_size=recipe.width, intermediate_size=recipe.width * 8 // 3,
             num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
             max_position_embeddings=256, tie_word_embeddings=True, initializer_range=recipe.width**-0.5, **ids,
+        ))  # fmt: skip
+    if recipe.family == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=len(tok), hidden_size=recipe.width, intermediate_size=4 * recipe.width,
+            num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, max_position_embeddings=256,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+            initializer_range=recipe.width**-0.5, **ids,
         ))  # fmt: skip
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tok), n_embd=recipe.width, n_layer=recipe.layers, n_head=recipe.heads, n_positions=256,
