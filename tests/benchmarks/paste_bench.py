@@ -76,10 +76,13 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
     adapter = Adapter(parts)
     adapter.save(folder / "paste")
     adapter.to(torch.bfloat16).save(folder / "half")
-    size, half = (sum(f.stat().st_size for f in (folder / name).iterdir()) for name in ("paste", "half"))
+    adapter.save(folder / "small", storage="int8")
+    names = ("paste", "half", "small")
+    size, half, small = (sum(f.stat().st_size for f in (folder / name).iterdir()) for name in names)
     timed = {"gram_s": gram, "dense_s": full, "ratio": full / gram, "all_s": every, "ridge_all_s": ridges}
     return {"n": n, "widths": list(widths), "layers": layers, **{name: pair.tolist() for name, pair in timed.items()},
-            "difference": difference, "bytes": size, "bytes_bf16": half, "threads": torch.get_num_threads()}  # fmt: skip
+            "difference": difference, "bytes": size, "bytes_bf16": half, "bytes_int8": small,
+            "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def _model(width: int, layers: int, heads: int) -> Any:

@@ -243,6 +243,8 @@ def _tell_paste(found: dict[str, Any]) -> str:
     def two(pair: list[float], unit: str = " s") -> str:
         return f"{pair[0]:.1f}{unit} ({pair[1]:.1f}{unit} of CPU)"
 
+    kinds = {"float32": "bytes", "bfloat16": "bytes_bf16", "int8": "bytes_int8"}
+    sizes = {kind: f"{fold[key] / 1e6:.2f}" for kind, key in kinds.items() if key in fold}
     rows = [
         ("fold through the Gram, one layer", two(fold["gram_s"])),
         ("two dense pinvs and a fold, one layer", two(fold["dense_s"])),
@@ -250,10 +252,7 @@ def _tell_paste(found: dict[str, Any]) -> str:
         ("largest relative difference of the two", f"{fold['difference']:.1e}"),
         (f"all {fold['layers']} layers folded through the Gram", two(fold["all_s"])),
         ("all layers at ridge 0.1, factors kept for every other strength", two(fold["ridge_all_s"])),
-        (
-            f"the paste on disk, {fold['layers']} layers, float32 and bfloat16",
-            f"{fold['bytes'] / 1e6:.2f} and {fold['bytes_bf16'] / 1e6:.2f} MB",
-        ),
+        (f"the paste on disk, {fold['layers']} layers, {', '.join(sizes)}", f"{', '.join(sizes.values())} MB"),
         ("generation with the paste / without", f"{run['paste']:.3f}"),
         ("generation, converting at each step / without", f"{run['each_step']:.3f}"),
     ]
@@ -306,6 +305,18 @@ def _tell_lora(found: dict[str, Any]) -> str:
     )
 
 
+def _third(folder: Path) -> dict[str, Any]:
+    from . import third_bench
+
+    return third_bench.bench(folder)
+
+
+def _tell_third(found: dict[str, Any]) -> str:
+    from . import third_bench
+
+    return third_bench.tell(found)
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
@@ -316,5 +327,6 @@ SECTIONS: dict[str, Section] = {
     "paste": Section("Pasting: cost", _paste, _tell_paste),
     "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
     "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),
+    "third": Section("A transfer to a model that no default was tuned on", _third, _tell_third),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }

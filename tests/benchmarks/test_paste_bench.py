@@ -13,7 +13,7 @@ from .tables import _tell_cells, _tell_paste
 def test_the_fold_through_the_gram_is_that_of_dense_pseudo_inverses(tmp_path):
     found = folding(tmp_path, n=40, widths=(96, 64), layers=2)
     assert found["difference"] <= 1e-5
-    assert found["bytes_bf16"] < found["bytes"]
+    assert found["bytes_int8"] < found["bytes_bf16"] < found["bytes"]
     ran = generation(width=32, layers=2, heads=2, tokens=3, batch=2, repeats=1)
     assert "converting at each step" in _tell_paste({"fold": found, "generation": ran})
 
