@@ -81,7 +81,7 @@ def class_scores(
     bars = probabilities[:, 1:] if k == 2 else probabilities
     aucs = [(j, auroc(bars[:, j], y == (j + 1 if k == 2 else j), numbers, weights)) for j in range(bars.shape[1])]
     known = [values for _, values in aucs if np.isfinite(values[0])]
-    auc = np.nanmean(np.stack(known), axis=0) if known else np.full(DRAWS + 1, np.nan)
+    auc = _mean_of_known(np.stack(known)) if known else np.full(DRAWS + 1, np.nan)
     n_groups = len(weights[0])
     confidence = probabilities.max(1)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -136,6 +136,12 @@ def auroc(
         pairs = up.sum(1) * down.sum(1)
         found.append((up * below).sum(1) / np.where(pairs > 0, pairs, np.nan))
     return np.concatenate(found)
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """The mean over the classes [k, draws] that a resample holds; NaN where it holds none."""
+    known = np.isfinite(values)
+    return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
 def _resamples(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

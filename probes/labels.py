@@ -62,7 +62,9 @@ def label_columns(store: Store) -> list[str]:
     if table is not None:
         if any(value for value in table["label"].to_pylist()):
             found.append("label")
-        keys = Counter(key for text in table["meta"].to_pylist() for key, value in _meta(text).items() if _is_plain(value))
+        keys = Counter(
+            key for text in table["meta"].to_pylist() for key, value in _meta(text).items() if _is_plain(value)
+        )
         found += [key for key in sorted(keys) if key not in ("label", *ROW_COLUMNS)]
     present = store.tables.columns(TABLES[0])
     return found + [name for name in ROW_COLUMNS if name in present]
@@ -101,13 +103,19 @@ def labels_of(
     rows = np.flatnonzero(present)
     grouping = _prompt_hashes(store) if groups is None else _hashes(_values(store, groups, "groups"))
     kept, mine = raw[rows], grouping[rows]
-    notes = [f"{len(raw) - len(rows):,} of {len(raw):,} rows have no {said} and were left out"] if len(rows) < len(raw) else []
+    notes = (
+        [f"{len(raw) - len(rows):,} of {len(raw):,} rows have no {said} and were left out"]
+        if len(rows) < len(raw)
+        else []
+    )
     numbers = _numbers(kept)
     if quantity is None:
         quantity = classes is None and numbers is not None and not np.array_equal(numbers, np.round(numbers))
     if quantity:
         if numbers is None:
-            raise UserError(f"label {said!r} is no quantity: it holds {str(kept[0])[:40]!r}; leave quantity out for classes")
+            raise UserError(
+                f"label {said!r} is no quantity: it holds {str(kept[0])[:40]!r}; leave quantity out for classes"
+            )
         if np.ptp(numbers) == 0:
             raise UserError(f"label {said!r} is {numbers[0]:g} in every row; a probe needs values that differ")
         return Labels(said, rows, numbers, (), mine, _per_group(mine, numbers), tuple(notes))
@@ -142,8 +150,8 @@ def _classed(
     if len(order) < 2:
         raise UserError(f"label {said!r} is {order[0][:40]!r} in every row; a probe needs two classes")
     if len(left) < 2:
-        raise UserError(f"label {said!r}: only {len(left)} of its {len(order)} classes is in {LEAST_GROUPS} prompts or more, so "
-                        "no class could be both learned and tested; give more prompts, or other groups")  # fmt: skip
+        raise UserError(f"label {said!r}: only {len(left)} of its {len(order)} classes is in {LEAST_GROUPS} prompts or more: "
+                        "none could be both learned and tested; give more prompts, or other groups")  # fmt: skip
     if few:
         inside = ~np.isin(names, np.array(list(few), dtype=object))
         notes.append(f"{len(few)} of {len(order)} classes ({_some(Counter({c: known[c] for c in few}))}) are in fewer than "
@@ -173,7 +181,9 @@ def _column(store: Store, name: str, what: str) -> np.ndarray:
         if not wanted:
             raise UserError(f"{what} {name!r} names no token; write such as {TOKENS}plus,minus")
         texts = store.rows(["text"])["text"].to_numpy()
-        return np.array([None if t is None or t != t else "yes" if t.strip() in wanted else "no" for t in texts], dtype=object)
+        return np.array(
+            [None if t is None or t != t else "yes" if t.strip() in wanted else "no" for t in texts], dtype=object
+        )
     known = label_columns(store)
     if name in ROW_COLUMNS and name in known:
         return store.rows([name])[name].to_numpy()

@@ -76,8 +76,10 @@ def train_probes(
     wanted = [positions] if isinstance(positions, str) else list(positions)
     unknown = set(controls) - set(CONTROLS)
     if unknown or not wanted or max_rows < 8:
-        raise UserError(f"unknown controls {', '.join(sorted(unknown))}; allowed: {', '.join(CONTROLS)}" if unknown else
-                        f"positions {wanted} and max_rows={max_rows}: give at least one choice of positions and 8 rows")  # fmt: skip
+        raise UserError(
+            f"unknown controls {', '.join(sorted(unknown))}; allowed: {', '.join(CONTROLS)}" if unknown
+            else f"positions {wanted} and max_rows={max_rows}: give at least one choice of positions and 8 rows"
+        )  # fmt: skip
     places = rows.store.sites if sites is None else [_site(rows.store, s) for s in sites]
     known = labels_of(rows.store, label, classes=classes, quantity=quantity, groups=groups)
     strength = PENALTY.get(kind, 0.0) if penalty is None else float(penalty)
@@ -112,11 +114,13 @@ class _Task:
     def of(cls, rows: ResidentRows, known: Labels, positions: str, holdout: float, most: int, seed: int) -> _Task:
         chosen = rows_at(positions, rows.store.prompt_index.numpy())[known.rows]
         if not chosen.any():
-            raise UserError(f"positions {positions!r} name no row with a label; the store keeps tokens {rows.store.tokens}")
+            raise UserError(
+                f"positions {positions!r} name no row with a label; the store keeps tokens {rows.store.tokens}"
+            )
         here = sample(known.take(np.flatnonzero(chosen)), most, seed)
         if here.classes and len(np.unique(here.values)) < 2:
-            raise UserError(f"label {known.name!r} is {here.classes[here.values[0]]!r} in every row at positions {positions}; a "
-                            "probe needs two classes")  # fmt: skip
+            raise UserError(f"label {known.name!r} is {here.classes[here.values[0]]!r} in every row at positions {positions}; "
+                            "a probe needs two classes")  # fmt: skip
         return cls(rows, here, positions, held_out(here, holdout, seed), seed)
 
     def at(self, site: Site, arms: dict[str, Solver], notes: list[str]) -> ProbeLine:
@@ -140,14 +144,17 @@ class _Task:
         control = found["control"]
         selectivity = None if control is None else difference(score, control)
         probe = task._probe(made, learned, site, arms["label"], score)
-        return ProbeLine(self.positions, probe, score, control, found["shuffled"], selectivity, len(learned), made.converged)
+        return ProbeLine(
+            self.positions, probe, score, control, found["shuffled"], selectivity, len(learned), made.converged
+        )
 
     def _where(self, whole: np.ndarray, site: Site) -> _Task:
         y = self.labels.values
         for side in (~self.test, self.test):
             if len(np.unique(y[side & whole])) < 2:
-                raise UserError(f"{site}: too few of its rows are finite to learn {self.labels.name!r} from ({int(whole.sum()):,} "
-                                f"of {len(whole):,}); profile again in another dtype, or leave this site out")  # fmt: skip
+                raise UserError(f"{site}: too few of its rows are finite to learn {self.labels.name!r} from "
+                                f"({int(whole.sum()):,} of {len(whole):,}); profile again in another dtype, or leave "
+                                "this site out")  # fmt: skip
         return replace(self, labels=self.labels.take(np.flatnonzero(whole)), test=self.test[whole])
 
     def drawn(self, name: str) -> np.ndarray:
@@ -217,8 +224,8 @@ def _limits(tasks: Sequence[_Task], lines: Sequence[ProbeLine]) -> list[str]:
     found = [note for task in tasks for note in task.labels.notes]
     widest = max(lines, key=lambda line: line.probe.width / line.n_train)
     if widest.n_train < widest.probe.width:
-        found.append(f"rows are few for the width ({widest.n_train:,} for {widest.probe.width:,}): what a probe fits is then the "
-                     "penalty's choice; judge it by the controls")  # fmt: skip
+        found.append(f"rows are few for the width ({widest.n_train:,} for {widest.probe.width:,}): what a probe fits is then "
+                     "the penalty's choice; judge it by the controls")  # fmt: skip
     slow = sum(not line.converged for line in lines)
     if slow:
         found.append(f"{slow} of {len(lines)} probes stopped before they converged; a larger penalty helps")

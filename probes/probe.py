@@ -100,7 +100,9 @@ class Probe:
         if not self.classes:
             return 0
         if target is not None and target not in self.classes:
-            raise UserError(f"this probe of {self.label!r} has no class {target[:40]!r}; it has {', '.join(self.classes[:20])}")
+            raise UserError(
+                f"this probe of {self.label!r} has no class {target[:40]!r}; it has {', '.join(self.classes[:20])}"
+            )
         return len(self.classes) - 1 if target is None else self.classes.index(target)
 
     def direction(self, target: str | None = None) -> Float[Tensor, " d"]:
@@ -123,14 +125,14 @@ class Probe:
         """How far the training rows of `target` lie from those of the other classes along its direction."""
         if self.means is None or not self.classes:
             why = "it was moved by a map" if self.classes else "it reads a quantity"
-            raise UserError(f"this probe of {self.label!r} has no means of classes ({why}); give the length of the vector")
+            raise UserError(
+                f"this probe of {self.label!r} has no means of classes ({why}); give the length of the vector"
+            )
         number, means = self.target_number(target), self.means.double()
         others = [j for j in range(len(means)) if j != number]
         return float((means[number] - means[others].mean(0)) @ self.direction(target).double())
 
-    def steering(
-        self, target: str | None = None, *, length: float | None = None, positions: str = "all"
-    ) -> Adapter:
+    def steering(self, target: str | None = None, *, length: float | None = None, positions: str = "all") -> Adapter:
         """Its direction as a steering vector: added at its site, towards `target`.
 
         length: of the vector; None: the gap between the means of the classes along it. Raises UserError where that is not
@@ -139,11 +141,11 @@ class Probe:
         size = abs(self.gap(target)) if length is None else length
         name = f"{self.label}: {self.classes[self.target_number(target)]}" if self.classes else self.label
         meta = {"kind": "steering", "method": f"{self.kind} probe", "label": self.label, "length": size}
-        return vector(self.site, self.direction(target) * size, positions=positions, name=name, base=self.base, meta=meta)
+        return vector(
+            self.site, self.direction(target) * size, positions=positions, name=name, base=self.base, meta=meta
+        )
 
-    def through(
-        self, operator: LinearMap, site: Site | str | int, base: Mapping[str, str] | None = None
-    ) -> Probe:
+    def through(self, operator: LinearMap, site: Site | str | int, base: Mapping[str, str] | None = None) -> Probe:
         """The probe that reads at `site` what `operator` maps to where this one reads: weight' = W @ weight.
 
         base: fingerprint of the model of `site`, where it is another. Raises UserError for a map to another width.
@@ -160,20 +162,15 @@ class Probe:
     def to(self, *args: Any, **kwargs: Any) -> Probe:
         """As `Tensor.to`: another device or dtype."""
         means = None if self.means is None else self.means.to(*args, **kwargs)
-        return replace(
-            self, weight=self.weight.to(*args, **kwargs), bias=self.bias.to(*args, **kwargs), means=means
-        )
+        return replace(self, weight=self.weight.to(*args, **kwargs), bias=self.bias.to(*args, **kwargs), means=means)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Probe):
             return NotImplemented
         mine, theirs = ((p.classes, p.site, p.label, p.kind, dict(p.base)) for p in (self, other))
-        both = (self.means is None) == (other.means is None)
-        return (
-            mine == theirs
-            and both
-            and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(self._tensors().values(), other._tensors().values(),
-                                                                             strict=True))
+        a, b = self._tensors(), other._tensors()
+        return mine == theirs and a.keys() == b.keys() and all(
+            a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
         )  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -211,7 +208,9 @@ class Probe:
         if not all(isinstance(c, str) for c in header["classes"]):
             raise damaged(file, "its classes are not all names")
         means = tensors.get("means")
-        if means is not None and (means.ndim != 2 or tensors["weight"].ndim != 2 or means.shape[1] != len(tensors["weight"])):
+        if means is not None and (
+            means.ndim != 2 or tensors["weight"].ndim != 2 or means.shape[1] != len(tensors["weight"])
+        ):
             raise damaged(folder / "probe.safetensors", f"its means have shape {list(means.shape)}")
         try:
             return cls(tensors["weight"], tensors["bias"], tuple(header["classes"]), Site.parse(header["site"]),

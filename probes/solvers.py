@@ -63,7 +63,9 @@ class Solver:
             raise UserError(f"a {self.kind} probe tells classes apart and the label is a quantity; take "
                             f"{' or '.join(OF_QUANTITIES)}")  # fmt: skip
         if not 0 <= self.penalty < float("inf") or (self.kind == "mass_mean_cov" and self.penalty > 1):
-            raise UserError(f"penalty {self.penalty:g} of a {self.kind} probe is out of range; usual is {PENALTY[self.kind]:g}")
+            raise UserError(
+                f"penalty {self.penalty:g} of a {self.kind} probe is out of range; usual is {PENALTY[self.kind]:g}"
+            )
         if self.kind == "sparse" and self.penalty == 0:
             raise UserError("a sparse probe needs a penalty above 0; with 0 take kind='logistic'")
 
@@ -113,9 +115,11 @@ class Solver:
             warnings.simplefilter("always")
             self._last.fit(z, y)
         converged = not any(issubclass(w.category, ConvergenceWarning) for w in said)
-        return np.atleast_2d(self._last.coef_).T.astype(np.float64), np.atleast_1d(self._last.intercept_).astype(
-            np.float64
-        ), converged
+        return (
+            np.atleast_2d(self._last.coef_).T.astype(np.float64),
+            np.atleast_1d(self._last.intercept_).astype(np.float64),
+            converged,
+        )
 
     def _torch_logistic(self, z: Tensor, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         c, target = 1 if self.n_classes == 2 else self.n_classes, torch.from_numpy(y).to(z.device)
@@ -127,14 +131,18 @@ class Solver:
 
     def _means(self, x: Tensor, y: np.ndarray, mean: Tensor) -> Fitted:
         classes = torch.from_numpy(y).to(x.device)
-        means = torch.stack([x[classes == k].mean(0, dtype=torch.float64) for k in range(self.n_classes)]) - mean  # [k, d]
+        means = (
+            torch.stack([x[classes == k].mean(0, dtype=torch.float64) for k in range(self.n_classes)]) - mean
+        )  # [k, d]
         weight = means.T
         if self.kind == "mass_mean_cov":
             within = x - (means + mean)[classes].to(x)
             cov = _gram(within) / len(x)
             level = float(cov.diagonal().mean())
             if not level > 0:
-                raise UserError("no direction varies within the classes, so there is nothing to whiten by; take mass_mean")
+                raise UserError(
+                    "no direction varies within the classes, so there is nothing to whiten by; take mass_mean"
+                )
             cov.mul_(1 - self.penalty).diagonal().add_(self.penalty * level + 1e-9 * level)
             weight = torch.linalg.solve(cov, weight)
         bias = -0.5 * (means * weight.T).sum(1)  # half way between the means

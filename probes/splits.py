@@ -51,7 +51,9 @@ def held_out(labels: Labels, share: float = 0.25, seed: int = 0) -> Bool[np.ndar
         raise UserError(f"holdout is the share of the prompts that no probe sees, between 0 and 1; got {share:g}")
     groups, which = np.unique(labels.groups, return_inverse=True)
     if len(groups) < 2:
-        raise UserError("all rows are of one prompt (or group), so nothing can be held out; give more prompts, or other groups")
+        raise UserError(
+            "all rows are of one prompt (or group), so nothing can be held out; give more prompts, or other groups"
+        )
     keys = _mixed(groups, seed)
     stratum = _rarest(labels, which, len(groups))
     out = np.zeros(len(groups), dtype=bool)
