@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.adapters.adapter import _difference
 from workbench.errors import UserError
 from workbench.evaluate.statistics import Interval
+from workbench.fingerprint import difference_of
 from workbench.maps.linear_map import LinearMap
 from workbench.sites import Site
 from workbench.store import Store
@@ -139,7 +139,7 @@ def transfer_probe(
 
 def check_base(probe: Probe, fingerprint: Mapping[str, str], name: str, allow_mismatch: bool = False) -> None:
     """UserError where the probe is of another model than the one of this fingerprint, naming both."""
-    why = None if allow_mismatch or not probe.base or not fingerprint else _difference(probe.base, fingerprint)
+    why = None if allow_mismatch or not probe.base or not fingerprint else difference_of(probe.base, fingerprint)
     if why:
         raise UserError(f"this probe belongs to {probe.base.get('name', 'another model')}, not to {name}: {why}; give a map, "
                         "or pass allow_mismatch=True")  # fmt: skip
