@@ -70,6 +70,12 @@ def label_columns(store: Store) -> list[str]:
     return found + [name for name in ROW_COLUMNS if name in present]
 
 
+def class_counts(store: Store, label: Any) -> dict[str, int]:
+    """How many rows each class of a label has, the commonest first; UserError as `labels_of` for a column that is not there."""
+    values = _values(store, label, "label")
+    return dict(Counter(map(_spelt, values[_present(values)].tolist())).most_common())
+
+
 def labels_of(
     store: Store,
     label: Any,
