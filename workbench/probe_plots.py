@@ -19,9 +19,9 @@ from .sites import Site
 if TYPE_CHECKING:
     import pandas as pd
 
-COLOURS = (BLUE, RED, GREEN, PINK, SKY, ORANGE)
+COLOURS = (BLUE, RED, GREEN, SKY, PINK, ORANGE)
 SCORE_WORDS = {"accuracy": "accuracy", "auroc": "AUROC", "r2": "R²", "brier": "Brier score"}
-CELL_LETTERS, HOVER_LETTERS = 10, 200
+CELL_LETTERS, HOVER_LETTERS = 8, 200
 MOST_CELLS = 800
 NAMED_CLASSES = 12
 
@@ -47,12 +47,14 @@ def probe_layers(table: pd.DataFrame, score: str = "", *, most: int = 6) -> go.F
         alone = len(groups) == 1
         _line(figure, part, name, "probe" if alone else f"probe, {positions}", colour, mark, "solid")
         if headline:
-            _line(figure, part, "control", "control task" if alone else f"control task, {positions}", GREY if alone else colour,
+            _line(figure, part, "control", "control task" if alone else f"control task, {positions}", PINK if alone else colour,
                   "x", "dash", group="control")  # fmt: skip
             if alone:
                 _line(figure, part, "shuffled", "shuffled labels", ORANGE, "cross", "dot")
                 _line(figure, part, "words", "words alone", GREEN, None, "longdash")
-                _line(figure, part, "chance", "commonest class" if name == "accuracy" else "mean", GREY, None, "dot")
+                _line(
+                    figure, part, "chance", "commonest class" if name == "accuracy" else "mean", "#000000", None, "dot"
+                )
     figure.update_xaxes(**_layer_axis(places))
     title = SCORE_WORDS[name] + " on held-out prompts"
     figure.update_yaxes(title_text=title, **({} if name == "r2" else {"range": [-0.02, 1.02]}))
@@ -136,17 +138,17 @@ def _confusion(figure: go.Figure, confusion: Any, names: list[str]) -> None:
     if len(set(shown)) < len(shown):
         shown = [f"{i}: {name}" for i, name in enumerate(shown)]
     heat = go.Heatmap(
-        x=shown, y=shown, z=shares, customdata=counts, colorscale="Blues", zmin=0, zmax=1, xgap=2, ygap=2,
-        texttemplate="%{customdata:,}" if len(names) <= NAMED_CLASSES else None,
+        x=shown, y=shown, z=shares, colorscale="Blues", zmin=0, zmax=1, xgap=2, ygap=2,
+        text=[[f"{v:,}" for v in row] for row in counts], texttemplate="%{text}" if len(names) <= NAMED_CLASSES else None,
         colorbar={"title": {"text": "share of the true class", "side": "right"}, "thickness": 14},
-        hovertemplate="true %{y}, predicted %{x}: %{customdata:,} rows, %{z:.1%}<extra></extra>",
+        hovertemplate="true %{y}, predicted %{x}: %{text} rows, %{z:.1%}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(heat, row=1, col=2)
     figure.update_xaxes(title_text="predicted", type="category", row=1, col=2)
     figure.update_yaxes(title_text="true", type="category", autorange="reversed", row=1, col=2)
 
 
-def token_strip(table: pd.DataFrame, name: str = "score", unit: str = "log-odds, nats", *, columns: int = 16,
+def token_strip(table: pd.DataFrame, name: str = "score", unit: str = "log-odds, nats", *, columns: int = 14,
                 most: int = MOST_CELLS) -> go.Figure:  # fmt: skip
     """A text as a strip of its tokens, each coloured by its score: blue above 0, brown below; a quantity about its mean.
 

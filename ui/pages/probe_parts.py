@@ -51,7 +51,7 @@ def _strip(store: Store, line: ProbeLine, asked: Asked) -> None:
     said = left.text_area("Text", own, key="say", bind="query-params", max_chars=LONGEST, height=90)
     with right:
         as_chat = st.toggle("As a user's turn", chat, key="chat", bind="query-params")
-        target = _target(line.probe, "class")
+        target = _target(line.probe, "Class", "class")
     if not said.strip():
         text.remark("Type a text; every token gets the probe's score.")
         return
@@ -67,11 +67,11 @@ def _strip(store: Store, line: ProbeLine, asked: Asked) -> None:
           remark=f"the score of each token at {line.site}, special tokens too{cut}")  # fmt: skip
 
 
-def _target(probe: Probe, key: str) -> str | None:
+def _target(probe: Probe, label: str, key: str) -> str | None:
     if not probe.classes:
         return None
     names = {name: name for name in reversed(probe.classes)}
-    return str(choice("Class", names, key))
+    return str(choice(label, names, key))
 
 
 def _first_prompt(store: Store) -> tuple[str, bool]:
@@ -96,7 +96,7 @@ def steering(curve: ProbeCurve, line: ProbeLine, asked: Asked) -> None:
     st.subheader("Its direction as a steering vector")
     a, b, c = st.columns(3)
     with a:
-        target = _target(line.probe, "towards")
+        target = _target(line.probe, "Towards", "towards")
     factor = b.slider("Length (× the gap between the classes)", 0.1, 4.0, 1.0, 0.1, key="length", bind="query-params")
     with c:
         positions = choice("Added at", STEERED, "where")

@@ -83,7 +83,7 @@ def page() -> None:
 def _asked(store: Store) -> Asked | None:
     """The picks; None, and a line on why, where they name nothing that can be trained."""
     columns = label_columns(store)
-    a, b, c, d = st.columns([3, 3, 3, 2])
+    a, b, c, d, e = st.columns([3, 3, 3, 3, 2])
     with a:
         label = choice("Label", {name: name for name in columns} | {ONE_OF: ONE_OF}, "label")
     if label == ONE_OF:
@@ -107,8 +107,9 @@ def _asked(store: Store) -> Asked | None:
     with c:
         kinds = {name: KIND_WORDS[name] for name in (OF_QUANTITIES if quantity else KINDS)}
         kind = choice("Kind", kinds, "kind", help="; ".join(f"{KIND_WORDS[k]}: {KINDS[k]}" for k in kinds))
-        positions = choice("Rows", POSITIONS, "rows")
     with d:
+        positions = choice("Rows", POSITIONS, "rows")
+    with e:
         most = choice("At most", {n: f"{n:,} rows" for n in ROWS}, "most", 1)
     return Asked(store.path, stamp, label, kind, positions, classes, quantity, most)
 
