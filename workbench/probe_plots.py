@@ -104,7 +104,7 @@ def _layer_axis(names: list[str]) -> dict[str, Any]:
 
 
 def probe_calibration(
-    reliability: Sequence[tuple[float, float, int]], ece: float, confusion: Any = (), classes: Sequence[str] = ()
+    reliability: Sequence[Sequence[float]], ece: float, confusion: Any = (), classes: Sequence[str] = ()
 ) -> go.Figure:
     """How often the likeliest class is right, by how likely it was said to be; beside it which class was taken for which.
 
