@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -31,6 +32,7 @@ class Tables:
         self.folder, self.manifest = folder, manifest
         self.counts = dict(zip(TABLES, (manifest["n_rows"], manifest["prompts"]["count"]), strict=True))
         self._files: dict[str, Any] = {}
+        self._lock = threading.Lock()  # a reader of parquet is for one thread at a time
 
     def _damaged(self, name: str, why: object) -> UserError:
         return UserError(f"store {self.folder.path}: {name} is damaged ({str(why).splitlines()[0]:.120}); profile "
@@ -74,6 +76,31 @@ class Tables:
         self._check_columns(name, columns)
         try:
             return self._spelt(name, file.read(columns) if group is None else file.read_row_group(group, columns))
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
+            raise self._damaged(name, err) from err
+
+    def take(self, name: str, lines: Any, columns: Sequence[str] | None = None) -> Any:
+        """The lines of an index [n] (numbers within the table), in the order given, as one pyarrow table.
+
+        Row groups without any of them are not read, and of the others the columns asked for, one group at a time.
+        """
+        import pyarrow as pa
+
+        file, index = self._file(name), np.asarray(lines, dtype=np.int64)
+        self._check_columns(name, columns)
+        wanted, place = np.unique(index, return_inverse=True)
+        ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)))
+        cuts = np.searchsorted(wanted, [0, *ends])
+        assert not len(wanted) or (wanted[0] >= 0 and wanted[-1] < self.counts[name])
+        chosen = list(columns) if columns is not None else self.columns(name)
+        try:
+            with self._lock:
+                parts = [file.read_row_group(group, chosen).select(chosen).take(wanted[low:high] - start)
+                         for group, (start, low, high) in enumerate(zip([0, *ends], cuts, cuts[1:], strict=False))
+                         if low < high] or [file.read_row_groups([], chosen)]  # fmt: skip
+            return pa.concat_tables([self._spelt(name, part) for part in parts]).take(place)
         except UserError:
             raise
         except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
