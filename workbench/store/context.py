@@ -48,7 +48,9 @@ def _prompt_frame(store: Store, prompt: pd.Series) -> pd.DataFrame:
     numbers, which = np.unique(prompt.to_numpy().astype(np.int64), return_inverse=True)
     there = [c for c in ("id", "label", "meta") if c in store.tables.columns(TABLES[1])]
     table = store.tables.take(TABLES[1], numbers, there)
-    columns: dict[str, Any] = {c: table[c].to_pylist() if c in there else [None] * len(numbers) for c in ("id", "label")}
+    columns: dict[str, Any] = {
+        c: table[c].to_pylist() if c in there else [None] * len(numbers) for c in ("id", "label")
+    }
     metas = [meta_of(text) for text in table["meta"].to_pylist()] if "meta" in there else []
     keys = Counter(key for meta in metas for key in meta)
     columns |= {f"{META}{key}": [meta.get(key) for meta in metas] for key, _ in keys.most_common(MOST_KEYS)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ LISTED = 100
 """massive activations that are listed, the largest first"""
 RULES = (
     f"Outlier dimension: at least {OUTLIER:g} times the root mean square of its row, in at least {SHARE:.0%} of the rows "
-    "that are not first (after arXiv:2208.07339, whose magnitude of 6 is of inputs that a norm has scaled).",
+    "that are neither first nor massive (after arXiv:2208.07339, whose magnitude of 6 is of inputs that a norm has scaled).",
     f"Massive activation: a magnitude above {MASSIVE:g} and at least {TIMES:,.0f} times the median magnitude of its row "
     "(arXiv:2402.17762).",
 )
@@ -64,11 +64,10 @@ class StoreOverview:
     positions: pd.DataFrame
     """one line per site and stretch of positions: site, low, high, n, and the quantiles of the norm"""
     dimensions: pd.DataFrame
-    """the dimensions of each site that stand out most: site, dim, mean_abs, std, max_abs, ratio (mean_abs over its median
-    of all dimensions), share (of rows where it is large), outlier"""
+    """the dimensions of each site that stand out most, by the rows that are neither first nor massive: site, dim, mean_abs,
+    std, max_abs, ratio (mean_abs over its median of all dimensions), share (of rows where it is large), outlier"""
     massive: pd.DataFrame
     """massive activations: site, row, prompt, position, token, dim, value, ratio (to the row's median), first"""
-    rules: Sequence[str] = field(default=RULES, repr=False)
 
     @property
     def outliers(self) -> pd.DataFrame:
@@ -91,7 +90,8 @@ class StoreOverview:
     def sample(self) -> str:
         """How many rows of how many the numbers are of."""
         more = f", and {self.first:,} rows at position 0" if self.first else "; no row is at position 0"
-        return f"{self.sampled:,} of {self.about['rows']:,} rows, drawn evenly over prompts and positions (seed {self.seed}){more}"
+        drawn = f"drawn evenly over prompts and positions (seed {self.seed})"
+        return f"{self.sampled:,} of {self.about['rows']:,} rows, {drawn}{more}"
 
     def _repr_html_(self) -> str:
         norms = self.norms.iloc[_spread(len(self.norms), 24)]
@@ -99,9 +99,9 @@ class StoreOverview:
             _table((), self.facts()),
             f"<p><b>L2 norms of rows</b> ({len(norms)} of {len(self.norms)} lines)</p>",
             _frame_table(norms[["site", "group", "n", "nonfinite", *QUANTILES]]),
-            f"<p><b>Outlier dimensions: {len(self.outliers)}</b>. {escape(self.rules[0])}</p>",
+            f"<p><b>Outlier dimensions: {len(self.outliers)}</b>. {escape(RULES[0])}</p>",
             _frame_table(self.outliers.head(TOP)),
-            f"<p><b>Massive activations: {self.told_apart}</b>. {escape(self.rules[1])}</p>",
+            f"<p><b>Massive activations: {self.told_apart}</b>. {escape(RULES[1])}</p>",
             _frame_table(self.massive[~self.massive["first"].astype(bool)].head(TOP)),
         ]
         return f"<div>{''.join(parts)}</div>"
@@ -167,12 +167,13 @@ def _site_parts(
     first = np.asarray(position == 0, bool)
     magnitude = x.abs()
     median = magnitude.median(1).values
-    others = torch.from_numpy(finite & ~first)
+    massive = (magnitude > MASSIVE) & (magnitude >= TIMES * median[:, None]) & good[:, None]
+    others = torch.from_numpy(finite & ~first) & ~massive.any(1)
     return (
         _norms(site, norm, finite, first),
         _positions(site, norm[finite], position[finite]),
         _dimensions(site, x, magnitude, others),
-        _massive(site, x, magnitude, median, good, frame),
+        _massive(site, x, massive, median, frame),
     )
 
 
@@ -235,16 +236,15 @@ def _dimensions(
 
 
 def _massive(
-    site: Site, x: Tensor, magnitude: Tensor, median: Tensor, good: Tensor, frame: pd.DataFrame
+    site: Site, x: Float[Tensor, "n d"], massive: Bool[Tensor, "n d"], median: Float[Tensor, " n"], frame: pd.DataFrame
 ) -> pd.DataFrame:
     import pandas as pd
 
-    limit = torch.clamp(TIMES * median, min=MASSIVE)[:, None]
-    which, dim = ((magnitude > MASSIVE) & (magnitude >= limit) & good[:, None]).nonzero(as_tuple=True)
-    order = magnitude[which, dim].argsort(descending=True, stable=True)[:LISTED]
+    which, dim = massive.nonzero(as_tuple=True)
+    order = x[which, dim].abs().argsort(descending=True, stable=True)[:LISTED]
     which, dim = which[order], dim[order]
     lines = frame.iloc[which.numpy()][["row", "prompt", "position", "token"]].reset_index(drop=True)
-    ratio = (magnitude[which, dim] / median[which]).numpy()
+    ratio = (x[which, dim].abs() / median[which]).numpy()
     found = lines.assign(dim=dim.numpy(), value=x[which, dim].numpy(), ratio=ratio)
     found.insert(0, "site", pd.Series([str(site)] * len(found), dtype=object))
     return found.assign(first=(found["position"] == 0).astype(bool))

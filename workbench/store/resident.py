@@ -66,6 +66,17 @@ class ResidentRows:
             return kept[span.start : span.stop]
         return kept[index_of(rows, self.store.n_rows, self.store.path).to(self.device)]
 
+    def some(self, site: Site | str | int, rows: Rows) -> Float[Tensor, "n d"]:
+        """A few rows of a site: from the device where the site is kept there, else from the files.
+
+        A look at some rows loads no whole site; what goes over all rows is `batches`.
+        """
+        with self._lock:
+            kept = self._kept.get(self._site(site))
+        if kept is None:
+            return self.store.read(site, rows)
+        return kept[index_of(rows, self.store.n_rows, self.store.path).to(self.device)]
+
     def batches(self, site: Site | str | int, size: int = BATCH) -> Iterator[Float[Tensor, "n d"]]:
         """All rows of a site in order, batch by batch, on the device; a batch is good until the next is asked for."""
         kept = self._load(site)
@@ -92,7 +103,7 @@ class ResidentRows:
         if not self.keep:
             return None
         with self._lock:
-            place = Site.parse(site)
+            place = self._site(site)
             if place in self._kept:
                 self._kept[place] = self._kept.pop(place)
                 return self._kept[place]
@@ -107,3 +118,6 @@ class ResidentRows:
                 del self._kept[next(iter(self._kept))]
             self._kept[place] = self.store.read(place, device=self.device)
             return self._kept[place]
+
+    def _site(self, site: Site | str | int) -> Site:
+        return Site.parse(site, self.store.manifest["model"]["n_layers"])
