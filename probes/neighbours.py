@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import UserError
@@ -121,7 +121,7 @@ def _candidates(rows: ResidentRows, site: Site, vector: Tensor, k: int, metric: 
     kept: list[tuple[Tensor, Tensor]] = []
     at = 0
     for batch in rows.batches(site, size):
-        found = score(batch.float()).nan_to_num_(-torch.inf, posinf=-torch.inf)
+        found = score(batch.float()).nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         low, high = max(left_out.start - at, 0), min(left_out.stop - at, len(found))
         if low < high:
             found[low:high] = -torch.inf
