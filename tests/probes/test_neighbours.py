@@ -152,9 +152,9 @@ def test_what_has_no_neighbours_is_refused(store):
         nearest_rows(store, 0, N)
     with pytest.raises(UserError, match=r"has no mlp_out.0"):
         nearest_rows(store, "mlp_out.0", 1)
-    with pytest.raises(UserError, match="a vector of 3 values has no neighbours at resid_post.0, which is 32 wide"):
+    with pytest.raises(UserError, match=r"a vector of 3 values has no neighbours at resid_post.0, which is 32 wide"):
         nearest_rows(store, 0, torch.ones(3))
     with pytest.raises(UserError, match="a vector comes from none"):
         nearest_rows(store, 0, torch.ones(D), other_prompts=True)
-    with pytest.raises(UserError, match="the vector of resid_post.0 is zero or not finite"):
+    with pytest.raises(UserError, match=r"the vector of resid_post.0 is zero or not finite"):
         nearest_rows(store, 0, torch.zeros(D))
