@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from .adapters.adapter_files import ADAPTER
 from .errors import UserError
 from .runs import LOCK
+from .small_files import read_json, read_toml
 from .store.listing import listed_at
 from .store.locks import is_locked
 
@@ -111,7 +110,7 @@ def _run(kind: str, name: str, path: Path, marker: Path) -> Entry:
         state, note = "running", ""
     facts: dict[str, Any] = {}
     try:
-        facts = {"job": tomllib.loads(marker.read_text(encoding="utf-8"))}
+        facts = {"job": read_toml(marker)}
     except (OSError, ValueError) as err:
         state, note = "damaged", f"{marker.name} cannot be read: {err}"
     facts["steps"] = sorted(p.stem for p in (path / "steps").glob("*.json"))
@@ -121,7 +120,7 @@ def _run(kind: str, name: str, path: Path, marker: Path) -> Entry:
 
 def _adapter(name: str, path: Path) -> Entry:
     try:
-        about = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
+        about = read_json(path / ADAPTER)
         facts = {"model": about.get("base", {}).get("name", ""), "title": about.get("name", ""), "about": about}
         return Entry("adapter", name, path, "whole", age=_age([path / ADAPTER]), facts=facts)
     except (OSError, ValueError, AttributeError) as err:

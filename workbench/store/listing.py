@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -13,7 +12,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..sites import Site
-from .checks import FORMAT, MANIFEST, MOMENTS, MOMENTS_FORMAT, TABLES
+from ..small_files import read_json
+from .checks import FORMAT, MANIFEST, MANIFEST_BYTES, MOMENTS, MOMENTS_FORMAT, TABLES
 from .leftovers import size_of, target_of
 from .locks import is_held
 from .store import Store
@@ -86,7 +86,7 @@ def listed_at(path: Path, names: set[str]) -> Listed | None:
             return Listed(path, "damaged", f"has no {MANIFEST}", n_bytes=size_of(path), age=_age(path))
         return None
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST, MANIFEST_BYTES)
     except (ValueError, OSError):
         manifest = {"format": FORMAT} if names & {"shards", *TABLES} else None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -105,7 +105,7 @@ def listed_at(path: Path, names: set[str]) -> Listed | None:
 def _moments(path: Path) -> Listed | None:
     """A folder of `profile_moments`; None where its file says that it is something else."""
     try:
-        about = json.loads((path / MOMENTS).read_text(encoding="utf-8"))
+        about = read_json(path / MOMENTS, MANIFEST_BYTES)
         if about["format"] != MOMENTS_FORMAT:
             return None
         told = (about["model"]["name"], about["prompts"]["name"], about["n_rows"], sorted(about["sites"]),
