@@ -314,6 +314,27 @@ def test_rows_of_stores_pair_as_prompts_do(tmp_path, policies, template, monkeyp
     assert sorted(zip(back[1].tolist(), back[0].tolist(), strict=True)) == sorted(expected)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, STRIPPING])
+def test_the_rows_of_some_prompts_are_those_of_all_that_are_theirs(tmp_path, template):
+    a, _, _, rows_a = tables(tmp_path / "a", SET, tokenizer("byte-level"))
+    b, *_ = tables(tmp_path / "b", SET, tokenizer("unigram", template))
+    every = list(zip(*(rows.tolist() for rows in pair_rows(a, b)), strict=True))
+    chosen = [16, 0, 3, 8, 3, len(SET) - 1]
+    found = list(zip(*(rows.tolist() for rows in pair_rows(a, b, chosen)), strict=True))
+    assert found == [(x, y) for x, y in every if rows_a[x][0] in chosen]
+    assert pair_rows(a, b, range(len(SET)))[0].tolist() == [x for x, _ in every]
+
+
+def test_some_prompts_are_read_and_no_others(tmp_path, monkeypatch):
+    a, *_ = tables(tmp_path / "a", SET, tokenizer("byte-level"))
+    monkeypatch.setattr(Tables, "batches", lambda *_, **__: pytest.fail("the tables were read from end to end"))
+    assert len(pair_rows(a, a, [2])[0]) > 5
+    with pytest.raises(UserError, match=f"has prompts 0 to {len(SET) - 1}; got {len(SET)}"):
+        pair_rows(a, a, [len(SET)])
+    with pytest.raises(UserError, match="hold no tokens that end at the same character"):
+        pair_rows(a, a, [])
+
+
 def test_a_store_pairs_with_itself_row_by_row(tmp_path):
     a, *_ = tables(tmp_path / "a", SET, tokenizer("wordpiece"))
     x, y = pair_rows(a, a)

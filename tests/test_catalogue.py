@@ -183,7 +183,7 @@ def test_only_what_was_listed_can_be_opened_by_name(tmp_path):
     run_folder(tmp_path / "other")
     found = catalogue(tmp_path / "folder")
     for name in ("../other", str(tmp_path / "other"), "", "run/", "x" * 1000):
-        with pytest.raises(UserError, match="no artefact .* in .*folder; there is run"):
+        with pytest.raises(UserError, match=r"no artefact .* in .*folder; there is run"):
             found.get(name)
     with pytest.raises(UserError, match="there is nothing"):
         catalogue(tmp_path / "folder" / "run" / "steps").get("a")

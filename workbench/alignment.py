@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PROMPTS = 4096  # read at a time
 ROWS = 1 << 18
+COLUMNS = ["id", "text", "content", "n_tokens"]  # of a prompt, to be aligned
 
 
 def shared_ends(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -94,13 +96,15 @@ def _lead(content: str, text: str, turn: tuple[int, int]) -> int:
     return max(content.find(text[turn[0] : turn[1]]), 0)
 
 
-def pair_rows(a: Store, b: Store) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+def pair_rows(a: Store, b: Store, prompts: Sequence[int] | None = None) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """The rows of two stores over the same prompts whose tokens are pairs, as `align` has them: a[rows_a], b[rows_b].
 
     The stores may be of models with other tokenizers and templates, and may keep other positions of each prompt: a pair
     needs both. Prompts are read a few thousand at a time. Where the texts of a prompt differ, the frame of each template
     is learned from the prompts themselves.
-    Raises UserError for stores of other prompts, for one whose tokenizer gave no offsets, and where there is no pair.
+    prompts: the indices of some, whose rows alone are read and paired; all unless given.
+    Raises UserError for stores of other prompts, for a prompt that is not there, for a store whose tokenizer gave no
+    offsets, and where there is no pair.
 
     >>> rows_a, rows_b = pair_rows(donor, recipient)  # doctest: +SKIP
     >>> x, y = donor.read(site, rows_a), recipient.read(other, rows_b)  # doctest: +SKIP
@@ -111,7 +115,9 @@ def pair_rows(a: Store, b: Store) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
                         "answers to a row of the other; profile both models over the same prompts")  # fmt: skip
     frames = Frames(), Frames()
     rows_a, rows_b = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for part_a, part_b in zip(_parts(a), _parts(b), strict=True):
+    index = None if prompts is None else np.unique(np.asarray(prompts, dtype=np.int64))
+    parts = (_parts(store) if index is None else _chosen(store, index) for store in (a, b))
+    for part_a, part_b in zip(*parts, strict=True):
         keys_a, keys_b = _keys(part_a, part_b, frames)
         _, at_a, at_b = np.intersect1d(keys_a, keys_b, return_indices=True)
         real = keys_a[at_a] >= 0
@@ -140,27 +146,44 @@ class _Part:
 
 
 def _parts(store: Store) -> Iterator[_Part]:
-    columns = ["id", "text", "content", "n_tokens"]
-    lines = _lines(store, columns)
+    _check_contents(store)
+    lines = (line for batch in store.tables.batches(TABLES[1], COLUMNS, PROMPTS) for line in batch.to_pylist())
     rows = _Rows(store)
     first = 0
     while taken := list(islice(lines, PROMPTS)):
-        prompts = [_prompt(line) for line in taken]
-        row, prompt, position, start, end = rows.until(first + len(taken))
-        if len(end) and int(end.min()) < 0:
-            raise UserError(f"store {store.path}: the tokenizer of {store.name} gave no offsets, so its rows cannot be "
-                            "aligned; load its fast tokenizer and profile again")  # fmt: skip
-        n_tokens = np.array([line["n_tokens"] for line in taken])
-        yield _Part(prompts, [line["text"] for line in taken], n_tokens, row, prompt - first, position, start, end)
+        row, prompt, *places = rows.until(first + len(taken))
+        yield _part(store, taken, row, prompt - first, places)
         first += len(taken)
 
 
-def _lines(store: Store, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _chosen(store: Store, index: np.ndarray) -> Iterator[_Part]:
+    """Some prompts, and their rows, in one part, if there are any; no other line of the tables is looked at."""
+    _check_contents(store)
+    if not len(index):
+        return
+    spans = [store.tables.rows_of(int(number)) for number in index]
+    where = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    row, prompt, *places = _arrays(store.path, store.tables.take(TABLES[0], where, _Rows.columns))
+    lines = store.tables.take(TABLES[1], index, COLUMNS).to_pylist()
+    yield _part(store, lines, row, np.searchsorted(index, prompt), places)
+
+
+def _part(
+    store: Store, lines: list[dict[str, Any]], row: np.ndarray, prompt: np.ndarray, places: list[np.ndarray]
+) -> _Part:
+    position, start, end = places
+    if len(end) and int(end.min()) < 0:
+        raise UserError(f"store {store.path}: the tokenizer of {store.name} gave no offsets, so its rows cannot be "
+                        "aligned; load its fast tokenizer and profile again")  # fmt: skip
+    n_tokens = np.array([line["n_tokens"] for line in lines])
+    texts = [line["text"] for line in lines]
+    return _Part([_prompt(line) for line in lines], texts, n_tokens, row, prompt, position, start, end)
+
+
+def _check_contents(store: Store) -> None:
     if "content" not in store.tables.columns(TABLES[1]):
         raise UserError(f"store {store.path} keeps no contents of its prompts: an earlier version wrote it; profile "
                         "again")  # fmt: skip
-    for batch in store.tables.batches(TABLES[1], columns, PROMPTS):
-        yield from batch.to_pylist()
 
 
 def _prompt(line: dict[str, Any]) -> Prompt:
@@ -186,14 +209,19 @@ class _Rows:
             batch = next(self._batches, None)
             if batch is None:
                 break
-            if any(batch.column(name).null_count for name in self.columns):
-                raise UserError(f"store {self._path}: an imported store does not say which characters its rows stand for, "
-                                "so they cannot be aligned; profile the model again")  # fmt: skip
-            parts.append([batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in self.columns])
+            parts.append(_arrays(self._path, batch))
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         at = int(np.searchsorted(whole[1], prompt))
         self._left = [column[at:] for column in whole]
         return [column[:at] for column in whole]
+
+
+def _arrays(path: Path, table: Any) -> list[np.ndarray]:
+    """The columns of `_Rows` of a pyarrow table."""
+    if any(table.column(name).null_count for name in _Rows.columns):
+        raise UserError(f"store {path}: an imported store does not say which characters its rows stand for, so they "
+                        "cannot be aligned; profile the model again")  # fmt: skip
+    return [table.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _Rows.columns]
 
 
 def _keys(a: _Part, b: _Part, frames: tuple[Frames, Frames]) -> tuple[np.ndarray, np.ndarray]:

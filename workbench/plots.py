@@ -55,7 +55,8 @@ def on_dark(figure: go.Figure) -> go.Figure:
         marker = getattr(trace, "marker", None)
         parts = (getattr(trace, part, None) for part in ("line", "error_y", "error_x"))
         for holder in (trace, marker, getattr(marker, "line", None), *parts):
-            if holder is not None and getattr(holder, "color", None) in BLACKS:
+            colour = getattr(holder, "color", None)
+            if isinstance(colour, str) and colour in BLACKS:  # others are a colour for each point
                 holder.color = "#FFFFFF"
     for part in (*drawn.layout.annotations, *drawn.layout.shapes):
         for holder in (getattr(part, "font", None), getattr(part, "line", None)):
