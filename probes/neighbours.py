@@ -26,6 +26,7 @@ LANES = 8
 """partial sums, at least, in which any machine adds up a row: it bounds the rounding of a float32 score"""
 SCORED = 4096
 Score = Callable[[Tensor], Tensor]
+"""of rows in float32 that nobody needs afterwards: a higher one is nearer"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +120,12 @@ def _candidates(rows: ResidentRows, site: Site, vector: Tensor, k: int, metric: 
     score = _cosine(vector.float().to(rows.device)) if metric == "cosine" else _nearness(vector.float().to(rows.device))
     best = torch.full((k,), -torch.inf, device=rows.device)
     kept: list[tuple[Tensor, Tensor]] = []
-    at = 0
+    at, x = (
+        0,
+        torch.empty((size, len(vector)), device=rows.device),
+    )  # fresh memory would cost more than all that is done
     for batch in rows.batches(site, size):
-        found = score(batch.float()).nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        found = score(x[: len(batch)].copy_(batch)).nan_to_num_(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         low, high = max(left_out.start - at, 0), min(left_out.stop - at, len(found))
         if low < high:
             found[low:high] = -torch.inf
@@ -150,7 +154,7 @@ def _cosine(vector: Tensor) -> Score:
 
 
 def _nearness(vector: Tensor) -> Score:
-    return lambda x: -torch.linalg.vector_norm(x - vector, dim=1)
+    return lambda x: -torch.linalg.vector_norm(x.sub_(vector), dim=1)
 
 
 def _exact(rows: ResidentRows, site: Site, vector: Tensor, found: Tensor, metric: str) -> np.ndarray:

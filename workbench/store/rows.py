@@ -6,7 +6,6 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -51,7 +50,7 @@ class RowFiles:
         one = self.layout.widths[site] * self.layout.itemsize
         return begin + low * one, (high - low) * one
 
-    def map(self, site: str, piece: Piece, advice: int | None = None) -> Tensor:
+    def map(self, site: str, piece: Piece) -> Tensor:
         """A piece [n, d] as memory that is the file's until it is written to; no more than its own pages."""
         at, size = self._where(site, piece)
         page = at - at % mmap.ALLOCATIONGRANULARITY
@@ -60,9 +59,6 @@ class RowFiles:
             memory = mmap.mmap(handle, at - page + size, access=mmap.ACCESS_COPY, offset=page)
         finally:
             os.close(handle)
-        if advice is not None:
-            with suppress(OSError):  # a system that does not know it
-                memory.madvise(advice)
         flat = torch.frombuffer(memory, dtype=self.dtype, count=size // self.dtype.itemsize, offset=at - page)
         return flat.view(piece[2] - piece[1], -1)
 
@@ -86,15 +82,37 @@ class RowFiles:
             left = as_bytes(out[done : done + rows])
             handle = self._open(piece[0])
             try:
-                while left:
-                    n = os.preadv(handle, [left], at)
-                    if n == 0:
-                        raise UserError(f"store {self.folder.path}: {self.shards[piece[0]]['file']} changed since the "
-                                        "store was opened; run verify")  # fmt: skip
-                    left, at = left[n:], at + n
+                self._fill(handle, left, at, piece[0])
             finally:
                 os.close(handle)
             done += rows
+
+    def _fill(self, handle: int, left: memoryview, at: int, number: int) -> None:
+        """Reads bytes of a shard from `at` on until there is no room left for more."""
+        while left:
+            n = os.preadv(handle, [left], at)
+            if n == 0:
+                raise UserError(f"store {self.folder.path}: {self.shards[number]['file']} changed since the store was "
+                                "opened; run verify")  # fmt: skip
+            left, at = left[n:], at + n
+
+    def _scattered(self, site: str, number: int, local: Tensor) -> Tensor:
+        """Rows of a shard that lie far apart, read one by one: a map would be met page by page."""
+        out = torch.empty((len(local), self.layout.widths[site]), dtype=self.dtype)
+        memory, (begin, one) = as_bytes(out), self._where(site, (number, 0, 1))
+        starts = [begin + one * row for row in local.tolist()]
+        handle = self._open(number)
+        try:
+            if hasattr(os, "posix_fadvise") and not self.at_hand(
+                site, (number, int(local.min()), int(local.max()) + 1)
+            ):
+                for at in starts:  # the disk is told of all of them before the first is waited for
+                    os.posix_fadvise(handle, at, one, os.POSIX_FADV_WILLNEED)
+            for i, at in enumerate(starts):
+                self._fill(handle, memory[i * one : (i + 1) * one], at, number)
+        finally:
+            os.close(handle)
+        return out
 
     def slice(self, site: str, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Rows [start, stop) of a site: a map where they lie in one shard and stay as they are, a copy elsewhere."""
@@ -148,7 +166,7 @@ class RowFiles:
             local = index[mine] - self.starts[number]
             low, high = int(local.min()), int(local.max()) + 1
             sparse = n * width * self.layout.itemsize * 4 < (high - low) * width * self.layout.itemsize
-            part = self.map(site, (number, low, high), mmap.MADV_RANDOM if sparse else None)[local - low]
+            part = self._scattered(site, number, local) if sparse else self.map(site, (number, low, high))[local - low]
             out[mine.to(device)] = part.to(device).to(dtype)
             at += n
         return out
