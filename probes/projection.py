@@ -39,6 +39,8 @@ class Projection:
     rows: Int[Tensor, " n"]
     points: Float[Tensor, "n 2"]
     """float32 on the CPU; NaN for rows with a value that is not finite"""
+    norms: Float[Tensor, " n"]
+    """L2 norm of each row, in activation units"""
     shares: tuple[float, float] | None
     """of the variance of the fitted rows, along each axis; None for UMAP, whose axes mean nothing"""
     fitted: int
@@ -107,12 +109,13 @@ def project_rows(
     if len(x) < 2:
         raise UserError(f"{len(x)} of {len(chosen)} rows of {place} can be used; a projection is fitted on two or more")
     pca = _fit(x.numpy(), 2 if umap is None else UMAP_DIMENSIONS, seed)
-    parts = list(_coordinates(source, place, rows, pca))
+    parts, norms = zip(*_coordinates(source, place, rows, pca), strict=True)
     if umap is None:
-        return Projection(place, method, rows, _wide(torch.cat(parts)), _shares(pca), len(x), store.n_rows, seed)
-    reducer = umap.UMAP(n_components=2, random_state=seed).fit(pca.transform(x.numpy()))
-    points = torch.cat([_placed(reducer, part) for part in parts])
-    return Projection(place, method, rows, points, None, len(x), store.n_rows, seed)
+        points, shares = _wide(torch.cat(parts)), _shares(pca)
+    else:
+        reducer = umap.UMAP(n_components=2, random_state=seed).fit(pca.transform(x.numpy()))
+        points, shares = torch.cat([_placed(reducer, part) for part in parts]), None
+    return Projection(place, method, rows, points, torch.cat(norms), shares, len(x), store.n_rows, seed)
 
 
 def _read(source: Store | ResidentRows, site: Site, rows: Tensor) -> Tensor:
@@ -126,14 +129,14 @@ def _fit(x: np.ndarray, components: int, seed: int) -> Any:
         return PCA(min(components, *x.shape), svd_solver="randomized", iterated_power=4, random_state=seed).fit(x)
 
 
-def _coordinates(source: Store | ResidentRows, site: Site, rows: Tensor, pca: Any) -> Iterator[Tensor]:
-    """(x - mean) @ V of all rows, batch by batch on the device that they are on."""
+def _coordinates(source: Store | ResidentRows, site: Site, rows: Tensor, pca: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x - mean) @ V and the norm of all rows, batch by batch on the device that they are on."""
     mean, axes = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (pca.mean_, pca.components_.T))
     for index in rows.split(BATCH):
         x = _read(source, site, index).float()
         found = (x - mean.to(x.device)) @ axes.to(x.device)
         found[~torch.isfinite(found).all(1)] = float("nan")
-        yield found.cpu()
+        yield found.cpu(), torch.linalg.vector_norm(x, dim=1).cpu()
 
 
 def _wide(points: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import streamlit as st
 
@@ -48,19 +48,37 @@ def choose(
     key: str,
     *,
     default: str = "",
+    index: int = 0,
     known: Collection[str] = (),
+    shown: Mapping[str, str] | None = None,
     help: str | None = None,
 ) -> str:
-    """A choice among names, in the page's address as `key`, `default` where it says nothing. At least one name is given.
+    """A choice among names, in the page's address as `key`; at least one name is given.
 
     A name in the address that is not one of them is refused in so many words, unless it is one of `known`: those that
-    other picks of the page leave no room for, which give way to the default.
+    other picks of the page leave no room for, which give way to `default`, or to the name at `index`. shown: how names of
+    our own are told; others are shown as text.
     """
+    words = {name: (shown or {}).get(name) or text.shown(name, 120) for name in (*names, *known)}
     asked = st.query_params.get(key)
-    if asked is not None and asked not in {text.shown(name, 120) for name in (*names, *known)}:
-        text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
-    return st.selectbox(label, names, index=names.index(default) if default in names else 0, key=key, bind="query-params",
-                        format_func=lambda name: text.shown(name, 120), help=help)  # fmt: skip
+    if asked is not None and asked not in words.values():
+        text.problem(f"the link asks for {key} {asked!r:.200}, which is not there; it was refused")
+    return st.selectbox(label, names, index=names.index(default) if default in names else index, key=key,
+                        bind="query-params", format_func=lambda name: words[name], help=help)  # fmt: skip
+
+
+def choose_site(store: Store, key: str = "site", *, index: int | None = None) -> str:
+    """A site of a store, the last unless another is asked for."""
+    names = [str(site) for site in store.sites]
+    return choose("Site", names, key, index=len(names) - 1 if index is None else index)
+
+
+def stamp(store: Store) -> int:
+    """When the store at this path was last written: what is kept of it is kept by this."""
+    try:
+        return (store.path / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def pick_store(key: str = "store") -> Store | None:

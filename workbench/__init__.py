@@ -66,6 +66,8 @@ _HOME = {
     "measure_interference": "evaluate.interference",
     "Job": "jobs",
     "run_job": "jobs",
+    "store_overview": "store.overview",
+    "show": "display",
 }
 __all__ = sorted(_HOME)
 

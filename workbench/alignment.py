@@ -146,9 +146,7 @@ class _Part:
 
 
 def _parts(store: Store) -> Iterator[_Part]:
-    _check_contents(store)
-    lines = (line for batch in store.tables.batches(TABLES[1], COLUMNS, PROMPTS) for line in batch.to_pylist())
-    rows = _Rows(store)
+    lines, rows = _lines(store, COLUMNS), _Rows(store)
     first = 0
     while taken := list(islice(lines, PROMPTS)):
         row, prompt, *places = rows.until(first + len(taken))
@@ -178,6 +176,12 @@ def _part(
     n_tokens = np.array([line["n_tokens"] for line in lines])
     texts = [line["text"] for line in lines]
     return _Part([_prompt(line) for line in lines], texts, n_tokens, row, prompt, position, start, end)
+
+
+def _lines(store: Store, columns: list[str]) -> Iterator[dict[str, Any]]:
+    _check_contents(store)
+    for batch in store.tables.batches(TABLES[1], columns, PROMPTS):
+        yield from batch.to_pylist()
 
 
 def _check_contents(store: Store) -> None:

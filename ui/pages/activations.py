@@ -1,9 +1,25 @@
-"""activations"""
+"""Cached activations: a store at a glance, its rows in a plane, their tokens and neighbours, and two models side by side."""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from ui import text
+from ui.activations import overview, pairs, projection
+from ui.opened import choose, pick_store
+
+VIEWS = {"overview": overview.view, "projection": projection.view, "models": pairs.view}
+TITLES = {"overview": "At a glance", "projection": "Rows in a plane", "models": "Two models side by side"}
+
 
 def page() -> None:
     st.title("Activations")
+    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    with left:
+        store = pick_store()
+    if store is None:
+        return
+    with right:
+        name = choose("View", list(VIEWS), "view", shown=TITLES)
+    text.write(f"{store.name} · {store.n_rows:,} rows · {len(store.sites)} sites · {store.dtype}", 300)
+    VIEWS[name](store)

@@ -1,0 +1,242 @@
+"""The page of activations: every view and state, its picks in the address, and the text of others as text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from probes import projection
+from tests.store.made import made_store, noise
+from ui.activations import tokens
+from ui.activations.tokens import selected, spread
+from workbench.sites import Site
+from workbench.store import Store
+
+from .conftest import words
+
+TEXTS = [" ".join(["start", *(f"word{(7 * i + j) % 23}" for j in range(1, 12 + i % 4))]) for i in range(40)]
+N = sum(len(one.split()) for one in TEXTS)
+Opener = Callable[..., AppTest]
+
+
+def fill(path: Path, seed: int, model: str, tokenizer: str = "t") -> Store:
+    values = {Site(layer): noise(N, 12, 10 * seed + layer) * (1 + layer) for layer in range(2)}
+    return made_store(path, values, TEXTS, labels=["even", "odd"] * 20, metas=[{"topic": i % 3} for i in range(40)],
+                      model=model, tokenizer=tokenizer)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("work")
+    fill(made / "a", 0, "first-model")
+    fill(made / "b", 1, "second-model", "other")
+    return made
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[dict[str, Any]]:
+    """The panels that a page drew; `selection` of the list is what is selected in the next."""
+    import ui.activations.overview
+    import ui.activations.pairs
+    import ui.activations.projection
+
+    found: Any = type("Panels", (list,), {"selection": []})()
+
+    def panel(figure, **options):
+        found.append({"figure": figure, **options})
+        return {"selection": {"points": [{"customdata": i} for i in found.selection]}} if options.get("select") else None
+
+    for module in (ui.activations.overview, ui.activations.pairs, ui.activations.projection):
+        monkeypatch.setattr(module, "panel", panel)
+    return found
+
+
+def fine(test: AppTest) -> AppTest:
+    assert not test.exception, [e.value for e in test.exception]
+    assert "could not be done" not in words(test)
+    return test
+
+
+def test_an_empty_folder_says_what_to_run(open_page: Opener, tmp_path):
+    test = open_page("activations", tmp_path)
+    assert not test.exception
+    assert "No store of activations in the opened folder." in words(test)
+    assert "workbench profile" in test.code[0].value
+
+
+def test_a_damaged_store_is_one_line(open_page: Opener, folder, tmp_path):
+    shutil.copytree(folder / "a", tmp_path / "a")
+    (tmp_path / "a" / "shards" / "00000.safetensors").write_bytes(b"short")
+    test = open_page("activations", tmp_path)
+    assert not test.exception
+    assert "This could not be done" in words(test)
+    assert "00000.safetensors has 5 bytes" in words(test)
+    assert "workbench stores verify" in words(test)
+
+
+def test_the_first_view_is_the_store_at_a_glance(open_page: Opener, folder):
+    test = fine(open_page("activations", folder))
+    assert [s.value for s in test.subheader] == [
+        "Norms by layer", "Norms by position", "Outlier dimensions", "Massive activations"]  # fmt: skip
+    facts = dict(test.dataframe[0].value.to_numpy().tolist())
+    assert facts["model"] == "first-model (f, 2 layers)"
+    assert facts["rows"] == f"{N} (tokens: all)"
+    assert "none in the sample" in words(test)
+
+
+@pytest.mark.parametrize("view", ["overview", "projection", "models"])
+def test_every_snippet_gives_the_figure_that_the_page_drew(open_page: Opener, folder, drawn, view):
+    fine(open_page("activations", folder, view=view))
+    assert len(drawn) == {"overview": 3, "projection": 1, "models": 1}[view]
+    assert len({one["key"] for one in drawn}) == len(drawn)
+    for one in drawn:
+        names: dict[str, Any] = {}
+        exec(compile(one["code"], one["key"], "exec"), names)
+        assert names["figure"].to_json() == one["figure"].to_json()
+        assert len(one["data"]()) > 0
+
+
+def test_a_link_opens_the_same_picks(open_page: Opener, folder, drawn):
+    asked = {"view": "projection", "store": "b", "site": "resid_post.0", "points": "2000", "by": "label",
+             "colour": "meta.topic", "method": "pca", "first": "true"}  # fmt: skip
+    test = fine(open_page("activations", folder, **asked))
+    for key, value in asked.items():
+        if key != "first":
+            assert test.selectbox(key=key).value == value
+    assert test.checkbox(key="first").value
+    assert drawn[0]["figure"].layout.legend.title.text == "topic"
+    assert "'resid_post.0'" in drawn[0]["code"]
+    assert "by='label', first=None" in drawn[0]["code"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("site", "mlp_out.9"), ("colour", "nothing"), ("view", "<b>x</b>"),
+                                            ("store", "../other"), ("points", "10")])  # fmt: skip
+def test_what_a_link_asks_for_and_is_not_there_is_refused(open_page: Opener, folder, key, value):
+    test = open_page("activations", folder, **{"view": "projection", key: value})
+    assert not test.exception
+    assert f"the link asks for {key} {value!r}" in words(test)
+    assert all(value not in str(one.value) for one in test.markdown)
+
+
+def test_a_selection_is_shown_as_tokens_in_their_prompts(open_page: Opener, folder, drawn):
+    drawn.selection = [3, 200, 99999, 17]
+    test = fine(open_page("activations", folder, view="projection"))
+    table = test.dataframe[0].value
+    assert table["row"].tolist() == [3, 17, 200], "a row that was not drawn is none"
+    whole = Store.open(folder / "a").rows()
+    assert table["token"].tolist() == whole["text"].iloc[[3, 17, 200]].tolist()
+    assert "3 of 3 selected rows" in words(test)
+    line = table.iloc[0]
+    assert f"{line['before']}{line['token']}{line['after']}" in " ".join(TEXTS)
+
+
+def test_a_row_has_neighbours_over_the_whole_store(open_page: Opener, folder, drawn):
+    test = fine(open_page("activations", folder, view="projection", points="2000", row="77", k="5", site="resid_post.1"))
+    table = test.dataframe(key="near").value if hasattr(test.dataframe, "__call__") else test.dataframe[1].value
+    x = Store.open(folder / "a").read(1).double()
+    near = torch.nn.functional.cosine_similarity(x, x[77][None]).argsort(descending=True)[:6]
+    assert table["row"].tolist() == near.tolist()
+    assert f"the nearest of {N - 1} rows at resid_post.1" in words(test)
+    test.selectbox(key="metric").select("euclidean").run()
+    test.checkbox(key="others").check().run()
+    fine(test)
+    assert "Euclidean distance" in words(test)
+    assert "other_prompts=True" in test.code[-1].value
+    names: dict[str, Any] = {}
+    exec(test.code[-1].value, names)
+    assert names["table"]["row"].tolist() == test.dataframe[1].value["row"].tolist()[1:]
+
+
+def test_without_umap_one_line_says_so(open_page: Opener, folder, monkeypatch):
+    import ui.activations.projection
+
+    monkeypatch.setattr(ui.activations.projection, "has_umap", lambda: False)
+    test = fine(open_page("activations", folder, view="projection", method="umap"))
+    assert "UMAP needs the package umap-learn, which is not installed." in words(test)
+    assert "pip install umap-learn" in words(test)
+
+
+def test_two_models_are_aligned_by_character(open_page: Opener, folder, drawn):
+    drawn.selection = [4, 10**6]
+    test = fine(open_page("activations", folder, view="models", store="a", second="b", site2="resid_post.0"))
+    figure = drawn[0]["figure"]
+    assert "first-model" in figure.layout.annotations[0].text
+    assert "second-model" in figure.layout.annotations[1].text
+    table = test.dataframe[0].value
+    assert table["token"].tolist() == table["token of the second"].tolist()
+    assert len(table) == 1
+    assert "1 of 1 selected pairs" in words(test)
+
+
+def test_a_store_alone_says_how_to_get_a_second(open_page: Opener, folder, tmp_path):
+    shutil.copytree(folder / "a", tmp_path / "a")
+    made_store(tmp_path / "c", {Site(0): noise(4, 3)}, ["other words", "two more"])
+    test = fine(open_page("activations", tmp_path, view="models", store="a"))
+    assert "No other store of this folder holds the same prompts" in words(test)
+    assert "--tokens all" in words(test)
+
+
+HOSTILE = ("<script>alert(1)</script>", "[x](javascript:1)", "**b**", "a\u202eb\u2066c", "y" * 10_000)
+
+
+@pytest.mark.parametrize("view", ["overview", "projection", "models"])
+def test_text_of_others_is_shown_as_text(open_page: Opener, tmp_path, drawn, view):
+    texts = [f"start {token} end" for token in HOSTILE] * 3
+    x = noise(3 * len(texts), 6)
+    x[4, 2] = 1e6  # so that a hostile token is massive too
+    for name in ("a", "<b>x</b>"):
+        made_store(tmp_path / name, {Site(0): x}, texts, labels=list(HOSTILE) * 3, model="<i>m</i>",
+                   metas=[{"<u>k</u>": token} for token in HOSTILE] * 3)  # fmt: skip
+    test = fine(open_page("activations", tmp_path, view=view, colour="label", row="1"))
+    rendered = [str(one.value) for kind in ("markdown", "caption", "title", "subheader", "header") for one in test.get(kind)]
+    for one in rendered:
+        for text in (*HOSTILE, "<i>", "<b>", "<u>", "\u202e"):
+            assert text not in one
+    for one in drawn:
+        raw = one["figure"].to_json().replace("\\u003c", "<")
+        for text in ("<script", "<i>", "<b>", "<u>", "\u202e", "\\u202e", "y" * 100):
+            assert text not in raw
+    for one in test.dataframe:
+        cells = " ".join(map(str, one.value.to_numpy().ravel()))
+        assert "\u202e" not in cells
+        assert "y" * 500 not in cells
+
+
+def test_rows_that_are_all_first_are_said_to_be(open_page: Opener, tmp_path):
+    made_store(tmp_path / "s", {Site(0): noise(5, 4)}, ["one", "two", "three", "four", "five"])
+    test = fine(open_page("activations", tmp_path, view="projection"))
+    assert "No two rows are left to draw" in words(test)
+    assert fine(open_page("activations", tmp_path)).subheader
+
+
+def test_a_large_selection_is_shown_in_part(open_page: Opener, folder, drawn):
+    drawn.selection = list(range(N))
+    test = fine(open_page("activations", folder, view="projection", first="true"))
+    assert len(test.dataframe[0].value) == tokens.MOST
+    assert f"100 of {N} selected rows" in words(test)
+    assert spread([1, 2]) == [1, 2]
+
+
+def test_points_that_are_selected_are_told_by_their_customdata():
+    points = [{"customdata": 4}, {"customdata": [2]}, {"customdata": 4}, {"customdata": "<b>"}, {}, {"customdata": []}]
+    assert selected({"selection": {"points": points}}) == [2, 4]
+    assert selected(None) == selected({}) == []
+
+
+def test_nothing_is_read_whole(open_page: Opener, folder, monkeypatch):
+    read = Store.read
+
+    def counted(self, site, rows=None, **more):
+        assert rows is not None, "a site was read whole"
+        return read(self, site, rows, **more)
+
+    monkeypatch.setattr(Store, "read", counted)
+    monkeypatch.setattr(projection, "FITTED", 100)
+    for view in ("overview", "projection", "models"):
+        fine(open_page("activations", folder, view=view))
