@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import plotly.graph_objects as go
@@ -28,6 +28,7 @@ MOST_LETTERS = 40
 NORM = "L2 norm (activation units)"
 
 
+@runtime_checkable
 class Plane(Protocol):
     """What `probes.projection.Projection` is to a figure."""
 

@@ -50,7 +50,9 @@ def drawn(monkeypatch) -> list[dict[str, Any]]:
 
     def panel(figure, **options):
         found.append({"figure": figure, **options})
-        return {"selection": {"points": [{"customdata": i} for i in found.selection]}} if options.get("select") else None
+        return (
+            {"selection": {"points": [{"customdata": i} for i in found.selection]}} if options.get("select") else None
+        )
 
     for module in (ui.activations.overview, ui.activations.pairs, ui.activations.projection):
         monkeypatch.setattr(module, "panel", panel)
@@ -90,10 +92,10 @@ def test_the_first_view_is_the_store_at_a_glance(open_page: Opener, folder):
     assert "none in the sample" in words(test)
 
 
-@pytest.mark.parametrize("view", ["overview", "projection", "models"])
+@pytest.mark.parametrize("view", ["overview", "projection", "two models"])
 def test_every_snippet_gives_the_figure_that_the_page_drew(open_page: Opener, folder, drawn, view):
     fine(open_page("activations", folder, view=view))
-    assert len(drawn) == {"overview": 3, "projection": 1, "models": 1}[view]
+    assert len(drawn) == {"overview": 3, "projection": 1, "two models": 1}[view]
     assert len({one["key"] for one in drawn}) == len(drawn)
     for one in drawn:
         names: dict[str, Any] = {}
@@ -137,8 +139,10 @@ def test_a_selection_is_shown_as_tokens_in_their_prompts(open_page: Opener, fold
 
 
 def test_a_row_has_neighbours_over_the_whole_store(open_page: Opener, folder, drawn):
-    test = fine(open_page("activations", folder, view="projection", points="2000", row="77", k="5", site="resid_post.1"))
-    table = test.dataframe(key="near").value if hasattr(test.dataframe, "__call__") else test.dataframe[1].value
+    test = fine(
+        open_page("activations", folder, view="projection", points="2000", row="77", k="5", site="resid_post.1")
+    )
+    table = test.dataframe[1].value
     x = Store.open(folder / "a").read(1).double()
     near = torch.nn.functional.cosine_similarity(x, x[77][None]).argsort(descending=True)[:6]
     assert table["row"].tolist() == near.tolist()
@@ -164,7 +168,7 @@ def test_without_umap_one_line_says_so(open_page: Opener, folder, monkeypatch):
 
 def test_two_models_are_aligned_by_character(open_page: Opener, folder, drawn):
     drawn.selection = [4, 10**6]
-    test = fine(open_page("activations", folder, view="models", store="a", second="b", site2="resid_post.0"))
+    test = fine(open_page("activations", folder, view="two models", store="a", second="b", site2="resid_post.0"))
     figure = drawn[0]["figure"]
     assert "first-model" in figure.layout.annotations[0].text
     assert "second-model" in figure.layout.annotations[1].text
@@ -177,7 +181,7 @@ def test_two_models_are_aligned_by_character(open_page: Opener, folder, drawn):
 def test_a_store_alone_says_how_to_get_a_second(open_page: Opener, folder, tmp_path):
     shutil.copytree(folder / "a", tmp_path / "a")
     made_store(tmp_path / "c", {Site(0): noise(4, 3)}, ["other words", "two more"])
-    test = fine(open_page("activations", tmp_path, view="models", store="a"))
+    test = fine(open_page("activations", tmp_path, view="two models", store="a"))
     assert "No other store of this folder holds the same prompts" in words(test)
     assert "--tokens all" in words(test)
 
@@ -185,7 +189,7 @@ def test_a_store_alone_says_how_to_get_a_second(open_page: Opener, folder, tmp_p
 HOSTILE = ("<script>alert(1)</script>", "[x](javascript:1)", "**b**", "a\u202eb\u2066c", "y" * 10_000)
 
 
-@pytest.mark.parametrize("view", ["overview", "projection", "models"])
+@pytest.mark.parametrize("view", ["overview", "projection", "two models"])
 def test_text_of_others_is_shown_as_text(open_page: Opener, tmp_path, drawn, view):
     texts = [f"start {token} end" for token in HOSTILE] * 3
     x = noise(3 * len(texts), 6)
@@ -194,7 +198,9 @@ def test_text_of_others_is_shown_as_text(open_page: Opener, tmp_path, drawn, vie
         made_store(tmp_path / name, {Site(0): x}, texts, labels=list(HOSTILE) * 3, model="<i>m</i>",
                    metas=[{"<u>k</u>": token} for token in HOSTILE] * 3)  # fmt: skip
     test = fine(open_page("activations", tmp_path, view=view, colour="label", row="1"))
-    rendered = [str(one.value) for kind in ("markdown", "caption", "title", "subheader", "header") for one in test.get(kind)]
+    rendered = [
+        str(one.value) for kind in ("markdown", "caption", "title", "subheader", "header") for one in test.get(kind)
+    ]
     for one in rendered:
         for text in (*HOSTILE, "<i>", "<b>", "<u>", "\u202e"):
             assert text not in one
@@ -238,5 +244,5 @@ def test_nothing_is_read_whole(open_page: Opener, folder, monkeypatch):
 
     monkeypatch.setattr(Store, "read", counted)
     monkeypatch.setattr(projection, "FITTED", 100)
-    for view in ("overview", "projection", "models"):
+    for view in ("overview", "projection", "two models"):
         fine(open_page("activations", folder, view=view))

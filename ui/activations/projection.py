@@ -75,11 +75,11 @@ def _linked(path: str) -> None:
     with columns[0]:
         site = choose_site(store)
     with columns[1]:
-        method = choose("Method", METHODS, "method", shown={"pca": "PCA", "umap": "UMAP"})
+        method = choose("Method", METHODS, "method")
     with columns[2]:
-        n = int(choose("Points", SIZES, "points", shown={size: f"{int(size):,}" for size in SIZES}, index=2))
+        n = int(choose("Points", SIZES, "points", index=2))
     with columns[3]:
-        by = choose("Drawn", list(STRATA), "by", shown=STRATA)
+        by = choose("Drawn by", list(STRATA), "by")
     with columns[5]:
         first = st.checkbox("position 0 too", key="first", bind="query-params", help=FIRST)
     picks = Picks(path, stamp(store), n, by, None if first else False)

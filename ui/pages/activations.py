@@ -8,8 +8,7 @@ from ui import text
 from ui.activations import overview, pairs, projection
 from ui.opened import choose, pick_store
 
-VIEWS = {"overview": overview.view, "projection": projection.view, "models": pairs.view}
-TITLES = {"overview": "At a glance", "projection": "Rows in a plane", "models": "Two models side by side"}
+VIEWS = {"overview": overview.view, "projection": projection.view, "two models": pairs.view}
 
 
 def page() -> None:
@@ -20,6 +19,6 @@ def page() -> None:
     if store is None:
         return
     with right:
-        name = choose("View", list(VIEWS), "view", shown=TITLES)
+        name = choose("View", list(VIEWS), "view")
     text.write(f"{store.name} · {store.n_rows:,} rows · {len(store.sites)} sites · {store.dtype}", 300)
     VIEWS[name](store)
