@@ -21,4 +21,6 @@ def choice(label: str, options: Mapping[Any, str], key: str, default: int = 0, *
         text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
     # Streamlit wants no default beside a value that is there already
     index = 0 if key in st.session_state else default
-    return st.selectbox(label, list(options), index, key=key, bind="query-params", format_func=lambda v: shown[v], **more)
+    return st.selectbox(
+        label, list(options), index, key=key, bind="query-params", format_func=lambda v: shown[v], **more
+    )

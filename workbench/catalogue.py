@@ -131,7 +131,7 @@ def _lens(name: str, path: Path) -> Entry:
     """A fitted lens; its own key holds what tuned-lens's config does not know, the fingerprint of its model say."""
     file = path / "config.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_json(file)
         own = about.get(LENS_KEY) or {}
         base = own.get("base") or {"name": about["base_model_name_or_path"]}
         facts = {"model": base.get("name", ""), "lens": str(about["lens_type"]), "base": dict(base),

@@ -57,7 +57,7 @@ def lens(
     """
     if kind is not None and kind not in KINDS:
         raise UserError(f"unknown kind of lens {kind!r}; allowed: {', '.join(KINDS)}")
-    places = {"dtype": dtype, "device": device, "backend": backend}
+    places: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
     if fit:
         if text is not None or lens is not None or adapter is not None:
             raise UserError("--fit takes --prompts and --out; leave --text, --lens and --adapter out")
@@ -95,7 +95,7 @@ def lens(
 
 
 def _fitted(model: str, kind: str, prompts: str, out: Path, limit: int | None, seed: int, max_length: int | None,
-            options: dict[str, Any], places: dict[str, str], overwrite: bool, as_json: bool) -> None:  # fmt: skip
+            options: dict[str, Any], places: dict[str, Any], overwrite: bool, as_json: bool) -> None:  # fmt: skip
     from .atomic import check_free
     from .models import load
     from .prompts import PromptSet

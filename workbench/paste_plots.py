@@ -116,7 +116,8 @@ def top_bars(changes: TokenChanges, position: int) -> go.Figure:
         ))  # fmt: skip
     figure.update_xaxes(title_text="probability of the next token", rangemode="tozero")
     figure.update_yaxes(tickvals=places, ticktext=labels, autorange="reversed", zeroline=False)
-    where = f"after position {position}, “{shown_token(changes.tokens[position], 40)}”: KL {float(changes.kl[position]):.4g} nats"
+    token, kl = shown_token(changes.tokens[position], 40), float(changes.kl[position])
+    where = f"after position {position}, “{token}”: KL {kl:.4g} nats"
     return _style(figure, 130 + 26 * len(table), barmode="group", bargap=0.25, title={"text": where, "font": {"size": 14}},
                   legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"})  # fmt: skip
 

@@ -58,4 +58,3 @@ def _small(png: bytes) -> bytes:
     out = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(out, "PNG", optimize=True)
     return out.getvalue()
-

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,7 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
         thread.join(60)
     assert found == {prompt: [answer] * 3 for prompt, answer in want.items()}
     # whole answers in turn: the thread changes only between answers
-    turns = [a for a, b in zip(most[1:], most[2:], strict=False) if a != b]
+    turns = [a for a, b in pairwise(most[1:]) if a != b]
     assert len(turns) < 9
 
 

@@ -141,7 +141,9 @@ def report(runs: Sequence[Entry]) -> None:
     if not names:
         return
     st.subheader("Report")
-    name = st.selectbox("Of the run", names, key="report", bind="query-params", format_func=lambda n: text.shown(n, 120))
+    name = st.selectbox(
+        "Of the run", names, key="report", bind="query-params", format_func=lambda n: text.shown(n, 120)
+    )
     run = next(r for r in runs if r.name == name)
     shown = st.toggle("Show it here", key="open", bind="query-params")
     html = _report(run.kind, str(run.path), _stamp(run)) if shown else ""
