@@ -66,6 +66,16 @@ def panel(
     return found if select else None
 
 
+def take_pair(
+    key: str, names: tuple[str, str], made: Callable[[Any, Any], tuple[str, str]] = lambda a, b: (str(a), str(b))
+) -> None:
+    """Makes the clicked cell of a panel the pick of two selectboxes; made: their values of its customdata."""
+    pair = picked_of(key)
+    if pair is not None and len(pair) == 2:
+        for name, value in zip(names, made(*pair), strict=True):
+            st.session_state[name] = value
+
+
 def lines(table: Any, key: str, *, wide: str = "") -> None:
     """A table of results: numbers with four digits, text as text; wide: the column that gets the room."""
     config: dict[str, Any] = {name: st.column_config.NumberColumn(format="%.4g") for name, kind in table.dtypes.items()

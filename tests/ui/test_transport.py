@@ -7,7 +7,7 @@ import json
 import pytest
 
 from probes.transport_results import load_transport
-from ui.pages.transport import take_pair
+from ui.panels import take_pair
 from workbench.errors import UserError
 
 from .conftest import run_snippets, words
@@ -155,7 +155,6 @@ def test_results_say_what_they_lack(tmp_path):
 def test_a_clicked_cell_is_the_pick_of_its_selectboxes(monkeypatch):
     state = {"grid": {"selection": {"points": [{"customdata": ["resid_post.0", "resid_post.1"]}]}}, "other": {}}
     monkeypatch.setattr("ui.panels.st.session_state", state)
-    monkeypatch.setattr("ui.pages.transport.st.session_state", state)
     take_pair("grid", ("source", "target"))
     assert (state["source"], state["target"]) == ("resid_post.0", "resid_post.1")
     take_pair("other", ("source", "target"))

@@ -11,8 +11,7 @@ import streamlit as st
 from ui import held, text
 from ui.opened import choose, contents, pick_run
 from ui.pages.converter_parts import against, asked_for, captured, forecasts, snippet, spectra
-from ui.pages.transport import take_pair
-from ui.panels import panel
+from ui.panels import panel, take_pair
 from ui.settings import settings
 from workbench.catalogue import Entry
 from workbench.errors import UserError

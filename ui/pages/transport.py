@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import streamlit as st
 
@@ -13,7 +11,7 @@ from probes.transport_results import PARTS, TransportResults, load_transport
 from ui import held, text
 from ui.opened import choose, contents, pick_run
 from ui.pages.transport_parts import causal, efficiency, features, shortcuts, snippet
-from ui.panels import lines, panel, picked_of
+from ui.panels import lines, panel, take_pair
 from ui.settings import settings
 from workbench.catalogue import Entry
 from workbench.transport_pair_plots import dimension_frame, r2_by_dimension
@@ -88,16 +86,6 @@ def _grid(run: TransportResults, entry: Entry) -> tuple[str, str]:
           remark=f"{len(pairs):,} pairs; click a cell to pick its pair. R² of prompts that no map has seen"
           + ("." if bos else ", without BOS."))  # fmt: skip
     return picked
-
-
-def take_pair(
-    key: str, names: tuple[str, str], made: Callable[[Any, Any], tuple[str, str]] = lambda a, b: (str(a), str(b))
-) -> None:
-    """Makes the clicked cell of a panel the pick of two selectboxes; made: their values of its customdata."""
-    pair = picked_of(key)
-    if pair is not None and len(pair) == 2:
-        for name, value in zip(names, made(*pair), strict=True):
-            st.session_state[name] = value
 
 
 def _dimensions(run: TransportResults, entry: Entry, source: str, target: str) -> None:
