@@ -67,10 +67,10 @@ def choose(
                         bind="query-params", format_func=lambda name: words[name], help=help)  # fmt: skip
 
 
-def choose_site(store: Store, key: str = "site", *, index: int | None = None) -> str:
+def choose_site(store: Store, key: str = "site", *, label: str = "Site") -> str:
     """A site of a store, the last unless another is asked for."""
     names = [str(site) for site in store.sites]
-    return choose("Site", names, key, index=len(names) - 1 if index is None else index)
+    return choose(label, names, key, index=len(names) - 1)
 
 
 def stamp(store: Store) -> int:

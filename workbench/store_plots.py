@@ -25,6 +25,7 @@ REST = "all others"
 NONE = "none"
 MOST_LETTERS = 40
 """of a token, label or id in a hover text or legend"""
+ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0}
 NORM = "L2 norm (activation units)"
 
 
@@ -59,7 +60,7 @@ def norms_by_layer(overview: StoreOverview) -> go.Figure:
                 _band(figure, part["layer"], part, name, COLOURS[i % len(COLOURS)], dotted=group == "first")
     figure.update_xaxes(title_text="layer", dtick=max(1, -(-int(table["layer"].max()) // 20)))
     figure.update_yaxes(title_text=NORM, **_scale(table))
-    return _style(figure, 380)
+    return _style(figure, 380, showlegend=True, legend=ABOVE)
 
 
 def norms_by_position(overview: StoreOverview, site: Site | str | int) -> go.Figure:
@@ -124,7 +125,7 @@ def outlier_dimensions(overview: StoreOverview, site: Site | str | int) -> go.Fi
     order = [str(d) for d in table["dim"]]
     figure.update_xaxes(title_text="dimension", type="category", categoryorder="array", categoryarray=order)
     figure.update_yaxes(title_text="mean |value| (median dimension = 1)")
-    return _style(figure, 380)
+    return _style(figure, 380, showlegend=True, legend=ABOVE)
 
 
 def _name(overview: StoreOverview, site: Site | str | int) -> str:

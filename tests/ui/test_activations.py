@@ -18,7 +18,7 @@ from ui.activations.tokens import selected, spread
 from workbench.sites import Site
 from workbench.store import Store
 
-from .conftest import words
+from . import conftest
 
 TEXTS = [" ".join(["start", *(f"word{(7 * i + j) % 23}" for j in range(1, 12 + i % 4))]) for i in range(40)]
 N = sum(len(one.split()) for one in TEXTS)
@@ -57,6 +57,11 @@ def drawn(monkeypatch) -> list[dict[str, Any]]:
     for module in (ui.activations.overview, ui.activations.pairs, ui.activations.projection):
         monkeypatch.setattr(module, "panel", panel)
     return found
+
+
+def words(test: AppTest) -> str:
+    """The text of a page; our own remarks are escaped for Markdown."""
+    return conftest.words(test).replace("\\", "")
 
 
 def fine(test: AppTest) -> AppTest:

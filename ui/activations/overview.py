@@ -28,7 +28,8 @@ def view(store: Store) -> None:
     rows = rows_of_sample(store)
     found = _overview(str(store.path), stamp(store), rows)
     _facts(found)
-    site = choose_site(store)
+    with st.columns(3)[0]:
+        site = choose_site(store)
 
     def code(figure: str, named: bool) -> str:
         return HEAD.format(figure=figure, path=str(store.path), rows=rows, site=f", {site!r}" if named else "")

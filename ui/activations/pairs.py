@@ -9,7 +9,7 @@ import streamlit as st
 from probes.projection import Projection, project_rows
 from ui import text
 from ui.activations.projection import colours
-from ui.activations.tokens import selected, spread, token_table
+from ui.activations.tokens import CONFIG, selected, spread, token_table
 from ui.held import open_store, rows_of
 from ui.opened import choose, choose_site, contents, pick, stamp
 from ui.panels import panel
@@ -50,15 +50,15 @@ def view(store: Store) -> None:
         text.missing("No other store of this folder holds the same prompts: profile another model over them.",
                      MISSING.format(folder=settings().folder))  # fmt: skip
         return
-    left, right = st.columns(2)
-    with right:
+    columns = st.columns(3)
+    with columns[0]:
+        site = choose_site(store)
+    with columns[1]:
         entry = pick("Second store", partners, "second")
     assert entry is not None
     other = open_store(entry.path)
-    with left:
-        site = choose_site(store)
-    with right:
-        second = choose_site(other, "site2")
+    with columns[2]:
+        second = choose_site(other, "site2", label="Site of the second")
     _linked(str(store.path), str(other.path), site, second)
 
 
@@ -87,7 +87,7 @@ def _prompts(path: str, size: int) -> str:
 def _linked(path: str, other: str, site: str, second: str) -> None:
     a, b = open_store(path), open_store(other)
     count = int(a.manifest["prompts"]["count"])
-    left, right, _ = st.columns([1, 1, 2])
+    left, right, _ = st.columns(3)
     with left:
         n = int(choose("Prompts", SIZES, "prompts", index=2))
     step = max(1, count // n)
@@ -112,8 +112,7 @@ def _linked(path: str, other: str, site: str, second: str) -> None:
     text.remark(f"{len(shown):,} of {len(chosen):,} selected pairs." if chosen else
                 f"Nothing is selected: {len(shown):,} of {len(rows_a):,} pairs. Select with the box or the lasso.")  # fmt: skip
     table = _table(a, b, [int(rows_a[i]) for i in shown], [int(rows_b[i]) for i in shown])
-    st.dataframe(table, hide_index=True, width="stretch", key="pairs",
-                 column_config={"before": st.column_config.TextColumn("… before", alignment="right")})  # fmt: skip
+    st.dataframe(table, hide_index=True, width="stretch", key="pairs", column_config=CONFIG)
 
 
 @st.cache_data(max_entries=8, show_spinner="Aligning tokens …")

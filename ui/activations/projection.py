@@ -10,7 +10,7 @@ import streamlit as st
 from probes.neighbours import METRICS, Neighbours, nearest_rows
 from probes.projection import METHODS, Projection, has_umap, project_rows, stratified_rows
 from ui import text
-from ui.activations.tokens import pick_line, selected, spread, token_table
+from ui.activations.tokens import CONFIG, pick_line, selected, spread, token_table
 from ui.held import open_store, rows_of
 from ui.opened import choose, choose_site, stamp
 from ui.panels import panel
@@ -71,7 +71,7 @@ def view(store: Store) -> None:
 @st.fragment
 def _linked(path: str) -> None:
     store = open_store(path)
-    columns = st.columns([3, 2, 2, 3, 3, 2], vertical_alignment="bottom")
+    columns = st.columns([3, 2, 2, 2, 3, 3], vertical_alignment="bottom")
     with columns[0]:
         site = choose_site(store)
     with columns[1]:
@@ -173,8 +173,7 @@ def _neighbours(store: Store, row: int, found: Neighbours, code: str) -> None:
     frame = found.frame()
     name = frame.columns[1]
     table = token_table(store, [row, *frame["row"]], {name: [None, *frame[name].round(4)]})
-    st.dataframe(table, hide_index=True, width="stretch", key="near",
-                 column_config={"before": st.column_config.TextColumn("… before", alignment="right")})  # fmt: skip
+    st.dataframe(table, hide_index=True, width="stretch", key="near", column_config=CONFIG)
     unit = "cosine similarity" if found.metric == "cosine" else "Euclidean distance, activation units"
     text.remark(f"The row itself, then the nearest of {found.searched:,} rows at {found.site} ({unit}).")
     with st.popover("Code for this table", icon=":material/code:"):

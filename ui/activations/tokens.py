@@ -20,9 +20,9 @@ TEXTS = ("id", "label", "before", "token", "after")
 CONFIG: dict[str, Any] = {
     "row": st.column_config.NumberColumn(width=70, format="%d"), "id": st.column_config.TextColumn(width=90),
     "label": st.column_config.TextColumn(width=90), "position": st.column_config.NumberColumn(width=70),
-    "before": st.column_config.TextColumn("… before", width="large", alignment="right"),
+    "before": st.column_config.TextColumn("… before", width=300, alignment="right"),
     "token": st.column_config.TextColumn("token", width=110),
-    "after": st.column_config.TextColumn("after …", width="large"),
+    "after": st.column_config.TextColumn("after …", width=260),
 }  # fmt: skip
 
 
