@@ -122,6 +122,16 @@ def test_a_token_stands_in_its_prompt(store):
     assert (first["before"], first["token"], first["after"]) == ("", "w0", " w1 w2 ")
 
 
+def test_what_is_known_of_rows_is_not_read_again(store, monkeypatch):
+    rows = [200, 3, 7]
+    expected, known = rows_in_context(store, rows), row_frame(store, [5, *rows])
+    take = type(store.tables).take
+    monkeypatch.setattr(type(store.tables), "take", lambda self, name, *rest: (
+        pytest.fail("rows were read") if name == "rows.parquet" else take(self, name, *rest)))  # fmt: skip
+    found = rows_in_context(store, rows, known=known.iloc[1:])
+    assert found.equals(expected)
+
+
 def test_a_store_that_says_little_is_shown_with_empty_cells(tmp_path: Path):
     from tests.transport.streams import stream, write_stream
 

@@ -98,15 +98,15 @@ def _linked(path: str) -> None:
     event = panel(figure, key="plane", code=code, data=lambda: plane.frame().merge(table, on="row"),
                   select=("box", "lasso", "points"), remark=f"{plane.remark}; drawn {STRATA[by]}.")  # fmt: skip
     drawn = rows.tolist()
-    among = set(drawn)
-    chosen = [row for row in selected(event) if row in among]
+    place = {row: i for i, row in enumerate(drawn)}
+    chosen = [row for row in selected(event) if row in place]
     shown = spread(chosen or drawn)
     st.subheader("Tokens in context")
     if chosen:
         text.remark(f"{len(shown):,} of {len(chosen):,} selected rows, spread evenly over them.")
     else:
         text.remark(f"Nothing is selected: {len(shown):,} of {len(drawn):,} rows. Select with the box or the lasso.")
-    _tokens(path, site, tuple(shown))
+    _tokens(path, site, shown, table.iloc[[place[row] for row in shown]])
 
 
 def colours(table: pd.DataFrame) -> list[str]:
@@ -140,10 +140,10 @@ def _figure(
 
 
 @st.fragment
-def _tokens(path: str, site: str, shown: tuple[int, ...]) -> None:
+def _tokens(path: str, site: str, shown: list[int], known: pd.DataFrame) -> None:
     """The tokens, and the neighbours of the one that is clicked."""
     store = open_store(path)
-    pick_line(token_table(store, shown), "tokens", "row")
+    pick_line(token_table(store, shown, known=known), "tokens", "row")
     st.subheader("Nearest neighbours")
     columns = st.columns([2, 2, 2, 3, 4], vertical_alignment="bottom")
     with columns[0]:

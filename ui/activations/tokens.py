@@ -32,9 +32,11 @@ def spread(rows: Sequence[int]) -> list[int]:
     return list(rows) if n <= MOST else [rows[i * n // MOST] for i in range(MOST)]
 
 
-def token_table(store: Store, rows: Sequence[int], more: dict[str, Sequence[Any]] | None = None) -> pd.DataFrame:
+def token_table(
+    store: Store, rows: Sequence[int], more: dict[str, Sequence[Any]] | None = None, known: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """`rows_in_context`, every text as it is shown; `more` are columns in front."""
-    table = rows_in_context(store, list(rows))
+    table = rows_in_context(store, list(rows), known=known)
     for name in TEXTS:
         table[name] = ["" if value is None or value != value else text.shown(value, 120) for value in table[name]]
     for i, (name, values) in enumerate((more or {}).items()):

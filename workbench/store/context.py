@@ -58,13 +58,14 @@ def _prompt_frame(store: Store, prompt: pd.Series) -> pd.DataFrame:
     return frame.iloc[which].set_axis(prompt.index)
 
 
-def rows_in_context(store: Store, rows: Rows, width: int = 60) -> pd.DataFrame:
+def rows_in_context(store: Store, rows: Rows, width: int = 60, *, known: pd.DataFrame | None = None) -> pd.DataFrame:
     """Rows as one reads them: row, id, label, position, before, token, after; in the order asked for.
 
     before, after: at most `width` characters of the prompt on either side of the token, as it was rendered; empty where
-    the store does not know them. The texts are those of the prompts, not safe as HTML or Markdown.
+    the store does not know them. known: what `row_frame` found of these very rows, which is then not read again. The
+    texts are those of the prompts, not safe as HTML or Markdown.
     """
-    frame = row_frame(store, rows)
+    frame = row_frame(store, rows) if known is None else known.reset_index(drop=True)
     numbers, which = np.unique(frame["prompt"].to_numpy().astype(np.int64), return_inverse=True)
     known = "text" in store.tables.columns(TABLES[1])
     texts = store.tables.take(TABLES[1], numbers, ["text"])["text"].to_pylist() if known else [None] * len(numbers)
