@@ -67,10 +67,9 @@ def _overview(path: str, stamp: int, rows: int) -> StoreOverview:
 def _facts(found: StoreOverview) -> None:
     import pandas as pd
 
-    facts = pd.DataFrame([(name, text.shown(value)) for name, value in found.facts()], columns=["", "this store"])
-    st.dataframe(
-        facts, hide_index=True, width="stretch", column_config={"": st.column_config.TextColumn(width="small")}
-    )
+    told = [(name, text.shown(value)) for name, value in found.facts() if name != "sample"]  # every panel says it
+    st.dataframe(pd.DataFrame(told, columns=["fact", "this store"]), hide_index=True, width="stretch",
+                 column_config={"fact": st.column_config.TextColumn(width=80)})  # fmt: skip
 
 
 def _massive(found: StoreOverview) -> None:

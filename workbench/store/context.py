@@ -67,8 +67,8 @@ def rows_in_context(store: Store, rows: Rows, width: int = 60, *, known: pd.Data
     """
     frame = row_frame(store, rows) if known is None else known.reset_index(drop=True)
     numbers, which = np.unique(frame["prompt"].to_numpy().astype(np.int64), return_inverse=True)
-    known = "text" in store.tables.columns(TABLES[1])
-    texts = store.tables.take(TABLES[1], numbers, ["text"])["text"].to_pylist() if known else [None] * len(numbers)
+    told = "text" in store.tables.columns(TABLES[1])
+    texts = store.tables.take(TABLES[1], numbers, ["text"])["text"].to_pylist() if told else [None] * len(numbers)
     sides = [_sides(texts[i], start, end, width)
              for i, start, end in zip(which, frame["char_start"], frame["char_end"], strict=True)]  # fmt: skip
     return frame[["row", "id", "label", "position"]].assign(
