@@ -14,13 +14,18 @@ def choice(label: str, options: Mapping[Any, str], key: str, default: int = 0, *
     """A pick among {value: how it is shown}, in the page's address as `key`; at least one is given.
 
     What a link asks for and is not there is refused in so many words; what other picks of the page leave no room for
-    gives way to the first option.
+    gives way to the default.
     """
     asked, shown = st.query_params.get(key), {value: text.shown(words, 120) for value, words in options.items()}
     if asked is not None and asked not in shown.values() and key not in st.session_state:
         text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
+    kept, options_of = key in st.session_state, f"{key} options"
+    if kept and st.session_state.get(options_of) != list(
+        shown.values()
+    ):  # other picks of the page changed what there is
+        value = st.session_state[key]
+        st.session_state[key] = value if value in shown else list(options)[default]
+    st.session_state[options_of] = list(shown.values())
     # Streamlit wants no default beside a value that is there already
-    index = 0 if key in st.session_state else default
-    return st.selectbox(
-        label, list(options), index, key=key, bind="query-params", format_func=lambda v: shown[v], **more
-    )
+    return st.selectbox(label, list(options), 0 if kept else default, key=key, bind="query-params",
+                        format_func=lambda v: shown[v], **more)  # fmt: skip

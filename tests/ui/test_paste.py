@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ PROMPT = "tell me 2 minus 4 plus 0 plus 6 ?"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_work(tmp_path_factory.mktemp("work"))
+
+
+def make_work(folder: Path) -> Path:
     """A folder with one finished run of the bundled pair, two behaviours, adapters that are quick to make."""
-    folder = tmp_path_factory.mktemp("work")
     recipient = load("bundled:recipient", device="cpu")
     push = torch.randn(recipient.width, generator=torch.Generator().manual_seed(0))
     adapters = {
@@ -60,8 +63,9 @@ def write_run(run: Path, job: Job, adapters: dict[str, Adapter], prompts: tuple[
     found["behaviours"] = {table.name: behaviour for table in job.behaviours}
     (run / "metrics.json").write_text(json.dumps(found))
     for table in job.behaviours:
+        of = "" if table.name == "reasoning" else f"{table.name} "
         lines = [
-            {"id": str(i), "prompt": prompt, "base": f"kept base {i}", "paste": f"kept paste {i}", "native": "n",
+            {"id": str(i), "prompt": of + prompt, "base": f"kept base {i}", "paste": f"kept paste {i}", "native": "n",
              "donor_adapter": "d"} for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         (run / "answers" / f"{table.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -289,6 +293,18 @@ def test_a_picked_token_is_in_the_address_and_shows_its_bars(open_page, made):
     assert run_snippets(other) == 3
 
 
+def test_another_behaviour_has_its_own_prompts_and_keeps_what_it_can(open_page, made):
+    page = open_page("paste", made, ask=f"1: {'w'}")
+    page.selectbox(key="token").set_value(2).run()
+    page.selectbox(key="behaviour").set_value("refusal").run()
+    assert not page.exception
+    assert page.selectbox(key="ask").value == 1
+    assert page.selectbox(key="ask").options[2] == "1: refusal w"
+    assert "refusal w" in words(page)
+    assert page.selectbox(key="token").value == 2
+    assert "it was refused" not in words(page)
+
+
 def test_a_job_file_is_written_once_and_overwrites_nothing(open_page, folder):
     page = open_page("paste", folder, strength="0.5")
     page.button(key="write").click().run()
@@ -347,19 +363,13 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
     arms = {"w1 w2": None, "w1 w3": vector(Site(1), push, positions="all"), "w4": vector(Site(1), -push)}
     decoding = paste_answers.Decoding(12)
     want = {p: model.generate([p], max_new_tokens=12, adapter=a)[0] for p, a in arms.items()}
-    inside, most, found, waited = [0], [0], dict[str, list[str]](), list[str]()
+    found, order = dict[str, list[str]](), list[str]()
 
     def session(prompt: str) -> None:
-        pieces: list[str] = []
-
-        def come(piece: str) -> None:
-            inside.append(1)
-            most.append(threading.get_ident())
-            pieces.append(piece)
-
         for _ in range(3):
-            pieces.clear()
-            answer = paste_answers.stream("m", prompt, arms[prompt], decoding, come, lambda: waited.append(prompt))
+            pieces: list[str] = []
+            come = lambda piece, pieces=pieces: (order.append(prompt), pieces.append(piece))  # noqa: E731
+            answer = paste_answers.stream("m", prompt, arms[prompt], decoding, come, lambda: None)
             found.setdefault(prompt, []).append(answer)
             assert "".join(pieces).split() == answer.split()
 
@@ -369,9 +379,8 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
     for thread in threads:
         thread.join(60)
     assert found == {prompt: [answer] * 3 for prompt, answer in want.items()}
-    # whole answers in turn: the thread changes only between answers
-    turns = [a for a, b in pairwise(most[1:]) if a != b]
-    assert len(turns) < 9
+    # nine whole answers one after another: who speaks changes only between two of them
+    assert sum(a != b for a, b in itertools.pairwise(order)) < 9
 
 
 def test_who_waits_for_a_model_is_told_and_may_give_up():

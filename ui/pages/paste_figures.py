@@ -74,8 +74,6 @@ def _bars(tried: Tried, changes: TokenChanges, picked: Any, code: str) -> None:
         st.session_state["token"] = clicked  # the click is the newer pick, once
     st.session_state["paste-clicked"] = clicked
     largest = max(drawn, key=lambda p: float(changes.kl[p]))
-    if st.session_state.get("token", largest) not in options:
-        st.session_state["token"] = largest  # of another text
     position = choice("After the token at position", options, "token", list(drawn).index(largest))
     panel(top_bars(changes, position), key="likeliest", data=lambda: changes.at(position), notes=tried.run,
           code=f"from workbench.paste_plots import top_bars\n{code}figure = top_bars(changes, {position})")  # fmt: skip
