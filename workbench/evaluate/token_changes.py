@@ -121,9 +121,9 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
     told apart from its model holds them in the model's own dtype.
 
     Args:
-        text: a prompt as `PromptSet.load` reads one (a string is a user's turn), or a pair (prompt, answer) whose answer
-            stands where the model's would, without the white space around it. An adapter for the last prompt
-            token edits the last token of the prompt.
+        text: a prompt as `PromptSet.load` reads one (a string is a user's turn), or a pair (prompt, answer) whose answer,
+            without the white space around it, stands where the model's would. An adapter for the last prompt token edits
+            the last token of the prompt.
         top: how many of the likeliest tokens are kept at each position.
 
     Raises UserError for a text that is empty or does not fit into the model's context, for `top` below 1, and for an
