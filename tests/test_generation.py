@@ -17,8 +17,9 @@ from workbench.adapters import Blend, vector
 from workbench.cli import app
 from workbench.conversation import Conversation
 from workbench.errors import UserError
-from workbench.generation import Decoding
+from workbench.generation import Decoding, check_room
 from workbench.models import Model, load
+from workbench.prompts import PromptSet, encode
 from workbench.sites import Site
 
 from .conftest import make_module, save_folder, word_tokenizer
@@ -338,3 +339,18 @@ def test_ctrl_c_breaks_an_answer_off_and_ends_the_chat_where_there_is_none(llama
 def test_the_end_of_input_ends_the_chat(llama: Model, monkeypatch):
     monkeypatch.setattr("builtins.input", AtTerminal("w1", EOFError))
     assert list(cli_generate._lines(True)) == ["w1"]
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(llama):
+    n = check_room(llama, "w1 w2 w3", 20)
+    assert n == len(encode(PromptSet.load(["w1 w2 w3"]), llama.tokenizer)[0])
+    assert check_room(llama, "w1 w2 w3", llama.max_length - n) == n
+    with pytest.raises(UserError, match=rf"takes {n} tokens and .* reads 128, an answer of {129 - n} included"):
+        check_room(llama, "w1 w2 w3", llama.max_length - n + 1)
+
+
+def test_a_greedy_answer_leaves_the_generator_as_it_was(llama):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    llama.generate(["w1 w2"], max_new_tokens=4)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,15 +80,30 @@ class HeldModel:
 
         Raises UserError where the model was released meanwhile.
         """
-        while not self._lock.acquire(timeout=-1 if waiting is None else PATIENCE):
-            assert waiting is not None
-            waiting()
-        try:
+        with _waited_for(self._lock, waiting):
             if self.model is None:
                 raise UserError("the model was released meanwhile; do it again, and it is loaded anew")
             yield self.model
-        finally:
-            self._lock.release()
+
+
+_DRAWS = threading.RLock()
+
+
+def drawing(waiting: Callable[[], None] | None = None) -> AbstractContextManager[None]:
+    """Around an answer that is sampled, and outside of the model's own lock: torch has one generator for all models, and
+    of two sessions that draw from it at once each would change what the other gets for its seed."""
+    return _waited_for(_DRAWS, waiting)
+
+
+@contextmanager
+def _waited_for(lock: Any, waiting: Callable[[], None] | None) -> Iterator[None]:
+    while not lock.acquire(timeout=-1 if waiting is None else PATIENCE):
+        assert waiting is not None
+        waiting()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_store(path: str | Path) -> Store:
@@ -99,9 +114,8 @@ def open_store(path: str | Path) -> Store:
 def rows_of(path: str | Path) -> ResidentRows:
     """The rows of a store: on the device while they are looked at, memory-mapped where there is no GPU."""
     path = Path(path)
-    return _rows(
-        str(path), stamp_of(path / "manifest.json"), settings().device
-    )  # Store.open says what is wrong with it
+    stamp = stamp_of(path / "manifest.json")  # Store.open says what is wrong with it
+    return _rows(str(path), stamp, settings().device)
 
 
 def stamp_of(file: Path) -> int:

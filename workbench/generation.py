@@ -92,7 +92,8 @@ def generate(
     check_positions(adapter, prompts, encoded)
     given = {"pad_token_id": model.pad_id, "eos_token_id": model.end_ids or None, "do_sample": False, **options}
     config = GenerationConfig(max_new_tokens=max_new_tokens, **given)
-    torch.manual_seed(seed)
+    if config.do_sample:  # what draws nothing leaves the generator to whoever draws meanwhile
+        torch.manual_seed(seed)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i])) if on_text is None else list(range(len(encoded)))
     size = batch_size if on_text is None else 1
     answers: dict[int, str] = {}

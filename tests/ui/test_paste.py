@@ -383,6 +383,29 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
     assert sum(a != b for a, b in itertools.pairwise(order)) < 9
 
 
+def test_sampled_answers_of_two_models_at_once_are_those_of_their_seeds(monkeypatch):
+    models = {"a": make_model("llama"), "b": make_model("gpt2")}
+    held = {name: HeldModel(model) for name, model in models.items()}
+    monkeypatch.setattr(paste_answers, "held_model", lambda name: held[name])
+    # the third is greedy, and leaves what the others draw alone
+    asked = [("a", paste_answers.Decoding(12, sample=True, seed=3)), ("b", paste_answers.Decoding(12, sample=True, seed=3)),
+             ("b", paste_answers.Decoding(12))]  # fmt: skip
+    want = [models[name].generate(["w1 w2"], **decoding.options)[0] for name, decoding in asked]
+    found: dict[int, list[str]] = {i: [] for i in range(len(asked))}
+
+    def session(i: int) -> None:
+        for _ in range(4):
+            name, decoding = asked[i]
+            found[i].append(paste_answers.stream(name, "w1 w2", None, decoding, lambda piece: None, lambda: None))
+
+    threads = [threading.Thread(target=session, args=(i,)) for i in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: [answer] * 4 for i, answer in enumerate(want)}
+
+
 def test_who_waits_for_a_model_is_told_and_may_give_up():
     held = HeldModel(make_model("llama"))
     began, done = threading.Event(), threading.Event()

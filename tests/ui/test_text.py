@@ -21,8 +21,8 @@ LABELLED = {"button", "checkbox", "toggle", "radio", "pills", "tabs", "expander"
             "download_button", "form_submit_button", "link_button", "page_link", "status", "spinner",
             "date_input", "file_uploader", "chat_input", "chat_message", "feedback"}  # fmt: skip
 
-OURS = {("text.py", "caption"), ("opened.py", "selectbox")}
-"""a remark, which escapes; and the label of `pick`, which pages write"""
+OURS = {("text.py", "caption"), ("opened.py", "selectbox"), ("picks.py", "selectbox"), ("lens.py", "selectbox")}
+"""a remark, which escapes; and the labels of `pick` and `choice`, which pages write"""
 
 
 @pytest.mark.parametrize("given", HOSTILE)
@@ -46,6 +46,11 @@ def test_every_way_to_show_it_shows_it_as_text(given):
     assert not shown.exception
     assert [t.value for t in shown.text] == [given] * 3
     assert not [m for m in shown.markdown if given in m.value]
+
+
+def test_lines_keep_their_ends_and_nothing_else_that_is_not_seen():
+    assert text.lines("a\u202eb\n\tc") == "a⟨U+202E⟩b\n⟨U+0009⟩c"
+    assert text.lines("x" * 10_000, 3) == "xxx… (10,000 characters)"
 
 
 def calls() -> Iterator[tuple[str, str, ast.Call]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from ui import text
-from ui.held import held_model, may_load, stamp_of
+from ui.held import drawing, held_model, may_load, stamp_of
 from workbench.adapters import Adapter, Blend
 from workbench.errors import UserError
 from workbench.generation import Decoding, check_room
@@ -91,8 +92,8 @@ def show(tried: Tried, can_run: bool) -> dict[str, str]:
 def _column(tried: Tried, arm: str, place: Any, kept: dict[str, Said]) -> Any:
     """Draws one column with what is known; returns the place where its answer is written."""
     with place:
-        st.markdown(f"**{ARMS[arm]}**")
-        text.write(tried.model(SIDES[arm]), 60)
+        text.write(ARMS[arm])
+        text.remark(text.shown(tried.model(SIDES[arm]), 60))
         box = st.empty()
     said, stored = kept.get(arm), _stored(tried, arm)
     with box.container():
@@ -148,7 +149,7 @@ def stream(
     waiting: Callable[[], None] | None = None,
 ) -> str:  # fmt: skip
     """The answer of a held model, which no other session runs meanwhile."""
-    with held_model(name).alone(waiting) as model:
+    with drawing(waiting) if decoding.sampled else nullcontext(), held_model(name).alone(waiting) as model:
         check_room(model, prompt, decoding.max_new_tokens)
         return model.generate([prompt], adapter=adapter, on_text=on_text, **decoding.options)[0]
 
