@@ -33,8 +33,8 @@ MOST_TOKENS = 400
 """tokens across one figure; of more, the last are drawn and the figure says so"""
 NAMED_TOKENS = 40
 """tokens across up to which each cell bears its token"""
-SIGNS = 9
-"""characters of a token in a cell"""
+SIGNS, LINE = 9, 110
+"""characters of a token in a cell at most, and of all cells of a line together"""
 EMBEDDINGS = "embeddings"
 
 
@@ -138,7 +138,9 @@ def _colours(values: Any, value: str) -> dict[str, Any]:
 
 
 def _bar(words: str) -> dict[str, Any]:
-    return {"title": {"text": words, "side": "right"}, "thickness": 12}
+    """Lying above the figure, where it takes no room from the tokens."""
+    return {"title": {"text": words, "side": "top", "font": {"size": 12}}, "thickness": 8, "orientation": "h", "len": 0.4,
+            "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "xpad": 0, "tickfont": {"size": 11}}  # fmt: skip
 
 
 def _texts(part: pd.DataFrame, value: str) -> list[str]:
@@ -182,10 +184,11 @@ def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str,
     if len(positions) <= NAMED_TOKENS:
         tops = list(part["top"])
         across = len(positions)
+        signs = max(2, min(SIGNS, LINE // across))
         figure.data[0].update(
             texttemplate="%{text}",
             textfont={"size": 11},
-            text=[[piece(t, SIGNS) for t in tops[i * across : (i + 1) * across]] for i in range(len(layers))],
+            text=[[piece(t, signs) for t in tops[i * across : (i + 1) * across]] for i in range(len(layers))],
         )
     # what is hovered over and clicked: a heatmap's own cells cannot be selected
     figure.add_trace(go.Scatter(
@@ -204,7 +207,14 @@ def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str,
     said = f"the last {len(positions)} of {len(positions) + left_out} tokens" if left_out else ""
     heading = " · ".join(filter(None, (_said(title), said)))
     layout: dict[str, Any] = {"title": {"text": heading, "font": {"size": 14}}} if heading else {}
-    return _style(figure, max(300, 170 + 26 * len(layers)), clickmode="event+select", dragmode="pan", **layout)
+    return _style(
+        figure,
+        190 + 28 * len(layers),
+        margin={"l": 60, "r": 16, "t": 70, "b": 40},
+        clickmode="event+select",
+        dragmode="pan",
+        **layout,
+    )
 
 
 def lens_curves(
@@ -229,7 +239,7 @@ def lens_curves(
     for column, value in enumerate(values, 1):
         axis = {"type": "log", "dtick": 1} if value in LOGARITHMIC else {"rangemode": "tozero"}
         figure.update_yaxes(row=1, col=column, **axis)
-    return _style(figure, 340, legend={"orientation": "h", "y": 1.2, "x": 0})
+    return _style(figure, 340, legend={"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 0}, margin={"t": 90})
 
 
 def _curve(
@@ -291,4 +301,10 @@ def token_bars(tables: Mapping[str, pd.DataFrame], title: str = "") -> go.Figure
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=[str(i) for i in reversed(ids)],
                         tickvals=[str(i) for i in ids], ticktext=[words[i] for i in ids])  # fmt: skip
     layout: dict[str, Any] = {"title": {"text": _said(title), "font": {"size": 14}}} if title else {}
-    return _style(figure, 150 + 26 * len(ids), barmode="group", **layout)
+    return _style(
+        figure,
+        150 + 26 * len(ids),
+        barmode="group",
+        **layout,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from probes.lens_table import LensTable, lens_table
 from ui import text
 from ui.held import held_model, open_store
 from ui.opened import contents
-from ui.panels import panel
+from ui.panels import panel, picked_of
+from ui.picks import choice
 from ui.settings import settings
 from workbench.adapters.adapter import Adapter
 from workbench.catalogue import Entry
@@ -32,6 +34,7 @@ from workbench.lens_plots import (
     shared_range,
     token_bars,
 )
+from workbench.sites import Site
 
 BUNDLED = ("bundled:recipient", "bundled:donor")
 EXAMPLE = "i want to break the chair of the baker ?"
@@ -78,14 +81,14 @@ def page() -> None:
     if picks is None:
         return
     tables = _tables(picks)
-    _clicked(tables["plain"])
     _overview(picks, tables)
-    left, right = st.columns([3, 2])
+    site, position = _cell(tables["plain"])
+    left, right = st.columns(2)
     with left:
-        site, position = _cell(tables["plain"])
         _curves(picks, tables, position)
     with right:
         _likeliest(picks, tables, site, position)
+    _curves(picks, tables, None)
     if picks.lens is not None:
         _worth(picks.lens)
 
@@ -94,15 +97,14 @@ def _picks() -> Picks | None:
     """The picks in the page's address; None, and a word on what is missing, where there is no prompt."""
     first, second, third, fourth = st.columns(4)
     with first:
-        model = _choice("Model", list(dict.fromkeys([*BUNDLED, *settings().models])), "model")
+        model = _among("Model", dict.fromkeys([*BUNDLED, *settings().models]), "model")
     mine = held_model(model).model.fingerprint
     with second:
         lens = _of_model("Lens", "lens", LOGIT, mine)
     with third:
         paste = _of_model("With an adapter or paste", "adapter", NOTHING, mine)
     with fourth:
-        words = _choice("Colour", list(VALUES.values()), "colour")
-    value = next(name for name, said in VALUES.items() if said == words)
+        value = choice("Colour", VALUES, "colour")
     if lens is None:
         with st.expander("A tuned lens reads the early layers more truly; none is picked. How to fit one"):
             st.code(FIT.format(model=model, folder=settings().folder), language="bash")
@@ -116,14 +118,9 @@ def _picks() -> Picks | None:
     return Picks(model, prompt, lens and lens.path, paste and paste.path, strength, value)
 
 
-def _choice(label: str, options: Sequence[str], key: str) -> str:
-    """A selectbox whose pick the address carries; one in the address that is not there is refused in so many words."""
-    asked, seen = st.query_params.get(key), [text.shown(one, 120) for one in options]
-    if asked is not None and asked not in seen:
-        text.problem(f"the link asks for {key} {asked!r}, which is not there; it was refused")
-    if st.session_state.get(key, options[0]) not in options:
-        del st.session_state[key]
-    return str(st.selectbox(label, options, key=key, bind="query-params", format_func=lambda one: text.shown(one, 120)))
+def _among(label: str, names: Iterable[str], key: str) -> str:
+    """A pick among names."""
+    return str(choice(label, {name: name for name in names}, key))
 
 
 def _of_model(label: str, kind: str, none: str, fingerprint: dict[str, str]) -> Entry | None:
@@ -134,7 +131,7 @@ def _of_model(label: str, kind: str, none: str, fingerprint: dict[str, str]) -> 
             text.problem(f"{entry.name}: {entry.note}")
     bases = {e.name: e.facts.get("base") or e.facts.get("about", {}).get("base") or {} for e in found}
     fit = {e.name: e for e in found if bases[e.name] and difference_of(bases[e.name], fingerprint) is None}
-    picked = _choice(label, [none, *fit], kind)
+    picked = _among(label, [none, *fit], kind)
     if not fit:
         text.remark(f"No {kind} in the opened folder belongs to this model.")
     return fit.get(picked)
@@ -143,12 +140,10 @@ def _of_model(label: str, kind: str, none: str, fingerprint: dict[str, str]) -> 
 def _prompt(model: str) -> str | None:
     """What is read: typed, or one of a store's prompts; as JSON."""
     stores = [entry for entry in contents().of("store") if entry.state != "damaged"]
-    source = _choice("Prompt", [TYPED, *(entry.name for entry in stores)], "from")
+    source = _among("Prompt", [TYPED, *(entry.name for entry in stores)], "from")
     if source != TYPED:
         rows = _prompts(next(str(entry.path) for entry in stores if entry.name == source))
-        number = int(
-            _choice(f"Prompt of the store (the first {len(rows)})", list(map(str, range(len(rows)))), "prompt")
-        )
+        number = int(_among(f"Prompt of the store (the first {len(rows)})", map(str, range(len(rows))), "prompt"))
         text.write(rows[number], 2000)
         return rows[number]
     left, right = st.columns([5, 1])
@@ -194,15 +189,11 @@ def _read(
     return {"plain": plain, "pasted": pasted}
 
 
-def _clicked(table: LensTable) -> None:
-    """Moves the picked cell to where a table was clicked last."""
-    words = {str(site): site_word(site) for site in table.sites}
-    for key in ("plain-table", "pasted-table", "difference-table"):
-        points = (st.session_state.get(key) or {}).get("selection", {}).get("points", [])
-        cell = points[0].get("customdata") if points else None
-        if cell and cell != st.session_state.get(f"_{key}") and cell[0] in words:
-            st.session_state[f"_{key}"] = cell
-            st.session_state["layer"], st.session_state["at"] = words[cell[0]], str(cell[1])
+def _take(key: str) -> None:
+    """Makes the cell of a table that was clicked the picked one."""
+    cell = picked_of(key)
+    if cell is not None:
+        st.session_state["layer"], st.session_state["at"] = site_word(Site.parse(str(cell[0]))), str(cell[1])
 
 
 def _overview(picks: Picks, tables: dict[str, LensTable]) -> None:
@@ -220,12 +211,14 @@ def _overview(picks: Picks, tables: dict[str, LensTable]) -> None:
             code = (f"{picks.code}low, high = {ends}\nfigure = lens_plots.lens_heatmap({name}.frame(), {picks.value!r}, "
                     f"title={name!r}, low=low, high=high)")  # fmt: skip
             panel(lens_heatmap(frame, picks.value, title=name, low=low, high=high), key=f"{name}-table", code=code,
-                  data=lambda frame=frame: frame, select=("points",), remark=said)  # fmt: skip
+                  data=lambda frame=frame: frame, select=("points",), on_select=partial(_take, f"{name}-table"),
+                  remark=said)  # fmt: skip
     if "pasted" in frames:
         made = f"lens_plots.lens_difference(plain.frame(), pasted.frame(), {picks.value!r}, title={BOTH!r})"
         code = f"{picks.code}figure = {made}"
         panel(lens_difference(frames["plain"], frames["pasted"], picks.value, title=BOTH),
               key="difference-table", code=code, data=lambda: _both(frames), select=("points",),
+              on_select=partial(_take, "difference-table"),
               remark="Answers, of which ranks and probabilities are, are the pasted model's own in both.")  # fmt: skip
 
 
@@ -236,36 +229,36 @@ def _both(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def _cell(table: LensTable) -> tuple[str, int]:
     """The picked cell: its site and its token's place."""
     words = {site_word(site): str(site) for site in table.sites}
-    left, right = st.columns(2)
+    left, middle, right = st.columns(3)
     with left:
-        layer = _choice("After layer", list(reversed(words)), "layer")
+        layer = _among("After layer", reversed(words), "layer")
+    with middle:
+        at = int(_among("Token, by its place", map(str, reversed(table.positions.tolist())), "at"))
     with right:
-        at = _choice("Token, by its place", [str(p) for p in reversed(table.positions.tolist())], "at")
-    return words[layer], int(at)
+        st.caption("The token")
+        text.write(table.texts[int(table.ids[table.positions.tolist().index(at)])], 100)
+    return words[layer], at
 
 
-def _curves(picks: Picks, tables: dict[str, LensTable], position: int) -> None:
+def _curves(picks: Picks, tables: dict[str, LensTable], position: int | None) -> None:
+    """By layer: of one token, or of all."""
     frames = {name: table.frame() for name, table in tables.items()}
     named = "{" + ", ".join(f"{name!r}: {name}.frame()" for name in frames) + "}"
-    values = ("entropy", "answer_rank")
-    st.subheader("By layer, at this token")
-    panel(lens_curves(frames, values, position=position), key="at-token", data=lambda: _both(frames),
-          code=f"{picks.code}figure = lens_plots.lens_curves({named}, {values!r}, position={position})")  # fmt: skip
-    st.subheader("By layer, over all tokens shown")
-    panel(lens_curves(frames, values), key="over-tokens", data=lambda: _both(frames),
-          code=f"{picks.code}figure = lens_plots.lens_curves({named}, {values!r})",
-          remark="Lines: the mean, and of the rank the median. Bands: the middle half of the tokens.")  # fmt: skip
+    values = ("entropy", "answer_rank") if position is not None else ("entropy", "kl", "answer_rank")
+    st.subheader("By layer, at this token" if position is not None else "By layer, over all tokens shown")
+    made = f"lens_plots.lens_curves({named}, {values!r}, position={position})"
+    panel(lens_curves(frames, values, position=position), key="over-tokens" if position is None else "at-token",
+          code=f"{picks.code}figure = {made}", data=lambda: _both(frames),
+          remark="" if position is not None else
+          "Lines: the mean, and of the rank the median. Bands: the middle half of the tokens.")  # fmt: skip
 
 
 def _likeliest(picks: Picks, tables: dict[str, LensTable], site: str, position: int) -> None:
-    st.subheader("Likeliest next tokens of this cell")
+    st.subheader("Likeliest next, in this cell")
     tops = {name: table.top(site, position) for name, table in tables.items()}
     named = "{" + ", ".join(f"{name!r}: {name}.top({site!r}, {position})" for name in tables) + "}"
     panel(token_bars(tops), key="tokens", code=f"{picks.code}figure = lens_plots.token_bars({named})",
           data=lambda: _both(tops))  # fmt: skip
-    plain = tables["plain"]
-    token = plain.texts[int(plain.ids[plain.positions.tolist().index(position)])]
-    text.write(f"after {site}, at token {position}: {token}", 300)
 
 
 def _worth(folder: Path) -> None:
