@@ -35,7 +35,8 @@ NAMED_TOKENS = 40
 """tokens across up to which each cell bears its token"""
 SIGNS, LINE = 9, 110
 """characters of a token in a cell at most, and of all cells of a line together"""
-EMBEDDINGS = "embeddings"
+EMBEDDINGS, SHORT = "embeddings", "emb."
+TICKS = 9
 
 
 def lens_heatmap(table: pd.DataFrame, value: str = "entropy", *, title: str = "", low: float | None = None,
@@ -209,7 +210,7 @@ def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str,
     layout: dict[str, Any] = {"title": {"text": heading, "font": {"size": 14}}} if heading else {}
     return _style(
         figure,
-        190 + 28 * len(layers),
+        225 + 28 * len(layers),
         margin={"l": 60, "r": 16, "t": 70, "b": 40},
         clickmode="event+select",
         dragmode="pan",
@@ -235,11 +236,18 @@ def lens_curves(
     for i, (name, table) in enumerate(shown.items()):
         for column, value in enumerate(values, 1):
             _curve(figure, column, _said(name), table, value, i, band=position is None)
-    figure.update_xaxes(title_text="after layer", type="category")
+    layers = [str(layer) for layer in dict.fromkeys(next(iter(shown.values()))["layer"])]
+    figure.update_xaxes(title_text="after layer", type="category", tickangle=0, tickvals=_some(layers),
+                        ticktext=[SHORT if layer == EMBEDDINGS else layer for layer in _some(layers)])  # fmt: skip
     for column, value in enumerate(values, 1):
         axis = {"type": "log", "dtick": 1} if value in LOGARITHMIC else {"rangemode": "tozero"}
         figure.update_yaxes(row=1, col=column, **axis)
-    return _style(figure, 340, legend={"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 0}, margin={"t": 90})
+    return _style(
+        figure,
+        340,
+        legend={"orientation": "h", "y": 1.14, "yanchor": "bottom", "x": 0},
+        margin={"l": 50, "r": 10, "t": 90, "b": 50},
+    )
 
 
 def _curve(
