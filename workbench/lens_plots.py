@@ -250,6 +250,11 @@ def lens_curves(
     )
 
 
+def _some(layers: list[str]) -> list[str]:
+    """Layers evenly spread, so that their numbers stand side by side."""
+    return layers[:: math.ceil(len(layers) / TICKS)]
+
+
 def _curve(
     figure: go.Figure, column: int, name: str, table: pd.DataFrame, value: str, number: int, *, band: bool
 ) -> None:
