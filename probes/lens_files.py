@@ -84,7 +84,8 @@ def read_lens(folder: Path) -> Lens:
         header = read_header(
             json.dumps(own), folder / CONFIG, "a saved lens", format=FORMAT, version=VERSION, fields=fields
         )
-        base, meta, kept = header["base"], header["meta"], [Site.parse(str(site)) for site in header["sites"]]
+        base, meta = {str(key): str(value) for key, value in header["base"].items()}, header["meta"]
+        kept = [Site.parse(str(site)) for site in header["sites"]]
         if not set(kept) <= set(slots):
             raise damaged(folder / CONFIG, f"its sites {', '.join(map(str, kept))} are not those of {layers} layers")
     file = folder / PARAMS

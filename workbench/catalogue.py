@@ -134,7 +134,8 @@ def _lens(name: str, path: Path) -> Entry:
         about = read_json(file)
         own = about.get(LENS_KEY) or {}
         base = own.get("base") or {"name": about["base_model_name_or_path"]}
-        facts = {"model": base.get("name", ""), "lens": str(about["lens_type"]), "base": dict(base),
+        base = {str(key): str(value) for key, value in base.items()}
+        facts = {"model": base.get("name", ""), "lens": str(about["lens_type"]), "base": base,
                  "layers": about["num_hidden_layers"]}  # fmt: skip
         return Entry("lens", name, path, "whole", age=_age([file]), facts=facts)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as err:

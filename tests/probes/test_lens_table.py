@@ -158,3 +158,13 @@ def test_what_cannot_be_read_is_told(llama, options, words):
         table.top(9, 0)
     with pytest.raises(UserError, match="no token at position 70; it has 0 to 6"):
         table.top(0, 70)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["transformer-lens", "nnsight"])
+def test_every_backend_reads_the_same(backend):
+    module = make_module("gpt2")
+    plain = lens_table(load(module, tokenizer=word_tokenizer(), prove=False), TEXT)
+    other = lens_table(load(module, tokenizer=word_tokenizer(), prove=False, backend=backend), TEXT)
+    torch.testing.assert_close(other.kl, plain.kl, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.entropy, plain.entropy, atol=1e-5, rtol=0)

@@ -103,6 +103,16 @@ def test_a_damaged_lens_is_one_line(open_page, model, tmp_path):
     assert "config.json cannot be read" in said
 
 
+def test_damage_in_the_small_print_of_a_lens_is_one_line_too(open_page, model, tmp_path):
+    Lens("tuned", {}, {**model.fingerprint, "revision": "x"}, {"figures": [{"site": 1}]}).save(tmp_path / "odd", model)
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    config["workbench"]["base"]["name"] = 5
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    page = open_page("lens", tmp_path, model=MODEL, lens="odd", text=PROMPT)
+    assert not page.exception
+    assert "the figures that this lens was saved with cannot be read" in words(page)
+
+
 def test_a_prompt_that_is_too_long_is_one_line(open_page, tmp_path):
     page = open_page("lens", tmp_path, model=MODEL, text="the toy " * 300)
     assert not page.exception

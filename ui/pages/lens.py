@@ -130,6 +130,7 @@ def _of_model(label: str, kind: str, none: str, fingerprint: dict[str, str]) -> 
         if entry.state == "damaged":
             text.problem(f"{entry.name}: {entry.note}")
     bases = {e.name: e.facts.get("base") or e.facts.get("about", {}).get("base") or {} for e in found}
+    bases = {name: {str(key): str(value) for key, value in base.items()} for name, base in bases.items()}
     fit = {e.name: e for e in found if bases[e.name] and difference_of(bases[e.name], fingerprint) is None}
     picked = _among(label, [none, *fit], kind)
     if not fit:
