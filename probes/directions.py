@@ -1,8 +1,10 @@
-"""Directions of a label in the residual stream, found in several ways, each a steering vector with its own natural length.
+"""Directions of a label in the residual stream, found in several ways, each a steering vector of one length, so that the
+ways can be compared.
 
 mean_difference: mean(+) - mean(-). pca: the leading direction of differences of pairs (representation engineering,
 arXiv:2310.01405). caa: the mean difference of prompts paired one to one (arXiv:2312.06681). logistic: the weights of a
-logistic probe. leace: cov(x)^-1 cov(x, z), what LEACE reads a label by (arXiv:2306.03819).
+logistic probe. leace: cov(x)^-1 cov(x, z), what LEACE reads a label by (arXiv:2306.03819); what it writes along, and so its
+steering vector, is cov(x, z), which of two classes is the mean difference.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 class Direction:
     """A unit vector [d] at a site along which `positive` lies above `negative`.
 
-    >>> d = Direction(torch.tensor([1.0, 0.0]), Site(3), "mean_difference", "label", "yes", "no", gap=2.0)
+    >>> d = Direction(torch.tensor([1.0, 0.0]), Site(3), "mean_difference", "label", "yes", "no", gap=2.0, length=2.0)
     >>> d.adapter().delta(Site(3), torch.zeros(2)).tolist()
     [2.0, 0.0]
     """
@@ -54,10 +56,15 @@ class Direction:
     positive: str
     negative: str
     gap: float
-    """the distance of the two classes' means along it, over the training rows: the length of the steering vector"""
+    """the distance of the two classes' means along it, over the training rows; small for one that reads well (logistic,
+    leace), since that lies across what else varies"""
+    length: float
+    """the whole distance of the two means, the same for every method: the length of the steering vector"""
     held_out: HeldOut | None = None
     """how well the rows' places along it tell the classes apart, on prompts that it was not found on"""
     base: Mapping[str, str] = field(default_factory=dict)
+    written: Float[Tensor, " d_w"] | None = field(default=None, repr=False)
+    """the unit vector that is added where it is another than the one that is read along (leace)"""
 
     def __repr__(self) -> str:
         told = "" if self.held_out is None else f", AUROC {self.held_out.auroc}"
@@ -81,9 +88,10 @@ class Direction:
         return float(self.vector.double() @ v.double().to(self.vector.device) / v.double().norm())
 
     def adapter(self, *, strength: float = 1.0, positions: str = "all") -> Adapter:
-        """The steering vector gap x vector: at strength 1 it moves the mean of `negative` to that of `positive` along it."""
-        meta = {"kind": "steering", "method": self.method, "label": self.label, "length": self.gap}
-        return vector(self.site, self.gap * self.vector.float().cpu(), positions=positions, strength=strength,
+        """The steering vector length x vector (or `written`), towards `positive`."""
+        added = self.vector if self.written is None else self.written
+        meta = {"kind": "steering", "method": self.method, "label": self.label, "length": self.length}
+        return vector(self.site, self.length * added.float().cpu(), positions=positions, strength=strength,
                       name=f"{self.positive} ({self.method})", base=self.base, meta=meta)  # fmt: skip
 
 
@@ -115,8 +123,8 @@ class DirectionSet:
         """One line for each: AUROC and accuracy with 95 % intervals, and the gap between the means."""
         import pandas as pd
 
-        lines = [{"site": str(d.site), "method": d.method, "gap": d.gap, **({} if d.held_out is None else d.held_out.line())}
-                 for d in self.directions]  # fmt: skip
+        lines = [{"site": str(d.site), "method": d.method, "gap": d.gap, "length": d.length,
+                  **({} if d.held_out is None else d.held_out.line())} for d in self.directions]  # fmt: skip
         return pd.DataFrame(lines)
 
     def cosines(self, site: Site | str | int) -> pd.DataFrame:
@@ -202,17 +210,29 @@ def _direction(
     length = float(raw.norm())
     if not length > 0:
         raise UserError(f"{site}: the {method} direction of {task.labels.name!r} has no length; nothing differs there")
-    unit = raw / length
     learn, y = torch.from_numpy(~task.test), torch.from_numpy(task.labels.values)
+    means = [x[learn & (y == k)].double().mean(0) for k in (0, 1)]
+    between = means[1] - means[0]
+    unit = raw / length * (1 if float(raw @ between) >= 0 else -1)
     place = x.double() @ unit
-    low, high = (float(place[learn & (y == k)].mean()) for k in (0, 1))
-    if high < low:
-        unit, place, low, high = -unit, -place, -low, -high
+    middle, gap, apart = float((means[0] + means[1]) @ unit) / 2, float(between @ unit), float(between.norm())
     spread = float(place[learn].std()) or 1.0
-    p = ((place[~learn] - (low + high) / 2) / spread).sigmoid().numpy()
+    p = ((place[~learn] - middle) / spread).sigmoid().numpy()
     held = class_scores(np.stack([1 - p, p], 1), task.labels.values[task.test], task.labels.groups[task.test],
                         float(np.bincount(task.labels.values[task.test]).max() / task.test.sum()), seed=task.seed)  # fmt: skip
-    return Direction(unit.float(), site, method, task.labels.name, names[1], names[0], high - low, held, base)
+    return Direction(
+        unit.float(),
+        site,
+        method,
+        task.labels.name,
+        names[1],
+        names[0],
+        gap,
+        apart,
+        held,
+        base,
+        (between / apart).float() if method == "leace" else None,
+    )
 
 
 def _raw(method: str, x: Tensor, y: np.ndarray, pairs: np.ndarray | None, seed: int) -> Float[Tensor, " d"]:

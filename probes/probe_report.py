@@ -23,7 +23,7 @@ SAYS = {
     "calibration": "The probe with the best figure, {where}. It was chosen on the rows that it is scored on, so its figure is "
     "a little too good where there are many probes.",
     "directions": "How well the place of a row along each direction tells {towards} from the rest. Each is saved in adapters/ "
-    "as a steering vector, as long as the gap between the means.",
+    "as a steering vector, as long as the whole distance of the means, so that the methods can be compared.",
     "eraser": "LEACE, fitted to the training prompts, at {site}: the smallest affine change after which the label is "
     "uncorrelated with every coordinate. Before and after: a probe trained on plain and on erased rows, scored on other "
     "prompts.",
@@ -83,11 +83,12 @@ def _directions(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     found = pd.DataFrame(metrics["directions"])
     rows = [
-        _row(f"{d['site']}, {d['method']}", [_estimate(d, "auroc"), plain(d["gap"])]) for d in metrics["directions"]
+        _row(f"{d['site']}, {d['method']}", [_estimate(d, "auroc"), plain(d["gap"]), plain(d["length"])])
+        for d in metrics["directions"]
     ]
     says = SAYS["directions"].format(towards=metrics["job"]["towards"])
-    return section("Directions", says, figure=plots.direction_table(found),
-                   tables=[table(["direction", "AUROC", "gap between the means"], rows)])  # fmt: skip
+    heads = ["direction", "AUROC", "gap between the means along it", "whole distance of the means"]
+    return section("Directions", says, figure=plots.direction_table(found), tables=[table(heads, rows)])
 
 
 def _eraser(found: Mapping[str, Any]) -> dict[str, Any]:

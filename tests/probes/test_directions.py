@@ -37,7 +37,9 @@ def test_a_planted_direction_is_found_by_every_method(method, tmp_path):
     assert abs(found.gap - 3.0) < 0.2
     assert abs(found.auroc.value - 0.983) < 0.01  # of two Gaussians 3 apart
     delta = found.adapter().delta(Site(1), torch.zeros(8))
-    assert torch.allclose(delta, found.gap * found.vector)
+    written = found.vector if found.written is None else found.written
+    assert torch.allclose(delta, found.length * written)
+    assert abs(found.length - 3.0) < 0.2
     assert found.adapter().base == {"name": "m", "weights": "w"}
     (back,) = find_directions(store, "label", "no", "yes", methods=[method], pairs="pair")
     assert back.cosine(found) < -0.99
@@ -124,15 +126,15 @@ def test_leace_changes_least_among_the_maps_that_erase(seed, d, k, scale):
     cross = centred.T @ one_hot(z)
     eraser = LeaceEraser.fit(x, z)
     least = float((eraser(x) - x).square().sum())
-    inside = cross @ torch.linalg.pinv(cross)
+    basis = torch.linalg.svd(cross, full_matrices=False).U[:, : k - 1]
+    inside = basis @ basis.T
     change = scale * torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     change = change @ (torch.eye(d, dtype=torch.float64) - inside)  # rows of x go through it from the right, transposed
     other = eraser(x) + centred @ change.T
     assert remaining(other, one_hot(z), x) < 1e-6
     assert float((other - x).square().sum()) >= least * (1 - 1e-9)
     # the orthogonal projection on what the means do not span erases too, and changes more or as much
-    basis = torch.linalg.svd(cross, full_matrices=False).U[:, : k - 1]
-    assert float((centred @ basis @ basis.T).square().sum()) >= least * (1 - 1e-9)
+    assert float((centred @ inside).square().sum()) >= least * (1 - 1e-9)
 
 
 def test_leace_from_moments_of_batches_is_that_of_one_pass_and_a_probe_is_at_chance():
@@ -149,6 +151,12 @@ def test_leace_from_moments_of_batches_is_that_of_one_pass_and_a_probe_is_at_cha
     assert np.abs(after.coef_ * x.numpy().std(0)).max() < 1e-3  # the best probe is the constant
     assert a == a.to(torch.float64)
     assert a != b.to(torch.float32)
+
+
+def test_of_two_classes_leace_writes_along_the_difference_of_the_means():
+    x, z = labelled_rows(300, 6, 2, 1)
+    written, between = LeaceEraser.fit(x, z).left[:, 0], x[z == 1].mean(0) - x[z == 0].mean(0)
+    assert abs(float(written @ between / written.norm() / between.norm())) > 1 - 1e-9
 
 
 def test_an_eraser_is_saved_and_refuses_what_is_damaged(tmp_path):
@@ -218,7 +226,7 @@ def test_directions_steer_through_the_workbench(tmp_path):
     store = write_labelled(tmp_path / "s", {Site(1): x}, label=[("no", "yes")[i] for i in y])
     found = find_directions(store, "label", "yes", methods=["mean_difference"])
     found = type(found)(
-        tuple(type(d)(d.vector, d.site, d.method, d.label, d.positive, d.negative, d.gap) for d in found)
+        tuple(type(d)(d.vector, d.site, d.method, d.label, d.positive, d.negative, d.gap, d.length) for d in found)
     )
     (curve,) = found.dose(model, ["w1 w2", "w3 w4"], ["w5"], factors=(1.0,), texts=[{"text": "w1 w2 w3 w4"}]).values()
     assert [p["strength"] for p in curve] == [0.0, 1.0]
