@@ -30,7 +30,7 @@ OF_QUANTITIES = ("ridge", "sparse")
 ITERATIONS = 500
 TOLERANCE = 1e-4
 """of the gradient, where scikit-learn stops; the torch solver stops at a tenth of it. Their directions then agree to a cosine
-of 0.9999, and their probabilities to 0.005"""
+of 0.999 (0.9999 where there are more rows than the width), and their probabilities to 0.005"""
 
 
 class Fitted(NamedTuple):
@@ -47,13 +47,15 @@ class Solver:
 
     Args:
         kind: see KINDS. n_classes: 0 for a quantity. penalty: in units of the mean loss per row.
-        device: where the rows lie; on a CPU scikit-learn does what it has.
+        device: where the rows lie.
+        library: scikit-learn or torch for what both can do (logistic, ridge); auto: scikit-learn on a CPU.
     """
 
     kind: str
     n_classes: int
     penalty: float
     device: torch.device
+    library: str = "auto"
     _last: Any = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class Solver:
             )
         if self.kind == "sparse" and self.penalty == 0:
             raise UserError("a sparse probe needs a penalty above 0; with 0 take kind='logistic'")
+
+    @property
+    def in_torch(self) -> bool:
+        return self.library == "torch" or (self.library == "auto" and self.device.type != "cpu")
 
     def fit(self, x: Float[Tensor, "n d"], y: np.ndarray) -> Fitted:
         """The probe of rows x, float32, with classes y, int64 from 0 (or quantities, float64)."""
@@ -86,8 +92,8 @@ class Solver:
 
     def _solve(self, z: Tensor, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         if self.kind == "ridge":
-            return (*_least_squares(z, self._targets(y), self.penalty), True)
-        if self.kind == "logistic" and self.device.type != "cpu":
+            return (*_least_squares(z, self._targets(y), self.penalty, self.in_torch), True)
+        if self.kind == "logistic" and self.in_torch:
             return self._torch_logistic(z, y)
         return self._sklearn(z.cpu().numpy(), y)
 
@@ -187,21 +193,17 @@ def minimised(
     return w.detach(), bool(w.grad.abs().max() < 10 * TOLERANCE)
 
 
-def _least_squares(z: Tensor, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and bias of ridge regression of centred rows; the smaller of the two Gram matrices is solved."""
-    if z.device.type == "cpu":
-        from sklearn.linear_model import Ridge
-
-        made = Ridge(alpha=penalty * len(z) if penalty else 1e-9 * len(z), fit_intercept=True).fit(
-            z.numpy().astype(np.float64), targets
-        )
-        return np.atleast_2d(made.coef_).T if targets.shape[1] > 1 else made.coef_.reshape(-1, 1), np.atleast_1d(
-            made.intercept_
-        )
-    y = torch.from_numpy(targets).to(z.device)
-    bias = y.mean(0)
+def _least_squares(z: Tensor, targets: np.ndarray, penalty: float, in_torch: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [d, c] and bias [c] of ridge regression of centred rows; the smaller of the two Gram matrices is solved."""
     n, d = z.shape
     strength = (penalty or 1e-9) * n
+    if not in_torch:
+        from sklearn.linear_model import Ridge
+
+        made = Ridge(alpha=strength).fit(z.cpu().numpy().astype(np.float64), targets)
+        return np.reshape(made.coef_, (targets.shape[1], d)).T, np.atleast_1d(made.intercept_)
+    y = torch.from_numpy(targets).to(z.device)
+    bias = y.mean(0)
     if d <= n:
         gram = _gram(z)
         gram.diagonal().add_(strength)
