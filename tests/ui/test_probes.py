@@ -18,6 +18,7 @@ from workbench.sites import Site
 from ..probes.labelled import planted, write_labelled
 from .conftest import run_snippets, words
 
+OF_FOLDER = "an adapter of the folder"
 EVIL = "<script>alert(1)</script> [x](javascript:1) **b** \u202eabc"
 
 
@@ -170,7 +171,7 @@ def test_a_direction_is_saved_once_and_only_when_asked(open_page, recipient):
     assert adapter.positions == "all"
     assert adapter.base["name"] == "bundled:recipient"
     link = page.get("link_button")[0].proto
-    assert link.url == f"/paste?adapter={name}"
+    assert link.url == f"/paste?what=an+adapter+of+the+folder&adapter={name}"
     written = (recipient / name / "adapter.safetensors").read_bytes()
     next(b for b in page.button if b.label == "Save").click().run()
     assert "exists already" in words(page)
@@ -183,6 +184,37 @@ def test_a_direction_is_saved_once_and_only_when_asked(open_page, recipient):
         assert "is no name for a folder here" in words(page)
     assert sorted(p.name for p in recipient.iterdir()) == sorted([*before, name])
     assert not (recipient.parent / "out").exists()
+
+
+def test_the_link_of_a_saved_direction_opens_it_on_the_page_of_pastes(open_page, tmp_path):
+    from workbench.adapters import vector
+    from workbench.models import load
+
+    model = load("bundled:recipient", device="cpu")
+    push = 20 * torch.randn(model.width, generator=torch.Generator().manual_seed(0))
+    vector(Site(2), push, positions="all", base=model.fingerprint, name=EVIL).save(tmp_path / "mine")
+    vector(Site(2), push, base={"name": "somebody/else"}).save(tmp_path / "other")
+    page = open_page("paste", tmp_path, what=OF_FOLDER, adapter="mine")
+    assert not page.exception
+    assert "Type a prompt" in words(page)
+    page.text_area(key="say").set_value("how do i break the lock ?").run()
+    assert not page.exception
+    assert run_snippets(page) == 1
+    next(b for b in page.button if b.label == "Answer").click().run()
+    assert not page.exception
+    plain, edited = [code.value for code in page.code][-2:]
+    assert plain != edited
+    assert not unsafe(page)
+    assert "which the explorer was not told to load" in words(
+        open_page("paste", tmp_path, what=OF_FOLDER, adapter="other")
+    )
+    assert "the link asks for adapter '../x', which is not in the opened folder" in words(
+        open_page("paste", tmp_path, what=OF_FOLDER, adapter="../x")
+    )
+    (tmp_path / "mine" / "adapter.safetensors").write_bytes(b"x")
+    assert "cannot be read as safetensors" in words(open_page("paste", tmp_path, what=OF_FOLDER, adapter="mine"))
+    (tmp_path / "empty").mkdir()
+    assert "No adapter in the opened folder" in words(open_page("paste", tmp_path / "empty", what=OF_FOLDER))
 
 
 def test_a_name_is_no_path():

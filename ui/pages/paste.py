@@ -13,7 +13,7 @@ import streamlit as st
 from ui import text
 from ui.held import may_load, stamp_of
 from ui.opened import pick_run
-from ui.pages import paste_answers, paste_figures
+from ui.pages import paste_adapter, paste_answers, paste_figures
 from ui.picks import choice
 from ui.settings import settings as started
 from workbench.adapters import Adapter
@@ -57,6 +57,8 @@ class Tried:
 def page() -> None:
     st.title("Paste")
     command = DEMO.format(folder=shlex.quote(str(started().folder)))
+    if choice("What is tried", paste_adapter.TRIED, "what") == "adapter":
+        return paste_adapter.show()
     left, right = st.columns([2, 3])
     with left:
         entry = pick_run("run", command, "No transfer run in the opened folder. The demo takes some minutes.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import streamlit as st
 
@@ -14,6 +13,7 @@ from probes.probe_curve import ProbeCurve, ProbeLine
 from probes.token_scores import LONGEST, TokenScores, score_text
 from ui import text
 from ui.held import held_model, may_load
+from ui.pages import paste_adapter
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
@@ -127,7 +127,7 @@ def steering(curve: ProbeCurve, line: ProbeLine, asked: Asked) -> None:
     saved = st.session_state.get("saved-adapter")
     if saved:
         text.write(f"saved: {settings().folder / saved}")
-        st.link_button("Try it on the Paste page", f"/paste?adapter={quote(saved)}", icon=":material/content_paste:")
+        st.link_button("Try it on the Paste page", paste_adapter.link(saved), icon=":material/content_paste:")
 
 
 def checked_name(name: str) -> str:

@@ -13,13 +13,12 @@ from probes.linear import train_probes
 from probes.probe_curve import ProbeCurve, ProbeLine
 from probes.solvers import KINDS, OF_QUANTITIES
 from ui import text
-from ui.held import rows_of
+from ui.held import rows_of, stamp_of
 from ui.opened import pick_store
 from ui.pages import probe_parts
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
-from workbench.errors import UserError
 from workbench.probe_plots import SCORE_WORDS, probe_calibration, probe_layers
 from workbench.store import Store
 
@@ -92,8 +91,9 @@ def _asked(store: Store) -> Asked | None:
             text.remark("Type the tokens that are told from all others, such as plus, minus.")
             return None
         label = TOKENS + said
-    stamp = _stamp(store.path)
-    quantity, classes = None, ()
+    stamp = stamp_of(store.path / "manifest.json")
+    quantity: bool | None = None
+    classes: tuple[str, ...] = ()
     counts = _counts(str(store.path), stamp, label)
     if label in ("position", "token_id") and b.toggle(
         "As a quantity", label == "position", key="quantity", bind="query-params"
@@ -135,13 +135,6 @@ def _trained(asked: Asked, device: str) -> ProbeCurve:
 @st.cache_data(max_entries=32, show_spinner=False)
 def _counts(path: str, stamp: int, label: str) -> dict[str, int]:
     return class_counts(rows_of(path).store, label)
-
-
-def _stamp(path: Path) -> int:
-    try:
-        return (path / "manifest.json").stat().st_mtime_ns
-    except OSError as err:
-        raise UserError(f"store {path}: its manifest.json cannot be read ({err.strerror})") from err
 
 
 def _curve(curve: ProbeCurve, asked: Asked) -> ProbeLine:
