@@ -22,6 +22,11 @@ def contents() -> Catalogue:
     return _contents(str(settings().folder))
 
 
+def look_again() -> None:
+    """Makes `contents` look at the folder anew: something was written there."""
+    _contents.clear()
+
+
 @st.cache_data(ttl=5, max_entries=2, show_spinner=False)
 def _contents(folder: str) -> Catalogue:
     return catalogue(folder)

@@ -13,6 +13,7 @@ from probes.probe_curve import ProbeCurve, ProbeLine
 from probes.token_scores import LONGEST, TokenScores, score_text
 from ui import text
 from ui.held import held_model, may_load
+from ui.opened import look_again
 from ui.pages import paste_adapter
 from ui.panels import panel
 from ui.picks import choice
@@ -120,6 +121,7 @@ def steering(curve: ProbeCurve, line: ProbeLine, asked: Asked) -> None:
         try:
             folder = settings().folder / checked_name(name)
             adapter.save(folder)
+            look_again()
         except UserError as err:
             text.problem(err)
             return

@@ -82,7 +82,7 @@ def page() -> None:
 def _asked(store: Store) -> Asked | None:
     """The picks; None, and a line on why, where they name nothing that can be trained."""
     columns = label_columns(store)
-    a, b, c, d, e = st.columns([3, 3, 3, 3, 2])
+    a, b, c, d, e = st.columns(5)
     with a:
         label = choice("Label", {name: name for name in columns} | {ONE_OF: ONE_OF}, "label")
     if label == ONE_OF:
@@ -102,8 +102,9 @@ def _asked(store: Store) -> Asked | None:
     elif not label.startswith(TOKENS):
         names = list(counts)[:MOST_CLASSES]
         shown = {name: text.shown(name, 60) for name in names}
-        classes = tuple(b.multiselect("Classes (one: against all others)", names, key="classes", bind="query-params",
-                                      format_func=lambda name: shown[name], placeholder=f"all {len(counts):,}"))  # fmt: skip
+        picked = b.multiselect("Classes", names, key="classes", bind="query-params", placeholder=f"all {len(counts):,}",
+                               format_func=lambda name: shown[name], help="one alone stands against all others")  # fmt: skip
+        classes = tuple(picked)
     with c:
         kinds = {name: KIND_WORDS[name] for name in (OF_QUANTITIES if quantity else KINDS)}
         kind = choice("Kind", kinds, "kind", help="; ".join(f"{KIND_WORDS[k]}: {KINDS[k]}" for k in kinds))
