@@ -63,6 +63,12 @@ def _of(cell: Any, scale: float = 100.0, form: str = ".0f") -> str:
     return f"{value} [{low}, {high}]"
 
 
+def _defaults(found: dict[str, Any]) -> str:
+    """The table of the job that decides the paste, as it was."""
+    table = next(iter(found.values()))["defaults"]["paste"]
+    return ", ".join(f"`{key} = {value}`" for key, value in table.items() if value is not None)
+
+
 def tell(found: dict[str, Any]) -> str:
     """The section of docs/benchmarks.md."""
     lines = [(donor, name, b) for donor, one in found.items() for name, b in one["behaviours"].items()]
@@ -85,7 +91,7 @@ def tell(found: dict[str, Any]) -> str:
             "`bundled:outsider` (GPT-NeoX-style: parallel residual, 5 layers, width 96, a tokenizer with a token for each "
             "digit) was used for no choice of any default. Two runs of the bundled job with its defaults: the bundled adapters "
             "of `bundled:donor`, and adapters that the job trains on `bundled:recipient`. "
-            f"{lines[0][2]['n']} evaluation prompts, 95 % intervals.",
+            f"{lines[0][2]['n']} evaluation prompts, 95 % intervals. The defaults of the paste were: {_defaults(found)}.",
             "Share of native's gain in log-odds, %; of the random controls, over draws. Last, the paste's share of native's "
             "gain in rate, %; – where native gained nothing to share.",
             table(["from", "behaviour", "paste", "pinv as published", "mean delta", "random converter", "shuffled pairs",
