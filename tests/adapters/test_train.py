@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
+from tests.conftest import ctrl_c_in_training
 from workbench.adapters import Adapter, train
 from workbench.adapters.demonstrations import answer_loss, encode_demonstrations
 from workbench.adapters.train import train_adapter, train_into
@@ -17,8 +18,6 @@ from workbench.maps.linear_map import read_safetensors
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet
 from workbench.sites import Site
-
-from ..conftest import ctrl_c_in_training
 
 QUESTIONS = [f"w{i} w{(3 * i) % 90}" for i in range(24)]
 DEMONSTRATIONS = PromptSet.load([{"prompt": q, "response": "w7 w8"} for q in QUESTIONS])
