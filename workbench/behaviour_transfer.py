@@ -41,6 +41,7 @@ from .layer_matching import match_layers, matched_sites
 from .progress import progress
 from .prompts import PromptSet, encode
 from .sites import Site
+from .trials import Trial, TrialSets, shortlist, try_pastes
 
 log = logging.getLogger("workbench")
 REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
@@ -192,11 +193,16 @@ class BehaviourTransfer:
         neutral = t.neutral
         used = sum(g.seconds for g in (on, *off.values(), *neutral))
         start = time.perf_counter()
-        fixed = None if job.paste.strength == "forecast" else float(job.paste.strength)
+        fixed = None if isinstance(job.paste.strength, str) else job.paste.strength
         candidates = self._candidates(donor, on, target)
         made = forecast_pastes(donor, t.fits, candidates, on, off, neutral, target=target, strength=fixed,
                                max_sigma=job.paste.max_sigma)  # fmt: skip
-        ranked = rank(made, target)
+        ranked, trials = rank(made, target), []
+        if job.paste.strength == "validation":
+            trials = self._tried(donor, ranked, target)
+            best = trials[0]
+            first = next(f for f in ranked if f.candidate == best.candidate)
+            ranked = [first.at(best.strength), *(f for f in ranked if f is not first)]
         seconds = time.perf_counter() - start + aimed
         rows = [_forecast_row(f, chosen=i == 0) for i, f in enumerate(ranked)]
         self._measure(ranked, rows, donor, prompts, on.value)
@@ -207,11 +213,23 @@ class BehaviourTransfer:
             "warnings": [] if idle is None else [idle],
             "candidates": rows,
             "chosen": rows[0],
+            "trials": [trial.as_dict() for trial in trials],
             "seconds": seconds,
             "gradients_seconds": used,
             "spearman": spearman(said, found),
             "sign_agreement": sign_agreement(said, found),
         }
+
+    def _tried(self, donor: Adapter, ranked: list[Forecast], target: float) -> list[Trial]:
+        """The first few candidates at several strengths on validation prompts, the best first."""
+        t, job = self.shared, self.shared.job
+        off = {b.name: (t.prompts(b.validation), b.openers) for b in job.behaviours if b.name != self.name}
+        if self.table.validation_not:
+            off["where not wanted"] = t.prompts(self.table.validation_not), self.table.openers
+        texts = t.prompts(job.evaluate.validation_text) if job.evaluate.validation_text else None
+        sets = TrialSets(t.recipient, (t.prompts(self.table.validation), self.table.openers), off, texts)
+        return try_pastes(sets, donor, t.fits, shortlist(ranked), sign=-1.0 if target < 0 else 1.0,
+                          max_sigma=job.paste.max_sigma)  # fmt: skip
 
     def _measure(self, ranked: list[Forecast], rows: list[dict[str, Any]], donor: Adapter, prompts: PromptSet,
                  before: Tensor) -> None:  # fmt: skip
@@ -314,15 +332,12 @@ class BehaviourTransfer:
 
 def _forecast_row(f: Forecast, chosen: bool) -> dict[str, Any]:
     """A candidate as metrics.json has it."""
-    row = {k: v for k, v in asdict(f).items() if k != "candidate"}
     first = f.candidate.pairs[0]
     return {
-        **row,
-        "pairs": [[str(d), str(r)] for d, r in f.candidate.pairs],
+        **{k: v for k, v in asdict(f).items() if k != "candidate"},
+        **f.candidate.as_dict(),
         "donor_site": str(first[0]),
         "recipient_site": str(first[1]),
-        "method": f.candidate.method,
-        "alpha": f.candidate.alpha,
         "measured_on": None,
         "chosen": chosen,
     }

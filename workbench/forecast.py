@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from .adapters.adapter import Adapter, LowRank
 from .adapters.train import frozen
 from .convert import ConverterFits
+from .converter_specs import method_pairs
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
 from .layer_matching import best_matching, match_layers
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from .models import Model
 
 
-RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
+MAX_SIGMA = 12.0  # standard deviations of the recipient's profile; beyond, a forecast says little
+CONVERTERS = tuple(method_pairs())  # what a paste is chosen from
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +145,10 @@ class Candidate:
         pairs = " ".join(f"{d.layer}>{r.layer}" for d, r in self.pairs)
         return f"{pairs} {self.method}" + (f" {self.alpha:g}" if self.method == "ridge" else "")
 
+    def as_dict(self) -> dict[str, Any]:
+        """As metrics.json has it."""
+        return {"pairs": [[str(d), str(r)] for d, r in self.pairs], "method": self.method, "alpha": self.alpha}
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -165,6 +171,13 @@ class Forecast:
 
     def worst_off_rate(self) -> float:
         return max(self.off_rate.values(), default=0.0)
+
+    def at(self, strength: float) -> Forecast:
+        """The same forecast at another strength."""
+        ratio = strength / self.strength
+        off, off_rate = ({k: v * ratio for k, v in d.items()} for d in (self.off, self.off_rate))
+        return replace(self, strength=strength, on=self.on * ratio, on_se=self.on_se * ratio, off=off, off_rate=off_rate,
+                       kl=self.kl * ratio**2, sigma=self.sigma * ratio)  # fmt: skip
 
 
 def fold_candidate(adapter: Adapter, fits: ConverterFits, candidate: Candidate) -> dict[Site, list[LowRank]]:
@@ -206,7 +219,7 @@ def forecast_pastes(
     *,
     target: float,
     strength: float | None = None,
-    max_sigma: float = 4.0,
+    max_sigma: float = MAX_SIGMA,
     strengths: tuple[float, float] = (0.25, 1.5),
 ) -> list[Forecast]:
     """The forecast of every candidate paste of `adapter`, in the order given.
@@ -255,7 +268,7 @@ def _strength(on: float, sigma: float, target: float, max_sigma: float, strength
 def candidates_of(
     adapter: Adapter,
     n_recipient: int,
-    methods: Sequence[tuple[str, float]] = RIDGES,
+    methods: Sequence[tuple[str, float]] = CONVERTERS,
     layers: Sequence[int] | None = None,
 ) -> list[Candidate]:
     """Every pair of one donor layer of the adapter with one recipient layer, under every converter (method, alpha)."""
@@ -274,7 +287,7 @@ def matched_candidates(
     on: Gradients,
     target: float,
     n_donor: int,
-    methods: Sequence[tuple[str, float]] = RIDGES,
+    methods: Sequence[tuple[str, float]] = CONVERTERS,
 ) -> list[Candidate]:
     """Candidates that paste every layer of an adapter of several: under each converter, the layers matched by depth
     (nearest, floor) and by forecast, which is the monotone matching with the largest summed effect towards `target`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .adapters.adapter import Adapter
 from .convert import ConverterFits
 from .evaluate.behaviour import log_odds
-from .forecast import Forecast, paste_candidate
+from .forecast import MAX_SIGMA, Forecast, paste_candidate
 from .progress import progress
 from .prompts import PromptSet
 
@@ -27,7 +27,7 @@ def line_search(
     *,
     target: float,
     steps: int = 1,
-    max_sigma: float = 4.0,
+    max_sigma: float = MAX_SIGMA,
     strengths: tuple[float, float] = (0.25, 1.5),
 ) -> list[Forecast]:
     """Forecasts whose `on`, and the strength that should reach `target`, come from forward passes of the pasted model.
@@ -62,7 +62,7 @@ def line_search(
             if abs(wanted - at) < 0.02 * at:
                 break
             at, found = wanted, effect(wanted)
-        made.append(_scaled(forecast, at, found))
+        made.append(replace(forecast.at(at), on=found))
     return made
 
 
@@ -75,10 +75,3 @@ def _reaching(target: float, slope: float, bend: float) -> float:
         return max(-slope / (2 * bend), 0.0)
     roots = [(-slope + sign * inside**0.5) / (2 * bend) for sign in (1, -1)]
     return min((s for s in roots if s > 0), default=0.0)
-
-
-def _scaled(forecast: Forecast, strength: float, on: float) -> Forecast:
-    ratio = strength / forecast.strength
-    return replace(forecast, strength=strength, on=on, on_se=forecast.on_se * ratio, kl=forecast.kl * ratio**2,
-                   sigma=forecast.sigma * ratio, off={k: v * ratio for k, v in forecast.off.items()},
-                   off_rate={k: v * ratio for k, v in forecast.off_rate.items()})  # fmt: skip
