@@ -41,7 +41,7 @@ from .layer_matching import match_layers, matched_sites
 from .progress import progress
 from .prompts import PromptSet, encode
 from .sites import Site
-from .trials import Trial, TrialSets, shortlist, try_pastes
+from .trials import TRIED, Trial, TrialSets, try_pastes
 
 log = logging.getLogger("workbench")
 REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
@@ -228,8 +228,7 @@ class BehaviourTransfer:
             off["where not wanted"] = t.prompts(self.table.validation_not), self.table.openers
         texts = t.prompts(job.evaluate.validation_text) if job.evaluate.validation_text else None
         sets = TrialSets(t.recipient, (t.prompts(self.table.validation), self.table.openers), off, texts)
-        return try_pastes(sets, donor, t.fits, shortlist(ranked), sign=-1.0 if target < 0 else 1.0,
-                          max_sigma=job.paste.max_sigma)  # fmt: skip
+        return try_pastes(sets, donor, t.fits, ranked[:TRIED], target=target, max_sigma=job.paste.max_sigma)
 
     def _measure(self, ranked: list[Forecast], rows: list[dict[str, Any]], donor: Adapter, prompts: PromptSet,
                  before: Tensor) -> None:  # fmt: skip

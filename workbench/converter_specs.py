@@ -28,9 +28,6 @@ KINDS: dict[str, _Kind] = {
     "autoencoder": _Kind("hidden units", 128, whole=True),
 }
 METHODS = tuple(KINDS)
-ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-DEFAULT_METHODS = ("ridge", "procrustes", "pls:32")
-"""what a paste is chosen from"""
 
 
 @dataclass(frozen=True)
@@ -102,18 +99,10 @@ def _number(text: str, kind: str, known: _Kind, given: Any) -> float:
     return number
 
 
-def method_pairs(texts: Sequence[str] = DEFAULT_METHODS, alphas: Sequence[float] = ALPHAS) -> list[tuple[str, float]]:
-    """Specs as (method, alpha) of candidate pastes; `ridge` without a value is ridge at each of `alphas`.
+def method_pairs(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Specs as (method, alpha) of candidate pastes.
 
     >>> method_pairs(["ridge:0.3", "pinv", "rrr:8"])
     [('ridge', 0.3), ('pinv', 0.0), ('rrr:8', 0.0)]
-    >>> method_pairs(["ridge", "pinv"], [0.1, 1.0])
-    [('ridge', 0.1), ('ridge', 1.0), ('pinv', 0.0)]
     """
-    made: dict[tuple[str, float], None] = {}
-    for text in texts:
-        if text == "ridge":
-            made |= dict.fromkeys(ConverterSpec.parse(text, alpha).pair for alpha in alphas)
-        else:
-            made[ConverterSpec.parse(text).pair] = None
-    return list(made)
+    return [ConverterSpec.parse(text).pair for text in texts]

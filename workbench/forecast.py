@@ -20,7 +20,6 @@ from torch import Tensor
 from .adapters.adapter import Adapter, LowRank
 from .adapters.train import frozen
 from .convert import ConverterFits
-from .converter_specs import method_pairs
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
 from .layer_matching import best_matching, match_layers
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 MAX_SIGMA = 12.0  # standard deviations of the recipient's profile; beyond, a forecast says little
-CONVERTERS = tuple(method_pairs())  # what a paste is chosen from
+RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +267,7 @@ def _strength(on: float, sigma: float, target: float, max_sigma: float, strength
 def candidates_of(
     adapter: Adapter,
     n_recipient: int,
-    methods: Sequence[tuple[str, float]] = CONVERTERS,
+    methods: Sequence[tuple[str, float]] = RIDGES,
     layers: Sequence[int] | None = None,
 ) -> list[Candidate]:
     """Every pair of one donor layer of the adapter with one recipient layer, under every converter (method, alpha)."""
@@ -287,7 +286,7 @@ def matched_candidates(
     on: Gradients,
     target: float,
     n_donor: int,
-    methods: Sequence[tuple[str, float]] = CONVERTERS,
+    methods: Sequence[tuple[str, float]] = RIDGES,
 ) -> list[Candidate]:
     """Candidates that paste every layer of an adapter of several: under each converter, the layers matched by depth
     (nearest, floor) and by forecast, which is the monotone matching with the largest summed effect towards `target`."""

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .atomic import write_json, write_text
-from .converter_specs import ALPHAS, DEFAULT_METHODS, ConverterSpec
+from .converter_specs import ConverterSpec
 from .errors import UserError
 from .runs import Run
 
@@ -88,21 +88,22 @@ class PasteTable(_Table):
 
     match: Literal["forecast", "nearest", "floor", "ends", "cka", "svcca", "r2"] = "forecast"
     """Which recipient layer answers to a donor layer: by forecast, by depth, by likeness, or by held-out fit."""
-    methods: list[str] = Field(list(DEFAULT_METHODS), min_length=1)
-    """Converters to choose among: `ridge:0.1`, `ridge:cv`, `pinv`, `procrustes`, `rrr:16`, `pls:32`, `whitened`, `cycle:1`;
-    `ridge` alone is ridge at each of `alphas`."""
-    alphas: list[float] = Field(list(ALPHAS), min_length=1)
+    methods: list[str] | None = Field(None, min_length=1)
+    """Converters to choose among, such as `["ridge:0.1", "ridge:cv", "pinv", "procrustes", "rrr:16", "pls:32", "whitened",
+    "cycle:1"]`; unless given, ridge at each of `alphas`."""
+    alphas: list[float] = Field([0.01, 0.03, 0.1, 0.3, 1.0], min_length=1)
     """Ridge strengths, in units of the mean diagonal of X'X."""
     strength: float | Literal["validation", "forecast"] = "validation"
-    """A number; `forecast`, which should reach the donor's own effect; or `validation`: the best layers of each converter by
-    forecast are tried at several strengths on validation prompts, and the one with the most gain less damage is taken."""
+    """A number; `forecast`, which should reach the donor's own effect; or `validation`: the first four candidates by forecast
+    are tried at 0.5, 1, 2 and 4 on validation prompts, and the one with the most gain less damage is taken: the rise of the
+    behaviour's probability, less the largest change of a probability on the other prompts or on plain text."""
     max_sigma: float = Field(12.0, gt=0)
     """The longest delta that may be chosen, in standard deviations of the recipient's profile."""
 
     @field_validator("methods")
     @classmethod
-    def _known(cls, methods: list[str]) -> list[str]:
-        for text in methods:
+    def _known(cls, methods: list[str] | None) -> list[str] | None:
+        for text in methods or ():
             try:
                 kind = ConverterSpec.parse(text).kind
             except UserError as err:

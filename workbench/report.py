@@ -122,6 +122,10 @@ def _forecast_words(behaviours: Mapping[str, Any]) -> list[str]:
         rank, sign = number(get(b, "forecast", "spearman")), number(get(b, "forecast", "sign_agreement"))
         agreed = [f"rank correlation {rank:.2f}"] if rank is not None else []
         agreed += [f"the sign right for {percent(sign, 0)} of the effects over 0.2 nats"] if sign is not None else []
+        if trials := get(b, "forecast", "trials"):
+            gain, damage = number(trials[0].get("gain")), number(trials[0].get("damage"))
+            if gain is not None and damage is not None:
+                agreed.append(f"the best of {len(trials)} trials on validation prompts, rate {gain:+.0%} and {damage:.1%} elsewhere")
         if agreed:
             lines.append(f"{name}: {', '.join(agreed)}.")
     return lines

@@ -173,7 +173,7 @@ def headline(name: str, behaviour: Metrics) -> str:
     times = cost_ratio(behaviour, "seconds")
     if times is not None:
         whole = number(get(behaviour, "cost", "ratio_seconds_with_forecast"))
-        more = f"; with the forecast that chose it, {ratio_words(whole)} that time" if whole else ""
+        more = f"; with choosing it, {ratio_words(whole)} that time" if whole else ""
         parts.append(f"the paste took {ratio_words(times)} the time of native training{more}")
     controls = [
         f"{arm_title(arm).removeprefix('control: ')} {interval(share, 'share')[0]}"

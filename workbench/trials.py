@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .models import Model
 
 PROMPTS = 24  # of each set, and
-TRIED = 4  # candidates at
+TRIED = 4  # candidates, the first by forecast, at
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)  # each: twice as many of any choose no better on the bundled pair
 
 
@@ -53,9 +53,9 @@ class Trial:
         sqrt(KL / 2) (Pinsker), so that one unit serves for all."""
         return max(*self.off_rate.values(), (max(self.kl, 0.0) / 2) ** 0.5, 0.0)
 
-    def merit(self, sign: float = 1.0) -> float:
-        """Gain minus damage; `sign` is -1 for an adapter that is to make its behaviour rarer."""
-        return sign * self.gain - self.damage
+    def merit(self, target: float = 1.0) -> float:
+        """Gain minus damage; where `target` is negative, the behaviour is to become rarer."""
+        return (self.gain if target >= 0 else -self.gain) - self.damage
 
     def as_dict(self) -> dict[str, Any]:
         """As metrics.json has it."""
@@ -119,33 +119,25 @@ class TrialSets:
                      dict(zip(self.off, away, strict=True)), float(kl.mean()) if len(kl) else 0.0)  # fmt: skip
 
 
-def shortlist(ranked: Sequence[Forecast], most: int = TRIED) -> list[Forecast]:
-    """The first forecasts that differ in their converter: what is worth a trial."""
-    found: dict[tuple[str, float], Forecast] = {}
-    for forecast in ranked:
-        found.setdefault((forecast.candidate.method, forecast.candidate.alpha), forecast)
-    return list(found.values())[:most]
-
-
 def try_pastes(
     sets: TrialSets,
     adapter: Adapter,
     fits: ConverterFits,
     forecasts: Sequence[Forecast],
     *,
-    sign: float = 1.0,
+    target: float,
     strengths: Sequence[float] = STRENGTHS,
     max_sigma: float = MAX_SIGMA,
 ) -> list[Trial]:
     """Trials of every forecast's candidate at every strength, the one with the most gain less damage first.
 
     Args:
-        forecasts: of `adapter` through `fits`, such as `shortlist(rank(...))`.
-        sign: of what is wanted; -1 for an adapter that makes its behaviour rarer.
+        forecasts: of `adapter` through `fits`, such as the first of `rank`.
+        target: the donor's own effect, of which the sign counts.
         strengths: each is cut to that at which the delta is `max_sigma` standard deviations of the recipient's profile
             long.
 
-    >>> try_pastes(TrialSets(model, (prompts, ["sorry"])), adapter, fits, forecasts)[0].strength  # doctest: +SKIP
+    >>> try_pastes(TrialSets(model, (prompts, ["sorry"])), adapter, fits, ranked[:4], target=2.0)[0].strength  # doctest: +SKIP
     2.0
     """
     made = []
@@ -154,4 +146,4 @@ def try_pastes(
         for strength in sorted({min(s, most) for s in strengths}):
             paste = paste_candidate(adapter, fits, forecast.candidate, strength)
             made.append(sets.trial(forecast.candidate, paste))
-    return sorted(made, key=lambda trial: trial.merit(sign), reverse=True)
+    return sorted(made, key=lambda trial: trial.merit(target), reverse=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,12 +18,14 @@ from scipy.stats import rankdata
 from workbench.adapters.adapter import Adapter, LowRank
 from workbench.adapters.train import default_layer, train_adapter
 from workbench.convert import ConverterFits
+from workbench.converter_specs import method_pairs
 from workbench.evaluate.behaviour import log_odds, measure, set_log_odds
 from workbench.evaluate.statistics import sign_agreement, spearman
 from workbench.forecast import (
     Candidate,
     Gradients,
     candidates_of,
+    fisher,
     forecast_pastes,
     gradients,
     matched_candidates,
@@ -36,6 +39,8 @@ from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, opener_ids, pad
 from workbench.sites import Site
 from workbench.store import Store
+from workbench.trials import TRIED as TRIED_PASTES
+from workbench.trials import Trial, TrialSets, try_pastes
 
 CONVERTERS = ("pinv", "ridge:0.1", "ridge:cv", "procrustes", "rrr:16", "pls:32", "whitened", "cycle:1")
 MATCHINGS = ("forecast", "nearest", "floor", "ends", *BY_SCORE)
@@ -53,6 +58,9 @@ class Bench:
 
     sizes: Sequence[int] = SIZES
     converters: Sequence[str] = CONVERTERS
+    matchings: Sequence[str] = MATCHINGS
+    pairings: Sequence[str] = PAIRINGS
+    seed: int = SEED
     steps: int = 100
     evaluated: int = EVALUATED
     generate: bool = True
@@ -62,14 +70,14 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.models = {side: load(f"bundled:{side}") for side in SIDES}
-        job = Job.load(_demo())
-        self.behaviours = {b.name: b for b in job.behaviours}
+        self.job = Job.load(_demo())
+        self.behaviours = {b.name: b for b in self.job.behaviours}
         for side, model in self.models.items():
             one = [default_layer(model)]
             for kind, layers in (("one", one), ("several", [one[0] - 1, one[0], one[0] + 1])):
                 for name, table in self.behaviours.items():
                     found = train_adapter(model, table.demonstrations, layers, profile=self.store(side, "last", 512),
-                                          steps=self.steps, seed=SEED, name=name)  # fmt: skip
+                                          steps=self.steps, seed=self.seed, name=name)  # fmt: skip
                     self.adapters[side, kind, name] = found.adapter
 
     def store(self, side: str, pairing: str, size: int) -> Store:
@@ -95,8 +103,8 @@ def run(**options: Any) -> dict[str, Any]:
     with ProcessPoolExecutor(len(ways), get_context("fork"), _keep, (bench,)) as pool:  # a core for each direction
         found = list(pool.map(_direction, *zip(*ways, strict=True)))
     cells, defaults = ([one for part in found for one in part[i]] for i in (0, 1))
-    return {"seconds": time.perf_counter() - began, "seed": SEED, "evaluated": bench.evaluated, "tried": TRIED,
-            "table": _table(cells), "by_size": _by_size(cells, defaults), "defaults": _kept(defaults),
+    return {"seconds": time.perf_counter() - began, "seed": bench.seed, "evaluated": bench.evaluated, "tried": TRIED,
+            "table": _table(cells), "by_size": _by_size(defaults), "damage": _damage(defaults), "defaults": _kept(defaults),
             "forecast": _judged(cells), "cells": _compact(cells)}  # fmt: skip
 
 
@@ -116,9 +124,9 @@ def _direction(donor: str, recipient: str) -> tuple[list[dict[str, Any]], list[d
         for name in bench.behaviours:
             arm = _Arm(bench, donor, recipient, kind, name)
             for size in bench.sizes:
-                for pairing in PAIRINGS:
-                    cells += arm.cells(pairing, size)
-                defaults.append(arm.default(size))
+                found = [cell for pairing in bench.pairings for cell in arm.cells(pairing, size)]
+                cells += found
+                defaults.append(arm.default(size, found))
     return cells, defaults
 
 
@@ -131,7 +139,7 @@ class _Arm:
         self.adapter = bench.adapters[donor, kind, name]
         self.validation, self.tried = (PromptSet.load(self.table.validation, limit=n) for n in (None, TRIED))
         self.evaluation = PromptSet.load(self.table.evaluation, limit=bench.evaluated)
-        self.on: Gradients = gradients(self.model, self.validation, self.table.openers)
+        self.on, self.off, self.neutral = self._gradients()
         odds = {n: log_odds(bench.models[donor], self.validation, self.table.openers, a)
                 for n, a in (("plain", None), ("edited", self.adapter))}  # fmt: skip
         self.target = float((odds["edited"] - odds["plain"]).mean())
@@ -140,7 +148,33 @@ class _Arm:
         self.first = opener_ids(self.table.openers, self.model.tokenizer, self.evaluation[0])
         self.plain = self._odds(None)
         self.native = self._effects(bench.adapters[recipient, kind, name])[0]
-        self.length = ConverterFits(*self._stores("last", max(bench.sizes)), seed=SEED).length
+        self.length = ConverterFits(*self._stores("last", max(bench.sizes)), seed=bench.seed).length
+
+    def _gradients(self) -> tuple[Gradients, dict[str, Gradients], list[Gradients]]:
+        """As a job takes them: of the behaviour, of what must not change, and on neutral text."""
+        if self.recipient not in _GRADIENTS:
+            texts = PromptSet.load(self.bench.job.evaluate.validation_text)
+            _GRADIENTS[self.recipient] = fisher(self.model, texts, seed=self.bench.seed)
+        made = {
+            n: gradients(self.model, prompts, openers) for n, (prompts, openers) in self._others("validation").items()
+        }
+        return gradients(self.model, self.validation, self.table.openers), made, _GRADIENTS[self.recipient]
+
+    def _others(self, split: str) -> dict[str, tuple[PromptSet, Sequence[str]]]:
+        """What must not change: the other behaviours, and this one where it is not wanted."""
+        sets = {
+            n: (PromptSet.load(getattr(b, split)), b.openers)
+            for n, b in self.bench.behaviours.items()
+            if n != self.name
+        }
+        return {**sets, "where not wanted": (PromptSet.load(getattr(self.table, f"{split}_not")), self.table.openers)}
+
+    @cached_property
+    def _measured(self) -> TrialSets:
+        """The evaluation prompts and texts, for the damage done; nothing is chosen by them."""
+        texts = PromptSet.load(self.bench.job.evaluate.neutral_text)
+        return TrialSets(self.model, (self.evaluation, self.table.openers), self._others("evaluation"), texts,
+                         limit=self.bench.evaluated)  # fmt: skip
 
     def _stores(self, pairing: str, size: int) -> list[Store]:
         return [self.bench.store(side, pairing, size) for side in (self.donor, self.recipient)]
@@ -161,7 +195,7 @@ class _Arm:
         """Shared by all behaviours of a direction."""
         key = self.donor, pairing, size
         if key not in _FITS:
-            _FITS[key] = ConverterFits(*self._stores(pairing, size), seed=SEED, pairing=pairing)
+            _FITS[key] = ConverterFits(*self._stores(pairing, size), seed=self.bench.seed, pairing=pairing)
         return _FITS[key]
 
     def cells(self, pairing: str, size: int) -> list[dict[str, Any]]:
@@ -175,13 +209,14 @@ class _Arm:
             first = {pair: float(self.on.effect(Site(pair[1]), part).mean()) for pair, part in parts.items()}
             matched = {**by_layer, "forecast": best_matching({pair: sign * e for pair, e in first.items()})}
             done: dict[tuple[int, ...], dict[str, Any]] = {}
-            for matching in MATCHINGS:
+            for matching in self.bench.matchings:
                 layers = tuple(matched[matching][d] for d in self.adapter.layers)
                 if layers not in done:
                     done[layers] = self._cell(layers, parts, sum(first[p] for p in zip(self.adapter.layers, layers,
                                                                                         strict=True)))  # fmt: skip
                 rows.append({**done[layers], "method": method, "matching": matching, "pairing": pairing, "size": size})
-            if self.kind == "one":  # the forecast is judged on every layer, not on matched ones alone
+            if self.kind == "one" and self.bench.matchings == MATCHINGS:
+                # the forecast is judged on every layer, not on matched ones alone
                 for r in range(self.model.n_layers):
                     if (r,) not in done:
                         cell = self._cell((r,), parts, first[self.adapter.layers[0], r])
@@ -206,40 +241,55 @@ class _Arm:
         donors, targets = list(self.adapter.parts), [Site(r) for r in range(self.model.n_layers)]
         n_donor = self.bench.models[self.donor].n_layers
         found = {m: match_layers(self.adapter.layers, n_donor, len(targets), m) for m in ("nearest", "floor", "ends")}
-        for by in BY_SCORE:
+        for by in (m for m in BY_SCORE if m in self.bench.matchings):
             key = id(fits), by, self.kind
             if key not in _SCORES:
                 _SCORES[key] = layer_scores(fits, donors, targets, by)
             found[by] = best_matching(_SCORES[key])
         return found
 
-    def default(self, size: int) -> dict[str, Any]:
-        """What the library chooses of itself: last tokens, converter, layers and strength by the forecast."""
+    def default(self, size: int, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the library chooses of itself: last tokens; converter and layers by forecast, strength on validation
+        prompts. Beside it the best of `cells` by its measured effect, and native; with the damage that each does."""
         fits = self.fits("last", size)
         if self.kind == "one":
             options = candidates_of(self.adapter, self.model.n_layers)
         else:
             n_donor = self.bench.models[self.donor].n_layers
             options = matched_candidates(self.adapter, fits, self.on, self.target, n_donor)
-        chosen = rank(forecast_pastes(self.adapter, fits, options, self.on, target=self.target), self.target)[0]
-        return self._default(fits, chosen.candidate, chosen.strength, size)
+        ranked = rank(forecast_pastes(self.adapter, fits, options, self.on, self.off, self.neutral, target=self.target),
+                      self.target)  # fmt: skip
+        texts = PromptSet.load(self.bench.job.evaluate.validation_text)
+        sets = TrialSets(self.model, (self.validation, self.table.openers), self._others("validation"), texts)
+        chosen = try_pastes(sets, self.adapter, fits, ranked[:TRIED_PASTES], target=self.target)[0]
+        best = max((c for c in cells if c["matching"]), key=lambda c: c["share"])
+        return self._default(fits, chosen, best, size)
 
-    def _default(self, fits: ConverterFits, candidate: Candidate, strength: float, size: int) -> dict[str, Any]:
-        pasted = paste_candidate(self.adapter, fits, candidate, strength)
-        found = {"donor": self.donor, "kind": self.kind, "behaviour": self.name, "size": size, "label": candidate.label(),
-                 "strength": strength, "share": self._effects(pasted)[0] / self.native,
-                 "native": self.native, "target": self.target}  # fmt: skip
+    def _default(self, fits: ConverterFits, chosen: Trial, best: dict[str, Any], size: int) -> dict[str, Any]:
+        pasted = paste_candidate(self.adapter, fits, chosen.candidate, chosen.strength)
+        pairs = tuple((d, Site(r)) for d, r in zip(self.adapter.parts, best["layers"], strict=True))
+        cell = Candidate(pairs, *method_pairs([best["method"]])[0])
+        arms = {"default": pasted, "best": paste_candidate(self.adapter, self.fits(best["pairing"], size), cell),
+                "native": self.bench.adapters[self.recipient, self.kind, self.name]}  # fmt: skip
+        trials = {arm: self._measured.trial(chosen.candidate, adapter) for arm, adapter in arms.items()}
+        found = {"donor": self.donor, "kind": self.kind, "behaviour": self.name, "size": size,
+                 "label": chosen.candidate.label(), "strength": chosen.strength, "native": self.native,
+                 "target": self.target, "share": trials["default"].on / self.native, "best": best["share"],
+                 "best_is": f"{best['method']} {best['matching']} {best['pairing']}",
+                 "sigma": max(self.length(s, pasted.delta(s, self.on.states[s])) for s in pasted.parts),
+                 "damage": {arm: {"gain": t.gain, "off": max(t.off_rate.values()), "over": t.off_rate["where not wanted"],
+                                  "kl": t.kl} for arm, t in trials.items()}}  # fmt: skip
         if self.bench.generate and self.kind == "one" and size == max(self.bench.sizes):
             from workbench.evaluate.behaviour import Behaviour
 
             what = Behaviour(self.name, tuple(self.table.openers), self.table.grader, self.table.grader_args)
-            arms = {"base": None, "native": self.bench.adapters[self.recipient, self.kind, self.name], "paste": pasted}
-            for arm, adapter in arms.items():
+            for arm, adapter in {"base": None, "native": arms["native"], "paste": pasted}.items():
                 made = measure(self.model, what, self.evaluation, adapter, max_new_tokens=72, batch_size=96)
                 found[f"rate_{arm}"] = made.rate.value
         return found
 
 
+_GRADIENTS: dict[str, list[Gradients]] = {}
 _FITS: dict[Any, ConverterFits] = {}
 _SCORES: dict[Any, dict[tuple[int, int], float]] = {}
 
@@ -298,20 +348,24 @@ def _table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"kind": k, "method": m, "matching": l, "shares": row} for (k, m, l), row in rows.items()]
 
 
-def _by_size(cells: list[dict[str, Any]], defaults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _by_size(defaults: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The default beside the best cell of its behaviour, direction and size; shares of at most 1."""
-    rows = []
-    for d in defaults:
-        keys = ("donor", "kind", "behaviour", "size")
-        same = [c for c in cells if c["matching"] and all(c[k] == d[k] for k in keys)]
-        best = max(same, key=lambda c: c["share"])
-        rows.append({**{k: d[k] for k in keys}, "default": min(d["share"], 1.0), "best": min(best["share"], 1.0),
-                     "best_is": f"{best['method']} {best['matching']} {best['pairing']}"})  # fmt: skip
-    return rows
+    return [{**{k: d[k] for k in ("donor", "kind", "behaviour", "size", "best_is")}, "default": min(d["share"], 1.0),
+             "best": min(d["best"], 1.0)} for d in defaults]  # fmt: skip
 
 
 def _kept(defaults: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: round(v, 4) if isinstance(v, float) else v for k, v in d.items()} for d in defaults]
+
+
+def _damage(defaults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over behaviours, directions and sizes of what the default, the best cell and native gain and harm."""
+    rows = []
+    for kind in ("one", "several"):
+        for arm in ("default", "best", "native"):
+            found = [d["damage"][arm] for d in defaults if d["kind"] == kind]
+            rows.append({"kind": kind, "arm": arm, **{k: sum(f[k] for f in found) / len(found) for k in found[0]}})
+    return rows
 
 
 def _compact(cells: list[dict[str, Any]]) -> dict[str, str]:
