@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .models import Model
 
 
-MAX_SIGMA = 12.0  # standard deviations of the recipient's profile; beyond, a forecast says little
 RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
 
 
@@ -218,7 +217,7 @@ def forecast_pastes(
     *,
     target: float,
     strength: float | None = None,
-    max_sigma: float = MAX_SIGMA,
+    max_sigma: float = 4.0,
     strengths: tuple[float, float] = (0.25, 1.5),
 ) -> list[Forecast]:
     """The forecast of every candidate paste of `adapter`, in the order given.

@@ -98,7 +98,8 @@ class PasteTable(_Table):
     are tried at 0.5, 1, 2 and 4 on validation prompts, and the one with the most gain less damage is taken: the rise of the
     behaviour's probability, less the largest change of a probability on the other prompts or on plain text."""
     max_sigma: float = Field(12.0, gt=0)
-    """The longest delta that may be chosen, in standard deviations of the recipient's profile."""
+    """The longest delta that may be chosen, in standard deviations of the recipient's profile; without trials on validation
+    prompts take 4: a forecast of a long delta says little."""
 
     @field_validator("methods")
     @classmethod

@@ -100,7 +100,7 @@ that fails leaves those before it usable: mend what it says and run the same com
 | `arms.ARM` | `rate`, `log_odds`; `n`, `draws`, `graded_draws`, `mcnemar_vs_base`; the delta's `sigma_length` and `norm` |
 | `gain_share`, `control_share.ARM` | gain over `base` as a share of native's: `rate`, `log_odds` |
 | `side_effects` | `kl_neutral_text`, `perplexity`, `over_trigger`, `log_odds_elsewhere`, by arm |
-| `forecast` | `candidates` with forecast and measured effect, `chosen`, `spearman`, `sign_agreement`; `trials` on validation prompts with their `gain` and `damage` |
+| `forecast` | `candidates`, forecast and measured; `trials`, with `gain` and `damage`; `chosen`, `spearman`, `sign_agreement` |
 | `converters` | held-out quality of each map beside its baselines |
 | `dose` | log-odds against strength |
 | `cost` | seconds and FLOPs of native training and of the paste, and their ratios |

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .adapters.adapter import Adapter
 from .convert import ConverterFits
 from .evaluate.behaviour import log_odds
-from .forecast import MAX_SIGMA, Forecast, paste_candidate
+from .forecast import Forecast, paste_candidate
 from .progress import progress
 from .prompts import PromptSet
 
@@ -27,7 +27,7 @@ def line_search(
     *,
     target: float,
     steps: int = 1,
-    max_sigma: float = MAX_SIGMA,
+    max_sigma: float = 4.0,
     strengths: tuple[float, float] = (0.25, 1.5),
 ) -> list[Forecast]:
     """Forecasts whose `on`, and the strength that should reach `target`, come from forward passes of the pasted model.

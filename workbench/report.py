@@ -125,7 +125,9 @@ def _forecast_words(behaviours: Mapping[str, Any]) -> list[str]:
         if trials := get(b, "forecast", "trials"):
             gain, damage = number(trials[0].get("gain")), number(trials[0].get("damage"))
             if gain is not None and damage is not None:
-                agreed.append(f"the best of {len(trials)} trials on validation prompts, rate {gain:+.0%} and {damage:.1%} elsewhere")
+                agreed.append(
+                    f"the best of {len(trials)} trials moved the rate by {gain:+.0%}, others by {damage:.1%} at most"
+                )
         if agreed:
             lines.append(f"{name}: {', '.join(agreed)}.")
     return lines

@@ -19,7 +19,7 @@ from torch import Tensor
 from .adapters.adapter import Adapter
 from .convert import ConverterFits
 from .evaluate.behaviour import set_log_odds
-from .forecast import MAX_SIGMA, Candidate, Forecast, paste_candidate
+from .forecast import Candidate, Forecast, paste_candidate
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PROMPTS = 24  # of each set, and
 TRIED = 4  # candidates, the first by forecast, at
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)  # each: twice as many of any choose no better on the bundled pair
+MAX_SIGMA = 12.0
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, opener_ids, pad
 from workbench.sites import Site
 from workbench.store import Store
-from workbench.trials import TRIED as TRIED_PASTES
-from workbench.trials import Trial, TrialSets, try_pastes
+from workbench.trials import MAX_SIGMA, Trial, TrialSets, try_pastes
+from workbench.trials import TRIED as FIRST
 
 CONVERTERS = ("pinv", "ridge:0.1", "ridge:cv", "procrustes", "rrr:16", "pls:32", "whitened", "cycle:1")
 MATCHINGS = ("forecast", "nearest", "floor", "ends", *BY_SCORE)
@@ -257,11 +257,12 @@ class _Arm:
         else:
             n_donor = self.bench.models[self.donor].n_layers
             options = matched_candidates(self.adapter, fits, self.on, self.target, n_donor)
-        ranked = rank(forecast_pastes(self.adapter, fits, options, self.on, self.off, self.neutral, target=self.target),
-                      self.target)  # fmt: skip
+        forecasts = forecast_pastes(self.adapter, fits, options, self.on, self.off, self.neutral, target=self.target,
+                                    max_sigma=MAX_SIGMA)  # fmt: skip
+        ranked = rank(forecasts, self.target)
         texts = PromptSet.load(self.bench.job.evaluate.validation_text)
         sets = TrialSets(self.model, (self.validation, self.table.openers), self._others("validation"), texts)
-        chosen = try_pastes(sets, self.adapter, fits, ranked[:TRIED_PASTES], target=self.target)[0]
+        chosen = try_pastes(sets, self.adapter, fits, ranked[:FIRST], target=self.target)[0]
         best = max((c for c in cells if c["matching"]), key=lambda c: c["share"])
         return self._default(fits, chosen, best, size)
 

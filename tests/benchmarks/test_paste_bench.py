@@ -28,5 +28,7 @@ def test_cells_are_measured_both_ways_and_told():
     found = run_cells(sizes=(32,), converters=("pinv", "ridge:0.1"), steps=1, evaluated=8, generate=False)
     assert {c["cells"] for c in found["forecast"]} >= {"all", "one layer", "several layers", "pinv"}
     assert len(found["cells"]) == 2 * 3 * 2 * 2 * 2  # directions, behaviours, kinds, pairings, converters
-    assert [(r["kind"], r["arm"]) for r in found["damage"]][:3] == [("one", arm) for arm in ("default", "best", "native")]
+    assert [(r["kind"], r["arm"]) for r in found["damage"]][:3] == [
+        ("one", arm) for arm in ("default", "best", "native")
+    ]
     assert "The default beside the best cell" in _tell_cells(found)
