@@ -88,10 +88,7 @@ def test_headline_says_success_and_failure_alike():
     good, bad = (headline(n, b) for n, b in metrics()["behaviours"].items())
     assert good.startswith("reasoning: the paste reached 86 % of native's gain in accuracy (95 % interval 81 to 91 %)")
     assert "Accuracy went from 20.0 % (recipient) to 80.0 % (paste), p < 0.001; native training gave 90.0 %." in good
-    assert (
-        "The paste took 1/100 of the time of native training; with choosing it, 1/50 of that time"
-        in good
-    )
+    assert "The paste took 1/100 of the time of native training; with choosing it, 1/50 of that time" in good
     assert "random converter 3 %, shuffled pairs 3 %, mean delta 3 % of native's gain" in good
     assert "the paste went the wrong way: −25 % of native's gain" in bad
 

@@ -157,6 +157,18 @@ def test_the_paste_is_as_long_as_its_controls_and_belongs_to_the_recipient(undis
     assert metrics["base"]["sigma_length"] is None
 
 
+def test_what_is_pasted_is_the_best_trial(undisturbed):
+    for name, found in json.loads((undisturbed.folder / "metrics.json").read_text())["behaviours"].items():
+        said = found["forecast"]
+        sign = 1 if said["target"] >= 0 else -1
+        merits = [sign * trial["gain"] - trial["damage"] for trial in said["trials"]]
+        assert merits == sorted(merits, reverse=True)
+        for key in ("pairs", "method", "alpha", "strength"):
+            assert said["chosen"][key] == said["trials"][0][key]
+        assert adapters(undisturbed)[f"{name}/paste"].strength == said["chosen"]["strength"]
+        assert len(merits) == 4 * 4  # candidates, strengths
+
+
 @pytest.mark.parametrize("pair", PAIRS[1:], ids="-to-".join)
 def test_any_two_families(folders, prompts, tmp_path, pair):
     quick = {"draws": 1, "dose": [], "limit": 3, "neutral_text": "", "validation_text": ""}
@@ -252,6 +264,9 @@ def test_a_change_redoes_what_depends_on_it(folders, prompts, undisturbed, tmp_p
     assert redone <= steps_done(run, before) <= redone | may_follow
     if "paste" in tables:
         assert adapters(run)["counting/paste"].strength == 0.5
+        assert (
+            json.loads((run.folder / "metrics.json").read_text())["behaviours"]["counting"]["forecast"]["trials"] == []
+        )
     if "training" not in tables:
         assert adapters(run)["counting/donor"] == adapters(undisturbed)["counting/donor"]
 
