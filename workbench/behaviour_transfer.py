@@ -41,7 +41,7 @@ from .layer_matching import match_layers, matched_sites
 from .progress import progress
 from .prompts import PromptSet, encode
 from .sites import Site
-from .trials import TRIED, Trial, TrialSets, try_pastes
+from .trials import TRIED, try_pastes
 
 log = logging.getLogger("workbench")
 REPEATS = 5  # a paste takes milliseconds: its time is the median of so many
@@ -199,7 +199,8 @@ class BehaviourTransfer:
                                max_sigma=job.paste.max_sigma)  # fmt: skip
         ranked, trials = rank(made, target), []
         if job.paste.strength == "validation":
-            trials = self._tried(donor, ranked, target)
+            trials = try_pastes(t.trial_sets(self.table), donor, t.fits, ranked[:TRIED], target=target,
+                                max_sigma=job.paste.max_sigma)  # fmt: skip
             best = trials[0]
             first = next(f for f in ranked if f.candidate == best.candidate)
             ranked = [first.at(best.strength), *(f for f in ranked if f is not first)]
@@ -219,16 +220,6 @@ class BehaviourTransfer:
             "spearman": spearman(said, found),
             "sign_agreement": sign_agreement(said, found),
         }
-
-    def _tried(self, donor: Adapter, ranked: list[Forecast], target: float) -> list[Trial]:
-        """The first few candidates at several strengths on validation prompts, the best first."""
-        t, job = self.shared, self.shared.job
-        off = {b.name: (t.prompts(b.validation), b.openers) for b in job.behaviours if b.name != self.name}
-        if self.table.validation_not:
-            off["where not wanted"] = t.prompts(self.table.validation_not), self.table.openers
-        texts = t.prompts(job.evaluate.validation_text) if job.evaluate.validation_text else None
-        sets = TrialSets(t.recipient, (t.prompts(self.table.validation), self.table.openers), off, texts)
-        return try_pastes(sets, donor, t.fits, ranked[:TRIED], target=target, max_sigma=job.paste.max_sigma)
 
     def _measure(self, ranked: list[Forecast], rows: list[dict[str, Any]], donor: Adapter, prompts: PromptSet,
                  before: Tensor) -> None:  # fmt: skip

@@ -16,12 +16,13 @@ from .forecast import (
     fisher,
     gradients,
 )
-from .jobs import Job, ModelTable
+from .jobs import BehaviourTable, Job, ModelTable
 from .models import Model, load
 from .profile import profile_model
 from .prompts import PromptSet, partial_openers
 from .runs import Run, environment
 from .store import Store
+from .trials import TrialSets
 
 
 def _load(table: ModelTable) -> Model:
@@ -108,6 +109,15 @@ class Transfer:
     def neutral(self) -> list[Gradients]:
         source = self.job.evaluate.validation_text
         return fisher(self.recipient, self.prompts(source), seed=self.job.seed) if source else []
+
+    def trial_sets(self, table: BehaviourTable) -> TrialSets:
+        """What pastes of a behaviour are tried on: validation prompts of all behaviours, and plain text."""
+        off = {b.name: (self.prompts(b.validation), b.openers) for b in self.job.behaviours if b.name != table.name}
+        if table.validation_not:
+            off["where not wanted"] = self.prompts(table.validation_not), table.openers
+        source = self.job.evaluate.validation_text
+        texts = self.prompts(source) if source else None
+        return TrialSets(self.recipient, (self.prompts(table.validation), table.openers), off, texts)
 
 
 def _profiles(t: Transfer) -> dict[str, Any]:
