@@ -250,7 +250,7 @@ def both(*steps: str) -> set[str]:
     ("tables", "redone", "may_follow"),
     [
         # the native adapter is trained where the paste goes, and another strength may be best at another site
-        ({"paste": {"strength": 0.5}}, both("forecast", "paste", "evaluate"), both("native")),
+        ({"paste": {"strength": 0.35}}, both("forecast", "paste", "evaluate"), both("native")),
         ({"training": {"steps": 4}}, both("donor", "forecast", "paste", "native", "evaluate"), set()),
         ({"evaluate": {"draws": 1}}, both("evaluate"), set()),
         ({"evaluate": {"validation_text": ""}}, both("forecast", "evaluate"), both("paste", "native")),
@@ -263,7 +263,7 @@ def test_a_change_redoes_what_depends_on_it(folders, prompts, undisturbed, tmp_p
     run = run_job(a_job(folders, prompts, tmp_path, **tables))
     assert redone <= steps_done(run, before) <= redone | may_follow
     if "paste" in tables:
-        assert adapters(run)["counting/paste"].strength == 0.5
+        assert adapters(run)["counting/paste"].strength == 0.35
         assert (
             json.loads((run.folder / "metrics.json").read_text())["behaviours"]["counting"]["forecast"]["trials"] == []
         )

@@ -104,6 +104,7 @@ def run(**options: Any) -> dict[str, Any]:
         found = list(pool.map(_direction, *zip(*ways, strict=True)))
     cells, defaults = ([one for part in found for one in part[i]] for i in (0, 1))
     return {"seconds": time.perf_counter() - began, "seed": bench.seed, "evaluated": bench.evaluated, "tried": TRIED,
+            "default": "converter and layers by the forecast, strength on validation prompts",
             "table": _table(cells), "by_size": _by_size(defaults), "damage": _damage(defaults), "defaults": _kept(defaults),
             "forecast": _judged(cells), "cells": _compact(cells)}  # fmt: skip
 

@@ -214,16 +214,12 @@ def _tell_cells(found: dict[str, Any]) -> str:
         parts += [f"### {title}: mean share of native's gain, %", table(["converter", "layers by", *columns], [
             (r["method"], r["matching"], *(f"{100 * r['shares'][c]:.0f}" for c in columns)) for r in rows])]  # fmt: skip
     parts += [
-        "### The default beside the best cell\n\nThe default (last tokens; converter and layers by the forecast, strength on "
-        "validation prompts) and the best of all cells of the same behaviour, direction and size, chosen after the fact by "
-        "its measured effect; shares of at most 100 %.",
+        "### The default beside the best cell\n\nThe default (last tokens; "
+        f"{found.get('default', 'layer, ridge and strength by the forecast')}) and the best of all cells of the same "
+        "behaviour, direction and size, chosen after the fact by its measured effect; shares of at most 100 %.",
         table(["from", "layers", "behaviour", "prompts", "default, %", "best, %", "best is"], [
             (r["donor"], r["kind"], r["behaviour"], r["size"], f"{100 * r['default']:.0f}", f"{100 * r['best']:.0f}",
              r["best_is"]) for r in found["by_size"]]),
-        "Means of what they do on the evaluation prompts: the rise of the behaviour's probability; the largest mean change "
-        "of a probability on other prompts, and where the behaviour is not wanted; KL of the next token of neutral texts.",
-        table(["layers", "which", "gain", "largest change elsewhere", "where not wanted", "KL, nats"], [
-            (r["kind"], r["arm"], *(f"{r[k]:.3f}" for k in ("gain", "off", "over", "kl"))) for r in found["damage"]]),
         "### Forecast against measurement\n\nAll distinct pastes at strength 1. Searched: one forward pass with the paste on "
         f"{found['tried']} validation prompts in place of the first-order forecast. Sign: of effects above 0.2 nats. Worked: "
         "at least 60 % of the donor's own effect; its AUROC is of the forecast over the donor's effect.",
@@ -232,6 +228,14 @@ def _tell_cells(found: dict[str, Any]) -> str:
             (r["cells"], r["n"], r["worked"], *("-" if r[how][k] is None else f"{r[how][k]:.3f}"
              for how in ("forecast", "searched") for k in ("spearman", "sign", "auroc"))) for r in found["forecast"]]),
     ]  # fmt: skip
+    if "damage" in found:
+        rows = [(r["kind"], r["arm"], *(f"{r[k]:.3f}" for k in ("gain", "off", "over", "kl"))) for r in found["damage"]]
+        parts += [
+            "### What the default gains and harms\n\nMeans over the evaluation prompts: the rise of the behaviour's "
+            "probability; the largest mean change of a probability on other prompts; that where the behaviour is not wanted; "
+            "KL of the next token of neutral texts.",
+            table(["layers", "which", "gain", "largest change elsewhere", "where not wanted", "KL, nats"], rows),
+        ]
     return "\n\n".join(parts)
 
 
