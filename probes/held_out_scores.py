@@ -148,7 +148,8 @@ def _resamples(groups: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The number of each row's group, and how often each group is drawn: once in the first line, then at random."""
     known, numbers = np.unique(groups, return_inverse=True)
     count = len(known)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(DRAWS)])
     return numbers, np.concatenate([np.ones((1, count)), drawn]).astype(np.float64)
 
 
