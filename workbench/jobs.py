@@ -29,7 +29,7 @@ class ModelTable(_Table):
     """A model of the job."""
 
     model: str
-    """A hub id, a local folder, `bundled:donor` or `bundled:recipient`."""
+    """A hub id, a local folder, `bundled:donor`, `bundled:recipient` or `bundled:outsider`."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """The dtype to run in; `auto` follows the checkpoint."""
     device: str = "auto"

@@ -58,7 +58,7 @@ def show() -> None:
         said = _answers(model, entry.path, stamp_of(entry.path / "adapter.safetensors"), strength, prompt)
         for place, title, answer in zip(st.columns(2), ("without it", "with it"), said, strict=True):
             with place:
-                st.caption(title)
+                text.remark(title)
                 text.block(answer)
 
 
