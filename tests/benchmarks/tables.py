@@ -325,6 +325,42 @@ def _tell_third(found: dict[str, Any]) -> str:
     return third_bench.tell(found)
 
 
+def _explorer(folder: Path) -> dict[str, Any]:
+    from . import explorer_bench
+
+    for name in ("large", "sessions"):
+        (folder / name).mkdir()
+    return {
+        "large": explorer_bench.large_store(folder / "large"),
+        "sessions": explorer_bench.sessions(folder / "sessions"),
+    }
+
+
+def _tell_explorer(found: dict[str, Any]) -> str:
+    large, many = found["large"], found["sessions"]
+    rows = [
+        ("the first page: a store at a glance", f"{large['overview_s']:.2f}"),
+        ("its rows in a plane", f"{large['plane_s']:.2f}"),
+        ("another site, seen for the first time", f"{large['first_change_s']:.2f}"),
+        ("another site, median", f"{large['change_s']:.2f}"),
+        (
+            f"a box drawn in the plane until its rows are listed, median of {large['turns']}",
+            f"{large['selection_s']:.2f}",
+        ),
+    ]
+    return "\n\n".join(
+        [
+            f"A store of {large['rows']:,} rows x {large['width']:,} in bfloat16 at {large['sites']} sites, seen in headless "
+            "Chromium on the same cores as the server, from the click to the page at rest:",
+            table(["what", "seconds"], rows),
+            f"The server held at most {large['memory_bytes'] / 2**20:,.0f} MiB more than before the store was opened.",
+            f"{many['count']} readers at once, each clicking at random for {many['seconds']:.0f} s: {many['clicks']} clicks, "
+            f"**{many['exceptions']}** exceptions, **{many['foreign']}** pages of another reader's store; the server's "
+            f"own memory was {many['before_bytes'] / 2**20:,.0f} MiB before and {many['after_bytes'] / 2**20:,.0f} MiB after.",
+        ]
+    )
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
@@ -336,5 +372,6 @@ SECTIONS: dict[str, Section] = {
     "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
     "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),
     "third": Section("A transfer to a model that no default was tuned on", _third, _tell_third),
+    "explorer": Section("The explorer on a large store, and under ten readers", _explorer, _tell_explorer),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }
