@@ -22,8 +22,8 @@ def pack(part: LowRank) -> tuple[dict[str, Tensor], dict[str, float]]:
     that ranks of unlike size lose alike. b stays float32. Raises UserError for entries that are not finite.
 
     >>> tensors, error = pack(LowRank(torch.eye(4)[:, :2], torch.zeros(2), torch.ones(2, 4)))
-    >>> {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}, error
-    ({'b': 'float32', 'V': 'int8', 'V.scale': 'float32', 'U': 'int8', 'U.scale': 'float32'}, {'V': 0.0, 'U': 0.0})
+    >>> {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}, max(error.values()) < 1e-6
+    ({'b': 'float32', 'V': 'int8', 'V.scale': 'float32', 'U': 'int8', 'U.scale': 'float32'}, True)
     """
     tensors: dict[str, Tensor] = {"b": part.b.detach().float().cpu().clone()}
     error: dict[str, float] = {}

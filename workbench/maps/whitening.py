@@ -19,6 +19,7 @@ CUT = 1e-10
 class Whitener:
     """S^(1/2) and S^(-1/2) of a covariance S = U diag(w) U^T [d, d]; both are zero outside of its `rank` directions.
 
+    >>> import torch
     >>> white = Whitener.of(torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)))
     >>> white.inverse_root.diagonal().tolist(), white.rank
     ([0.5, 1.0, 0.0], 2)
