@@ -68,9 +68,11 @@ def large_store(
             page = context.new_page()
             page.set_default_timeout(120_000)
             overview = timed(lambda: (page.goto(f"{address}/activations?store=large"), drawn(page)))
-            plane = timed(lambda: (page.goto(f"{address}/activations?store=large&view=Rows+in+a+plane"), drawn(page)))
-            changes = [timed(lambda name=name: change(page, "Site", name)) for name in (names * 3)[1 : 2 * sites]]
-            selections = [timed(lambda turn=turn: box(page, turn)) for turn in range(turns)]
+            plane = timed(lambda: (page.goto(f"{address}/activations?store=large&view=projection"), drawn(page)))
+            page.get_by_text("Code for this figure").first.wait_for()
+            # the site that is shown first is the last; each is picked twice
+            changes = [change(page, "Site", names[i % sites]) for i in range(2 * sites)]
+            selections = [box(page, turn) for turn in range(turns)]
         return {
             "rows": rows, "width": width, "sites": sites, "overview_s": overview, "plane_s": plane,
             "change_s": statistics.median(changes), "first_change_s": changes[0],
@@ -84,26 +86,43 @@ def drawn(page: Any) -> None:
     settled(page)
 
 
-def change(page: Any, label: str, value: str) -> None:
-    """Picks a value in a selectbox and waits until the page has answered."""
+WATCH = """() => {
+  const app = document.querySelector('[data-testid=stApp]'), name = 'data-test-script-state';
+  window.__log = [];
+  new MutationObserver(() => window.__log.push([app.getAttribute(name), performance.now()]))
+    .observe(app, {attributes: true, attributeFilter: [name]});
+}"""
+RESTED = "() => window.__log.some(e => e[0] === 'running') && window.__log.at(-1)[0] === 'notRunning'"
+
+
+def answered(page: Any, act: Callable[[], Any]) -> float:
+    """Seconds from an act of the reader until the script that it started has ended, by the page's own clock."""
+    page.evaluate(WATCH)
+    started = page.evaluate("() => performance.now()")
+    act()
+    page.wait_for_function(RESTED)
+    ended = page.evaluate("() => new Promise(done => requestAnimationFrame(() => done(window.__log.at(-1)[1])))")
+    return max(0.0, ended - started) / 1000
+
+
+def change(page: Any, label: str, value: str) -> float:
+    """Seconds from a pick in a selectbox to the page that answers it."""
     pick = page.locator("[data-testid=stSelectbox]", has_text=label).first
     pick.locator("input").first.click()
-    page.get_by_role("option", name=value, exact=True).first.click()
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=running]", timeout=2000)
-    drawn(page)
+    option = page.get_by_role("option", name=value, exact=True).first
+    option.wait_for()
+    return answered(page, option.click)
 
 
-def box(page: Any, turn: int) -> None:
-    """Draws a box in the figure and waits until the page has answered."""
+def box(page: Any, turn: int) -> float:
+    """Seconds from a box drawn in the figure to the page that lists what is in it."""
     at = page.locator("[data-testid=stPlotlyChart] .nsewdrag").first.bounding_box()
     chance = random.Random(turn)
     x, y = at["x"] + at["width"] * chance.uniform(0.2, 0.5), at["y"] + at["height"] * chance.uniform(0.2, 0.5)
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + at["width"] * 0.25, y + at["height"] * 0.25, steps=4)
-    page.mouse.up()
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=running]", timeout=5000)
-    settled(page)
+    return answered(page, page.mouse.up)
 
 
 def sessions(folder: Path, count: int = 10, seconds: float = 120.0, *, seed: int = 0) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Products that are known to be symmetric: what lies below the diagonal is not multiplied again.
 
 On the CPU NumPy's BLAS and LAPACK do what torch's do in about twice the time (x^T x of 4,096 x 2,304 in float32: 0.11 s
-for 0.23 s of two threads; all eigenvectors of 2,304 x 2,304 in float64: 1.0 s for 1.7 s).
+for 0.23 s of two threads; all eigenvectors of 2,304 x 2,304 in float64: 1.0 s for 1.7 s). Below a width of 1,024 that is lost
+again where torch's threads spin beside NumPy's.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+WIDE = 1024
+"""columns from which NumPy is used"""
 STRIP = {"cpu": 256, "cuda": 2048}
 """rows of the result made at once: fewer save more of the lower half, and keep less of a device busy"""
 
 
 def gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """x^T x, exactly symmetric.
+    """x^T x, where NumPy makes it exactly symmetric.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[10.0, 14.0], [14.0, 20.0]]
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[1] < WIDE:
         return symmetric_product(x.T, x)
     rows = x.detach().numpy()
     return torch.from_numpy(rows.T @ rows)  # a product with itself, which NumPy knows to be symmetric
@@ -35,7 +38,7 @@ def eigh(s: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d
     >>> [round(v, 6) for v in eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))[0].tolist()]
     [1.0, 3.0]
     """
-    if s.device.type != "cpu":
+    if s.device.type != "cpu" or len(s) < WIDE:
         values, vectors = torch.linalg.eigh(s)
         return values, vectors
     found = np.linalg.eigh(s.detach().numpy())
