@@ -99,7 +99,7 @@ def test_float32_products_of_narrow_rows_are_those_of_numpy_in_float64(dtype):
 
 def test_no_product_is_made_in_tf32(rows, monkeypatch):
     """Whatever the process is set to, which it is again afterwards; a CPU's products with themselves are not torch's."""
-    monkeypatch.setattr("workbench.maps.moments.gram", lambda x: symmetric_product(x.T, x))
+    monkeypatch.setattr("workbench.maps.moments.gram", lambda x, room: symmetric_product(x.T, x))
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

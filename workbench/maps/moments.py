@@ -110,10 +110,15 @@ class Moments:
             else:
                 self.sum[name] += sums[name] - n * self.shift[name]
             factors[name] = centred.to(self.products)
+        room: dict[tuple[int, int], Tensor] = {}  # fresh memory for each product would cost a tenth of it
         with _no_tf32():
             for a, b in self.product:
+                shape = factors[a].shape[1], factors[b].shape[1]
+                if shape not in room:
+                    room[shape] = factors[a].new_empty(shape)
                 for x, y in _chunks(factors[a], factors[b]):
-                    self.product[a, b] += gram(x) if a == b else x.T @ y  # float64 += float32
+                    made = gram(x, room[shape]) if a == b else torch.matmul(x.T, y, out=room[shape])
+                    self.product[a, b] += made  # float64 += float32
         return self
 
     def mean(self, name: str) -> Float[Tensor, " d"]:
@@ -152,7 +157,8 @@ class Moments:
         """The moments of the rows of self without those of other, which must be among them."""
         return self._combine(other, -1)
 
-    def _combine(self, other: Moments, sign: int) -> Moments:
+    def _combine(self, other: Moments, sign: int, in_place: bool = False) -> Moments:
+        """The sum or difference; `in_place` uses the memory of self's products, which is then no more."""
         if not isinstance(other, Moments):
             return NotImplemented
         if not other.n:
@@ -173,7 +179,8 @@ class Moments:
         for a, b in self.product:
             apart = not {a, b} <= near
             theirs = other.about(a, b, self.shift[a], self.shift[b]) if apart else other.product[a, b]
-            result.product[a, b] = torch.add(self.product[a, b], theirs, alpha=sign)
+            mine = self.product[a, b]
+            result.product[a, b] = torch.add(mine, theirs, alpha=sign, out=mine if in_place else None)
         return result
 
     def to(self, device: torch.device | str) -> Moments:
@@ -259,8 +266,8 @@ def total(parts: Sequence[Moments]) -> Moments:
     if not parts:
         raise UserError("no moments given")
     result = parts[0]
-    for part in parts[1:]:
-        result = result + part
+    for i, part in enumerate(parts[1:]):
+        result = result._combine(part, +1, in_place=i > 0)  # what the first sum made is nobody else's
     return result
 
 

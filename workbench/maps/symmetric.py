@@ -20,8 +20,8 @@ STRIP = {"cpu": 256, "cuda": 2048}
 """rows of the result made at once: fewer save more of the lower half, and keep less of a device busy"""
 
 
-def gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """x^T x, where NumPy makes it exactly symmetric.
+def gram(x: Float[Tensor, "n d"], room: Float[Tensor, "d d"] | None = None) -> Float[Tensor, "d d"]:
+    """x^T x; in `room` where that is given and there is use for it.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[10.0, 14.0], [14.0, 20.0]]
@@ -29,7 +29,9 @@ def gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[1] < WIDE:
         return symmetric_product(x.T, x)
     rows = x.detach().numpy()
-    return torch.from_numpy(rows.T @ rows)  # a product with itself, which NumPy knows to be symmetric
+    out = np.empty((x.shape[1],) * 2, rows.dtype) if room is None else room.numpy()
+    np.matmul(rows.T, rows, out=out)  # a product with itself, which NumPy knows to be symmetric
+    return torch.from_numpy(out)
 
 
 def eigh(s: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
