@@ -49,9 +49,12 @@ def main() -> None:
     door.enter()
     settings()
     pages = [
-        st.Page(text.told(module.page), title=title, icon=icon, url_path=title.lower(), default=module is runs)
+        st.Page(text.told(module.page), title=title, icon=icon, default=module is runs,
+                url_path="home" if module is runs else title.lower())
         for module, title, icon in PAGES
-    ]
+    ]  # fmt: skip
+    # the first page has no path of its own; a link to /runs leads to it all the same
+    pages.append(st.Page(text.told(runs.page), title="Runs", url_path="runs", visibility="hidden"))
     chosen = st.navigation(pages)
     sidebar()
     chosen.run()

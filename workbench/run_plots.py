@@ -26,18 +26,18 @@ def runs_compared(table: pd.DataFrame, value: str = "rate") -> go.Figure:
     behaviours = list(dict.fromkeys(found["behaviour"])) if len(found) else []
     if not behaviours:
         return _empty("Nothing of this kind was measured in these runs")
-    runs = list(dict.fromkeys(table["run"]))
+    runs, arms = list(dict.fromkeys(table["run"])), list(dict.fromkeys(found["arm"]))
     figure = make_subplots(1, len(behaviours), shared_yaxes=True, subplot_titles=[escape(b) for b in behaviours],
                            horizontal_spacing=0.03)  # fmt: skip
     for column, behaviour in enumerate(behaviours, 1):
-        for arm in dict.fromkeys(found["arm"]):
+        for number, arm in enumerate(arms):
             part = found[(found["behaviour"] == behaviour) & (found["arm"] == arm)]
             if not len(part):
                 continue
             colour, symbol = ARM_STYLE.get(arm, (GREY, "circle"))
             middle, low, high = (scale * part[key] for key in (value, f"{value}_low", f"{value}_high"))
             figure.add_scatter(
-                x=[runs.index(run) for run in part["run"]], y=middle, mode="markers", name=escape(arm_title(arm)),
+                x=[runs.index(run) + 0.7 * (number - (len(arms) - 1) / 2) / len(arms) for run in part["run"]], y=middle, mode="markers", name=escape(arm_title(arm)),
                 legendgroup=arm, showlegend=column == 1, marker={"color": colour, "symbol": symbol, "size": 10},
                 error_y={"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low},
                 hovertemplate=f"{escape(arm_title(arm))}: %{{y:.2f}}<extra></extra>", row=1, col=column,

@@ -49,6 +49,14 @@ def test_runs_are_compared_exported_and_noted(browser, address, folder, tmp_path
     assert page.locator("script", has_text="alert(1)").count() == 0
 
 
+def test_each_page_has_an_address_of_its_own(browser, address):
+    for name in ("", "runs", "activations", "transport", "converters", "paste", "probes", "lens"):
+        page = opened(browser, f"{address}/{name}")
+        assert page.locator("[data-testid=stMain] h1").inner_text() == (name or "runs").title()
+        assert page.get_by_text("Page not found").count() == 0
+        page.context.close()
+
+
 def test_a_link_that_leads_out_of_the_folder_is_refused(browser, address):
     page = opened(browser, f"{address}/activations?store=../../etc")
     assert page.get_by_text("../../etc").count() == 0 or page.get_by_text("it was refused").count() == 1
