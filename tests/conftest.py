@@ -167,6 +167,14 @@ def save_folder(module: Any, path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def interrupts_are_heard() -> Iterator[None]:
+    """Python's own handler: a run that was started in the background of a script has SIGINT ignored, and so its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def ctrl_c_in_training(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
     """A training inside is sent a Ctrl-C when it has made so many steps.

@@ -309,6 +309,7 @@ class AtTerminal:
         return line
 
 
+@pytest.mark.usefixtures("interrupts_are_heard")
 def test_ctrl_c_breaks_an_answer_off_and_ends_the_chat_where_there_is_none(llama, monkeypatch, capsys):
     typed = AtTerminal("w20", "/nonsense", "w30", "w40", KeyboardInterrupt)
     monkeypatch.setattr("builtins.input", typed)

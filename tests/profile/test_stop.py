@@ -33,12 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(autouse=True)
-def interrupts_are_heard():
-    """Python's own handler: a run that was started in the background of a script has SIGINT ignored, and so its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interrupts_are_heard")
 
 
 def interrupting(model, monkeypatch, after):
