@@ -35,9 +35,10 @@ def runs_compared(table: pd.DataFrame, value: str = "rate") -> go.Figure:
             if not len(part):
                 continue
             colour, symbol = ARM_STYLE.get(arm, (GREY, "circle"))
+            beside = 0.7 * (number - (len(arms) - 1) / 2) / len(arms)
             middle, low, high = (scale * part[key] for key in (value, f"{value}_low", f"{value}_high"))
             figure.add_scatter(
-                x=[runs.index(run) + 0.7 * (number - (len(arms) - 1) / 2) / len(arms) for run in part["run"]], y=middle, mode="markers", name=escape(arm_title(arm)),
+                x=[runs.index(run) + beside for run in part["run"]], y=middle, mode="markers", name=escape(arm_title(arm)),
                 legendgroup=arm, showlegend=column == 1, marker={"color": colour, "symbol": symbol, "size": 10},
                 error_y={"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low},
                 hovertemplate=f"{escape(arm_title(arm))}: %{{y:.2f}}<extra></extra>", row=1, col=column,
