@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from workbench.visible_text import label
+
 from .lens import site_word
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def table_html(table: LensTable) -> str:
     if len(shown) < count:
         title += f"; the last {len(shown)} of {count} tokens"
     tokens = table.tokens
-    head = "".join(f"<th>{_cut(tokens[j])}</th>" for j in shown)
+    head = "".join(f"<th>{label(tokens[j], SIGNS, spaces=True)}</th>" for j in shown)
     lines = [f"<tr><th>layer</th>{head}</tr>"]
     for i in reversed(range(len(table.sites))):
         cells = "".join(_cell(table, i, j) for j in shown)
@@ -38,9 +40,5 @@ def _cell(table: LensTable, i: int, j: int) -> str:
     text = table.texts[int(table.top_ids[i, j, 0])]
     p = float(table.top_probabilities[i, j, 0])
     said = f"{text!r} {p:.3f}, entropy {float(table.entropy[i, j]):.2f}, KL {float(table.kl[i, j]):.2f} nats"
-    return f'<td title="{escape(said)}" style="background:rgba(0,114,178,{0.55 * p:.2f})">{_cut(text)}</td>'
-
-
-def _cut(text: str) -> str:
-    seen = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:SIGNS].replace("\n", "⏎"))
-    return escape(seen.replace(" ", "\N{MIDDLE DOT}", 1) if seen.startswith(" ") else seen)
+    shade = f"background:rgba(0,114,178,{0.55 * p:.2f})"
+    return f'<td title="{escape(said)}" style="{shade}">{label(text, SIGNS, spaces=True)}</td>'

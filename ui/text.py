@@ -6,13 +6,12 @@ do not. Whatever was not written in this package goes through here, or through o
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
-from typing import Any
 
 import streamlit as st
 
 from workbench.errors import UserError
+from workbench.visible_text import visible
 
 LONGEST = 400
 """characters of one piece of text that are shown"""
@@ -29,14 +28,11 @@ def shown(text: object, most: int = LONGEST) -> str:
     'xxx… (10,000 characters)'
     """
     whole = str(text)
-    seen = "".join(map(_visible, whole[:most]))
-    return seen if len(whole) <= most else f"{seen}… ({len(whole):,} characters)"
+    return visible(whole[:most]) + _rest(whole, most)
 
 
-def _visible(sign: str) -> str:
-    if sign == "\n":
-        return "⏎"
-    return f"⟨U+{ord(sign):04X}⟩" if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else sign
+def _rest(whole: str, most: int) -> str:
+    return f"… ({len(whole):,} characters)" if len(whole) > most else ""
 
 
 def write(text: object, most: int = LONGEST) -> None:
@@ -51,8 +47,7 @@ def lines(text: str, most: int = LONGEST) -> str:
     'a⟨U+202E⟩\\nb'
     """
     whole = str(text)
-    seen = "\n".join("".join(map(_visible, line)) for line in whole[:most].split("\n"))
-    return seen if len(whole) <= most else f"{seen}… ({len(whole):,} characters)"
+    return "\n".join(map(visible, whole[:most].split("\n"))) + _rest(whole, most)
 
 
 def block(text: str, most: int = LONGEST) -> None:
@@ -89,11 +84,6 @@ def escaped(text: str) -> str:
     '\\\\*a\\\\* \\\\[b\\\\]\\\\(c\\\\)'
     """
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:&\"'@/=^%;?," else c for c in text)
-
-
-def options(values: Any) -> dict[str, str]:
-    """{value: how it is shown} for a selectbox, in order."""
-    return {str(value): shown(value, 120) for value in values}
 
 
 def told(page: Callable[[], None]) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from .cli_errors import stops_told
 from .cli_options import ADAPTER_HELP, MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json, Mismatch, Overwrite
 from .cli_values import alpha_value, printed_json, printed_table
 from .errors import UserError
+from .visible_text import visible
 
 KINDS = ("logit", "tuned", "jacobian")
 MOST = 16
@@ -185,9 +186,7 @@ def _layer_table(table: Any) -> Any:
 
 
 def _seen(text: str) -> str:
-    cut = "".join(
-        "·" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    cut = visible(text, spaces=True)
     return cut if len(cut) <= SIGNS else cut[: SIGNS - 1] + "…"
 
 

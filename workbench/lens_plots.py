@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -15,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from .errors import UserError
 from .plots import BLUE, DIVERGING, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
+from .visible_text import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,16 +166,7 @@ def piece(text: str, most: int = 40) -> str:
     >>> piece(" <b>"), piece("\\n"), piece("x" * 50, 3)
     ('·&lt;b&gt;', '⏎', 'xxx…')
     """
-    cut = str(text)[:most] + ("…" if len(str(text)) > most else "")
-    seen = "".join(
-        "·" if c == " " else "⏎" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut
-    )
-    return escape(seen)
-
-
-def _said(name: object) -> str:
-    """A name or a title as it is shown: cut, its control characters seen, escaped."""
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name)[:80]))
+    return label(text, most, spaces=True)
 
 
 def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str, left_out: int) -> go.Figure:
@@ -206,7 +197,7 @@ def _layers(figure: go.Figure, part: pd.DataFrame, texts: list[str], title: str,
         title_text="after layer", type="category", categoryorder="array", categoryarray=layers, showgrid=False
     )
     said = f"the last {len(positions)} of {len(positions) + left_out} tokens" if left_out else ""
-    heading = " · ".join(filter(None, (_said(title), said)))
+    heading = " · ".join(filter(None, (label(title, 80), said)))
     layout: dict[str, Any] = {"title": {"text": heading, "font": {"size": 14}}} if heading else {}
     return _style(
         figure,
@@ -235,7 +226,7 @@ def lens_curves(
     figure = make_subplots(1, len(values), subplot_titles=[VALUES[v] for v in values], horizontal_spacing=0.06)
     for i, (name, table) in enumerate(shown.items()):
         for column, value in enumerate(values, 1):
-            _curve(figure, column, _said(name), table, value, i, band=position is None)
+            _curve(figure, column, label(name, 80), table, value, i, band=position is None)
     layers = [str(layer) for layer in dict.fromkeys(next(iter(shown.values()))["layer"])]
     figure.update_xaxes(title_text="after layer", type="category", tickangle=0, tickvals=_some(layers),
                         ticktext=[SHORT if layer == EMBEDDINGS else layer for layer in _some(layers)])  # fmt: skip
@@ -286,10 +277,10 @@ def lens_scores_curves(table: pd.DataFrame) -> go.Figure:
         colour = COLOURS[i % len(COLOURS)]
         kl, low, high = (part[column].to_numpy() for column in ("kl", "kl_low", "kl_high"))
         figure.add_trace(go.Scatter(
-            x=[str(layer) for layer in part["layer"]], y=kl, mode="lines+markers", name=_said(name),
+            x=[str(layer) for layer in part["layer"]], y=kl, mode="lines+markers", name=label(name, 80),
             error_y={"type": "data", "symmetric": False, "array": high - kl, "arrayminus": kl - low, "thickness": 1.4},
             line={"color": colour, "width": 2}, marker={"color": colour, "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
-            hovertemplate=f"{_said(name)} lens, after layer %{{x}}: %{{y:.4g}} nats per token<extra></extra>",
+            hovertemplate=f"{label(name, 80)} lens, after layer %{{x}}: %{{y:.4g}} nats per token<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="after layer", type="category")
     figure.update_yaxes(title_text="KL to the model's own prediction<br>(nats per token, held-out prompts)", type="log")
@@ -306,14 +297,14 @@ def token_bars(tables: Mapping[str, pd.DataFrame], title: str = "") -> go.Figure
     for number, (name, table) in enumerate(tables.items()):
         known = dict(zip(table["id"], table["probability"], strict=True))
         figure.add_trace(go.Bar(
-            y=[str(i) for i in ids], x=[known.get(i) for i in ids], orientation="h", name=_said(name),
+            y=[str(i) for i in ids], x=[known.get(i) for i in ids], orientation="h", name=label(name, 80),
             marker_color=COLOURS[number % len(COLOURS)],
-            hovertemplate=f"{_said(name)}: %{{x:.4f}}<extra></extra>",
+            hovertemplate=f"{label(name, 80)}: %{{x:.4f}}<extra></extra>",
         ))  # fmt: skip
     figure.update_xaxes(title_text="probability of the next token", range=[0, 1])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=[str(i) for i in reversed(ids)],
                         tickvals=[str(i) for i in ids], ticktext=[words[i] for i in ids])  # fmt: skip
-    layout: dict[str, Any] = {"title": {"text": _said(title), "font": {"size": 14}}} if title else {}
+    layout: dict[str, Any] = {"title": {"text": label(title, 80), "font": {"size": 14}}} if title else {}
     return _style(
         figure,
         150 + 26 * len(ids),

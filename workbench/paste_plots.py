@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from html import escape
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -12,6 +10,7 @@ from plotly.subplots import make_subplots
 from .evaluate.dose import PromptDose
 from .evaluate.token_changes import TokenChanges
 from .plots import BLUE, GREY, RED, _empty, _style
+from .visible_text import label
 
 STRIP = [[0.0, "#DDE2E8"], [0.25, "#F6C67F"], [0.6, "#E07B23"], [1.0, "#7F2704"]]
 """from grey, nothing changed, to dark brown: lightness falls all the way, for every kind of colour vision"""
@@ -26,14 +25,7 @@ def shown_token(token: str, most: int = LONGEST_LABEL) -> str:
     >>> shown_token(" <b>"), shown_token("\\n"), shown_token("x" * 30, 5)
     ('·&lt;b&gt;', '⏎', 'xxxxx…')
     """
-    seen = "".join(map(_visible, token[:most]))
-    return escape(seen) + ("…" if len(token) > most else "") or "∅"
-
-
-def _visible(sign: str) -> str:
-    known = {" ": "·", "\n": "⏎", "\t": "⇥"}
-    hidden = unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-    return known.get(sign) or (f"⟨U+{ord(sign):04X}⟩" if hidden else sign)
+    return label(token, most, spaces=True) or "∅"
 
 
 def drawn_positions(changes: TokenChanges, most: int = CELLS) -> range:

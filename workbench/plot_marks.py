@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -15,17 +13,6 @@ LETTER, LINE = 0.011, 0.055
 """width of a letter and height of a line of small print, as shares of a plot about 650 by 300 pixels large"""
 GAP = 0.014
 """between a point and its name"""
-
-
-def hover_text(text: object, most: int = 120) -> str:
-    """Somebody else's text for a figure: escaped, cut, and without what cannot be seen or turns the direction of text.
-
-    >>> hover_text("a\u202e<b>"), hover_text("x" * 500, 3)
-    ('a&lt;b&gt;', 'xxx…')
-    """
-    whole = str(text)
-    seen = "".join(sign for sign in whole[:most] if unicodedata.category(sign) not in ("Cc", "Cf", "Cs"))
-    return escape(seen) + ("…" if len(whole) > most else "")
 
 
 class Cell(NamedTuple):

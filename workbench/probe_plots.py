@@ -5,7 +5,6 @@ They read tables (`ProbeCurve.frame()`, `TokenScores.frame()`) and the arrays of
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,14 @@ from plotly.subplots import make_subplots
 
 from .plots import BLUE, DIVERGING, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
 from .sites import Site
+from .visible_text import label
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLOURS = (BLUE, RED, GREEN, SKY, PINK, ORANGE)
 SCORE_WORDS = {"accuracy": "accuracy", "auroc": "AUROC", "r2": "R²", "brier": "Brier score"}
-CELL_LETTERS, HOVER_LETTERS = 8, 200
+CELL_LETTERS, HOVER_LETTERS = 7, 200
 MOST_CELLS = 800
 NAMED_CLASSES = 12
 
@@ -127,16 +127,14 @@ def probe_calibration(
     figure.update_xaxes(title_text="confidence", range=[-0.02, 1.02], row=1, col=1)
     figure.update_yaxes(title_text="share that was right", range=[-0.02, 1.05], row=1, col=1)
     if two:
-        _confusion(figure, confusion, [_visible(c, 24) for c in classes])
+        _confusion(figure, confusion, [label(c, 24) for c in classes])
     return _style(figure, 400)
 
 
 def _confusion(figure: go.Figure, confusion: Any, names: list[str]) -> None:
     counts = [[int(v) for v in row] for row in confusion]
     shares = [[v / max(1, sum(row)) for v in row] for row in counts]
-    shown = [escape(name) for name in names]
-    if len(set(shown)) < len(shown):
-        shown = [f"{i}: {name}" for i, name in enumerate(shown)]
+    shown = names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
     heat = go.Heatmap(
         x=shown, y=shown, z=shares, colorscale="Blues", zmin=0, zmax=1, xgap=2, ygap=2,
         text=[[f"{v:,}" for v in row] for row in counts], texttemplate="%{text}" if len(names) <= NAMED_CLASSES else None,
@@ -162,10 +160,10 @@ def token_strip(table: pd.DataFrame, name: str = "score", unit: str = "log-odds,
     centre = 0.0 if "probability" in table else sum(scores) / len(scores)
     reach = max(abs(v - centre) for v in scores) or 1.0
     chances = table["probability"].tolist() if "probability" in table else [None] * len(table)
-    hover = [f"position {p}: {escape(_visible(t, HOVER_LETTERS))}<br>{v:.3f} ({escape(unit)})"
+    hover = [f"position {p}: {label(t, HOVER_LETTERS)}<br>{v:.3f} ({escape(unit)})"
              + (f"<br>probability {c:.3f}" if c is not None else "")
              for p, t, v, c in zip(table["position"], table["token"], scores, chances, strict=True)]  # fmt: skip
-    words = [escape(_visible(t, CELL_LETTERS)) for t in table["token"]]
+    words = [label(t, CELL_LETTERS) for t in table["token"]]
     lines = -(-len(scores) // columns)
 
     def cells(values: list[Any]) -> list[list[Any]]:
@@ -180,7 +178,7 @@ def token_strip(table: pd.DataFrame, name: str = "score", unit: str = "log-odds,
     ))  # fmt: skip
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, autorange="reversed")
-    said = escape(_visible(name, 80)) + ("" if whole <= most else f" (the first {most} of {whole:,} tokens)")
+    said = label(name, 80) + ("" if whole <= most else f" (the first {most} of {whole:,} tokens)")
     margin = {"l": 10, "r": 20, "t": 50, "b": 20}
     return _style(figure, 130 + 30 * lines, title={"text": said, "font": {"size": 14}}, margin=margin)
 
@@ -195,17 +193,3 @@ def direction_table(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(**_layer_axis(list(dict.fromkeys(table["site"]))))
     figure.update_yaxes(title_text="AUROC on held-out prompts", range=[-0.02, 1.02])
     return _style(figure, 400)
-
-
-def _visible(text: object, most: int) -> str:
-    """Text with what cannot be seen made visible, and cut.
-
-    >>> _visible("a\\u202eb", 10), _visible("x" * 30, 4)
-    ('a⟨U+202E⟩b', 'xxx…')
-    """
-    whole = str(text)
-    hidden = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    seen = "".join(
-        "⏎" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in hidden else c for c in whole[:most]
-    )
-    return seen if len(whole) <= most else f"{seen[: most - 1]}…"

@@ -6,7 +6,6 @@ Every function takes a result and returns a figure; text of others (tokens, labe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +15,7 @@ from plotly.subplots import make_subplots
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, YELLOW, _empty, _style
 from .sites import Site
 from .store.overview import OUTLIER, StoreOverview
+from .visible_text import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def paired_scatter(planes: Sequence[Plane], tables: Sequence[pd.DataFrame], name
     """
     assert len(planes) == len(tables) == len(names) == 2
     assert len(planes[0].rows) == len(planes[1].rows), "one row of each model for each token"
-    titles = [escape(_cut(f"{name}, {plane.site}", 80)) for name, plane in zip(names, planes, strict=True)]
+    titles = [label(f"{name}, {plane.site}", 80) for name, plane in zip(names, planes, strict=True)]
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.08)
     first = np.asarray(planes[0].points, dtype=np.float32)
     number = np.arange(len(first))
@@ -173,7 +173,7 @@ def _turned(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _points_style(figure: go.Figure, colour: str | None, height: int) -> go.Figure:
-    title = escape(_cut(str(colour).removeprefix("meta."), MOST_LETTERS)) if colour else ""
+    title = label(str(colour).removeprefix("meta."), MOST_LETTERS) if colour else ""
     legend = {"title": {"text": title}, "itemsizing": "constant"}
     bar = {"title": {"text": title, "side": "right"}, "thickness": 14}
     return _style(figure, height, legend=legend, dragmode="lasso", uirevision="points", hovermode="closest",
@@ -213,7 +213,7 @@ def _parts(table: pd.DataFrame, colour: str | None) -> list[tuple[str, dict[str,
     parts = []
     for i, word in enumerate(counts[: len(COLOURS) - 1]):
         look: dict[str, Any] = {"color": COLOURS[i], "symbol": SYMBOLS[i % len(SYMBOLS)].removesuffix("-open")}
-        parts.append((escape(_cut(word, MOST_LETTERS)), look, words == word))
+        parts.append((label(word, MOST_LETTERS), look, words == word))
     if len(counts) > len(parts):
         rest = ~np.isin(words, counts[: len(parts)])
         look = {"color": GREY, "opacity": 0.35}
@@ -255,12 +255,6 @@ def _short_texts(column: pd.Series) -> list[str]:
     found = []
     for value in column.tolist():
         if value not in known:
-            known[value] = "" if value is None or value != value else escape(_cut(str(value), MOST_LETTERS))
+            known[value] = "" if value is None or value != value else label(value, MOST_LETTERS)
         found.append(known[value])
     return found
-
-
-def _cut(text: str, most: int) -> str:
-    """Text of at most so many letters, without what would turn or break the line."""
-    seen = "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in text[:most])
-    return seen if len(text) <= most else f"{seen}…"

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .plot_marks import Cell, clickable, hover_text, label_places, reach, shares
+from .plot_marks import Cell, clickable, label_places, reach, shares
 from .plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SYMBOLS, _empty, _style
 from .sites import Site
 from .transport.grid import TransportGrid
+from .visible_text import label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -269,7 +270,7 @@ def feature_scatter(tables: Mapping[str, pd.DataFrame], most: int = 6) -> go.Fig
 
 def _feature_texts(part: pd.DataFrame, verdict: str) -> list[str]:
     names = part["name"] if "name" in part else [""] * len(part)
-    return [f"feature {n}: {verdict}" + (f"<br>fires on {hover_text(name)}" if name else "")
+    return [f"feature {n}: {verdict}" + (f"<br>fires on {label(name, 120)}" if name else "")
             + f"<br>R² {r2:.3f}, firing on {int(count):,} tokens"
             for n, name, r2, count in zip(part.index, names, part["r2"], part["count"], strict=True)]  # fmt: skip
 
@@ -322,7 +323,7 @@ def shortcut_points(table: pd.DataFrame, greedy: pd.DataFrame | None = None) -> 
     across = reach((100 * part["saved"] for part in every), 0.03)
     up = reach((part[f"delta{end}"] for part in every for end in ("", "_low", "_high")), 0.06)
     for i, (name, part, colour) in enumerate(parts):
-        text = [f"without {hover_text(blocks)}" if blocks else "the whole model" for blocks in part["blocks"]]
+        text = [f"without {label(blocks, 120)}" if blocks else "the whole model" for blocks in part["blocks"]]
         names, places = _named(part, text, across, up) if not i else ([""] * len(text), None)
         figure.add_trace(go.Scatter(
             x=100 * part["saved"], y=part["delta"], mode="lines+markers" if i else "markers+text",
