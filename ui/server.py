@@ -17,6 +17,7 @@ def command(address: str, port: int) -> list[str]:
         "server.address": address, "server.port": port, "server.headless": "true", "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false", "client.toolbarMode": "minimal", "client.showErrorDetails": "type",
         "server.maxUploadSize": 1, "server.enableStaticServing": "false", "runner.fastReruns": "true",
+        "runner.postScriptGC": "false",  # a whole collection takes a quarter of a second with torch loaded, after every click
         "global.disableWidgetStateDuplicationWarning": "true",  # a click in a figure sets the pick of a widget
         **{f"theme.light.{key}": value for key, value in LIGHT.items()},
         **{f"theme.dark.{key}": value for key, value in DARK.items()},

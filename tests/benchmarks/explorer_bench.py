@@ -5,6 +5,7 @@ Both drive headless Chromium against a server of their own (`tests/ui/browser.py
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 import threading
@@ -13,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..ui.browser import chromium, opened, served, settled
+from ..ui.browser import ARGUMENTS, CHROMIUM, PATIENCE, SETTLED, chromium, opened, served, settled
 from .explorer_store import make_explorer_store
 
 PAGES = ("runs", "activations", "transport", "converters", "paste", "probes", "lens")
-MIB = 2**20
+APART = 500
+"""milliseconds between two boxes: two presses within 300 are a double click, which clears what is selected"""
+LEFT = 150.0
+"""seconds after which the server has forgotten readers who left"""
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -57,16 +61,22 @@ def timed(work: Callable[[], Any]) -> float:
 def large_store(
     folder: Path, rows: int = 1_000_000, width: int = 2304, sites: int = 2, *, turns: int = 20
 ) -> dict[str, Any]:
-    """Seconds to the first page of a large store, to another site, and to the table of a box drawn in its plane."""
+    """Seconds to the first page of a large store, to another site, and to the table of a box drawn in its plane.
+
+    `browser_s` is the first page of a small store in a browser that has never been here, which loads the frontend; all else
+    is seen by that browser, of a store that the server has not opened yet.
+    """
     make_explorer_store(folder / "large", rows, width, sites).close()
+    make_explorer_store(folder / "small", 1000, 64, 1).close()
     names = [f"resid_post.{i}" for i in range(sites)]
     with served(folder, folder / "server.log") as (address, pid), chromium() as browser:
         opened(browser, f"{address}/runs").context.close()  # imports are the server's start, not this page
+        context = browser.new_context(viewport={"width": 1280, "height": 1400})
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        seen = timed(lambda: (page.goto(f"{address}/activations?store=small"), drawn(page)))
         before = anonymous_bytes(pid)
         with Peak(pid) as peak:
-            context = browser.new_context(viewport={"width": 1280, "height": 1400})
-            page = context.new_page()
-            page.set_default_timeout(120_000)
             overview = timed(lambda: (page.goto(f"{address}/activations?store=large"), drawn(page)))
             plane = timed(lambda: (page.goto(f"{address}/activations?store=large&view=projection"), drawn(page)))
             page.get_by_text("Code for this figure").first.wait_for()
@@ -74,7 +84,7 @@ def large_store(
             changes = [change(page, "Site", names[i % sites]) for i in range(2 * sites)]
             selections = [box(page, turn) for turn in range(turns)]
         return {
-            "rows": rows, "width": width, "sites": sites, "overview_s": overview, "plane_s": plane,
+            "rows": rows, "width": width, "sites": sites, "browser_s": seen, "overview_s": overview, "plane_s": plane,
             "change_s": statistics.median(changes), "first_change_s": changes[0],
             "selection_s": statistics.median(selections), "turns": turns, "memory_bytes": peak.bytes - before,
         }  # fmt: skip
@@ -116,6 +126,7 @@ def change(page: Any, label: str, value: str) -> float:
 
 def box(page: Any, turn: int) -> float:
     """Seconds from a box drawn in the figure to the page that lists what is in it."""
+    page.wait_for_timeout(APART)
     at = page.locator("[data-testid=stPlotlyChart] .nsewdrag").first.bounding_box()
     chance = random.Random(turn)
     x, y = at["x"] + at["width"] * chance.uniform(0.2, 0.5), at["y"] + at["height"] * chance.uniform(0.2, 0.5)
@@ -125,72 +136,90 @@ def box(page: Any, turn: int) -> float:
     return answered(page, page.mouse.up)
 
 
-def sessions(folder: Path, count: int = 10, seconds: float = 120.0, *, seed: int = 0) -> dict[str, Any]:
+def sessions(
+    folder: Path, count: int = 10, seconds: float = 120.0, *, seed: int = 0, wait: float = LEFT
+) -> dict[str, Any]:
     """Readers at once, each with a store of its own in view, who click at random for so long.
 
     `foreign`: pages that showed what belongs to another reader's store. `exceptions`: of a page, or in the log.
-    `memory`: the server's own, after one reader had seen every page, and after all of them had left.
+    `before_bytes` and `after_bytes`: the server's own memory after one reader had seen every page and left, and after all
+    of them had, each `wait` seconds later: Streamlit keeps the session of a reader who left for two minutes.
     """
-    rows = {f"store{i}": 1000 + 100 * i for i in range(count)}
+    rows = {f"store{i}": 1013 + 97 * i for i in range(count)}
     for name, n in rows.items():
         make_explorer_store(folder / name, n, 64, 3).close()
     log, found = folder / "server.log", [dict.fromkeys(("clicks", "foreign", "exceptions"), 0) for _ in range(count)]
     with served(folder, log) as (address, pid):
         with chromium() as browser:
             for name in PAGES:
-                opened(browser, f"{address}/{name}").context.close()
-        before = _settled_bytes(pid)
-        readers = [
-            threading.Thread(target=_read, args=(address, i, rows, seconds, seed, found[i])) for i in range(count)
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        after = _settled_bytes(pid)
+                opened(browser, f"{address}/{name}?store=store0").context.close()
+        before = _settled_bytes(pid, wait)
+        asyncio.run(_readers(address, rows, seconds, seed, found))
+        after = _settled_bytes(pid, wait)
     total = {key: sum(one[key] for one in found) for key in found[0]}
     total["exceptions"] += log.read_text(errors="replace").count("Traceback")
     return {"count": count, "seconds": seconds, **total, "before_bytes": before, "after_bytes": after}
 
 
-def _settled_bytes(pid: int, wait: float = 15.0) -> int:
+def _settled_bytes(pid: int, wait: float) -> int:
     """The memory once closed sessions have been let go."""
     time.sleep(wait)
     return anonymous_bytes(pid)
 
 
-def _read(address: str, reader: int, rows: dict[str, int], seconds: float, seed: int, found: dict[str, int]) -> None:
+async def _readers(address: str, rows: dict[str, int], seconds: float, seed: int, found: list[dict[str, int]]) -> None:
+    """In one browser, each with cookies and a cache of its own."""
+    from playwright.async_api import async_playwright
+
+    async with async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        readers = [_read(browser, address, i, rows, seconds, seed, found[i]) for i in range(len(found))]
+        await asyncio.gather(*readers)
+        await browser.close()
+
+
+async def _read(
+    browser: Any, address: str, reader: int, rows: dict[str, int], seconds: float, seed: int, found: dict[str, int]
+) -> None:
     chance, mine = random.Random(seed * 1000 + reader), f"store{reader}"
-    with chromium() as browser:
-        page = opened(browser, f"{address}/activations?store={mine}")
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            _click(page, address, mine, chance)
-            found["clicks"] += 1
-            said = page.locator("[data-testid=stMain]").inner_text()
-            others = {f"{n:,} rows" for name, n in rows.items() if name != mine}
-            if "store=" in page.url and mine in page.url and any(words in said for words in others):
-                found["foreign"] += 1
-            found["exceptions"] += page.locator("[data-testid=stException]").count()
-        page.context.close()
+    context = await browser.new_context(viewport={"width": 1280, "height": 1000})
+    page = await context.new_page()
+    page.set_default_timeout(2 * PATIENCE)
+    await page.goto(f"{address}/activations?store={mine}")
+    await _settled(page)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        await _click(page, address, mine, chance)
+        found["clicks"] += 1
+        said = await page.locator("[data-testid=stMain]").inner_text()
+        others = {f"{n:,} rows" for name, n in rows.items() if name != mine}
+        if f"store={mine}" in page.url and any(words in said for words in others):
+            found["foreign"] += 1
+        found["exceptions"] += await page.locator("[data-testid=stException]").count()
+    await context.close()
 
 
-def _click(page: Any, address: str, mine: str, chance: random.Random) -> None:
+async def _settled(page: Any) -> None:
+    for selector in SETTLED:
+        await page.wait_for_selector(selector)
+
+
+async def _click(page: Any, address: str, mine: str, chance: random.Random) -> None:
     """Another page, or another value of one of its picks; what cannot be clicked just now is left."""
-    from playwright.sync_api import Error
+    from playwright.async_api import Error
 
     picks = page.locator("[data-testid=stSelectbox] input")
     try:
-        if chance.random() < 0.3 or not picks.count():
-            page.goto(f"{address}/{chance.choice(PAGES)}?store={mine}")
+        if chance.random() < 0.3 or not await picks.count():
+            await page.goto(f"{address}/{chance.choice(PAGES)}?store={mine}")
         else:
-            pick = picks.nth(chance.randrange(picks.count()))
-            label = pick.locator("xpath=ancestor::*[@data-testid='stSelectbox']").inner_text()
+            pick = picks.nth(chance.randrange(await picks.count()))
+            label = await pick.locator("xpath=ancestor::*[@data-testid='stSelectbox']").inner_text()
             if label.startswith("Store"):
                 return
-            pick.click(timeout=2000)
+            await pick.click(timeout=2000)
             options = page.get_by_role("option")
-            options.nth(chance.randrange(max(1, options.count()))).click(timeout=2000)
-        settled(page)
+            await options.nth(chance.randrange(max(1, await options.count()))).click(timeout=2000)
+        await _settled(page)
     except Error:
-        page.keyboard.press("Escape")
+        await page.keyboard.press("Escape")

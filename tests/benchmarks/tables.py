@@ -339,7 +339,8 @@ def _explorer(folder: Path) -> dict[str, Any]:
 def _tell_explorer(found: dict[str, Any]) -> str:
     large, many = found["large"], found["sessions"]
     rows = [
-        ("the first page: a store at a glance", f"{large['overview_s']:.2f}"),
+        ("the first page ever, of a small store: the browser loads the frontend", f"{large['browser_s']:.2f}"),
+        ("the first page of the large store: at a glance", f"{large['overview_s']:.2f}"),
         ("its rows in a plane", f"{large['plane_s']:.2f}"),
         ("another site, seen for the first time", f"{large['first_change_s']:.2f}"),
         ("another site, median", f"{large['change_s']:.2f}"),
@@ -356,7 +357,8 @@ def _tell_explorer(found: dict[str, Any]) -> str:
             f"The server held at most {large['memory_bytes'] / 2**20:,.0f} MiB more than before the store was opened.",
             f"{many['count']} readers at once, each clicking at random for {many['seconds']:.0f} s: {many['clicks']} clicks, "
             f"**{many['exceptions']}** exceptions, **{many['foreign']}** pages of another reader's store; the server's "
-            f"own memory was {many['before_bytes'] / 2**20:,.0f} MiB before and {many['after_bytes'] / 2**20:,.0f} MiB after.",
+            f"own memory was {many['before_bytes'] / 2**20:,.0f} MiB after one reader had seen every page and left, and "
+            f"{many['after_bytes'] / 2**20:,.0f} MiB after all of them had.",
         ]
     )
 

@@ -22,6 +22,8 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
              "--disable-component-update", "--disable-sync"]  # fmt: skip
 PATIENCE = 60_000
 """milliseconds that a page has to show what is waited for"""
+SETTLED = ("[data-testid=stMain] h1", "[data-testid=stApp][data-test-script-state=notRunning]")
+"""what is there once a page shows something and no script runs"""
 
 
 @contextmanager
@@ -82,6 +84,6 @@ def opened(browser: Any, address: str, *, width: int = 1280, dark: bool = False)
 
 def settled(page: Any) -> None:
     """Waits until the page shows something and no script runs."""
-    page.wait_for_selector("[data-testid=stMain] h1")
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+    for selector in SETTLED:
+        page.wait_for_selector(selector)
     page.wait_for_function("() => !document.querySelector('[data-testid=stSkeleton]')")

@@ -77,7 +77,7 @@ def _linked(path: str) -> None:
     with columns[1]:
         method = choose("Method", METHODS, "method")
     with columns[2]:
-        n = int(choose("Points", SIZES, "points", index=2))
+        n = int(choose("Points", SIZES, "points", index=1))
     with columns[3]:
         by = choose("Drawn by", list(STRATA), "by")
     with columns[5]:
