@@ -213,7 +213,7 @@ def ran(tmp_path, monkeypatch) -> list[Any]:
     """In place of running jobs: keeps those it was given, and leaves the metrics of an example."""
     jobs: list[Any] = []
 
-    def run_job(job: Any) -> Any:
+    def run_job(job: Any, *, like: Any = ()) -> Any:
         jobs.append(job)
         folder = tmp_path / "ran"
         folder.mkdir(exist_ok=True)
@@ -233,6 +233,18 @@ def test_run_and_demo_print_the_table_and_the_path_of_the_report(home, tmp_path,
     demo = good("demo", "--quick", "--recipient", home / "recipient", "--json")
     assert json.loads(demo.stdout)["schema"] == 1
     assert (ran[1].name, ran[1].recipient.model) == ("demo-quick", str(home / "recipient"))
+
+
+def test_run_takes_several_recipients_to_a_run_folder_each(home, tmp_path, ran):
+    two = ["--recipient", "bundled:recipient", "--recipient", home / "recipient"]
+    found = good("run", job_file(home, tmp_path), *two)
+    assert found.stdout.count("report: ") == 2
+    assert len({job.folder for job in ran}) == 2
+    assert [job.recipient.model for job in ran] == ["bundled:recipient", str(home / "recipient")]
+    assert len(json.loads(good("run", job_file(home, tmp_path), *two, "--json").stdout)) == 2
+    told(
+        workbench("run", job_file(home, tmp_path), *two[:2], *two[:2]), "two of the recipients would share a run folder"
+    )
 
 
 def test_run_takes_graders_of_a_plugin_that_the_line_names(home, tmp_path, ran):

@@ -193,6 +193,30 @@ def test_two_runs_of_one_seed_give_equal_tensors(folders, prompts, undisturbed, 
     assert numbers(other) == numbers(undisturbed)
 
 
+def test_another_recipient_takes_over_what_is_of_the_donor_alone(folders, prompts, undisturbed, tmp_path):
+    pair = PAIRS[0][0], "gpt_neox"
+    alike = run_job(a_job(folders, prompts, tmp_path / "like", pair), like=[undisturbed.folder])
+    fresh = run_job(a_job(folders, prompts, tmp_path / "fresh", pair))
+    of_donor = {"profile-donor", *(f"donor-{name}" for name in ANSWERS)}
+    for step in sorted(p.stem for p in (alike.folder / "steps").glob("*.json")):
+        taken, made = (run.folder / "steps" / f"{step}.json" for run in (alike, undisturbed))
+        assert (made.exists() and taken.read_bytes() == made.read_bytes()) == (step in of_donor), step
+    assert numbers(alike) == numbers(fresh)
+    assert adapters(alike) == adapters(fresh)
+
+
+def test_a_damaged_artefact_of_another_run_is_made_again(folders, prompts, undisturbed, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(undisturbed.folder, other)
+    kept = other / "adapters" / "counting" / "donor" / "adapter.safetensors"
+    kept.write_bytes(kept.read_bytes()[:50])
+    shutil.rmtree(other / "profiles" / "recipient")
+    run = run_job(a_job(folders, prompts, tmp_path), like=[tmp_path / "gone", other])
+    assert adapters(run) == adapters(undisturbed)
+    assert len(kept.read_bytes()) == 50
+    assert numbers(run) == numbers(undisturbed)
+
+
 @pytest.mark.parametrize("place", ["train_adapter", "forecast_pastes", "measure"])
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folders, prompts, undisturbed, tmp_path, monkeypatch, place):
     job, owner = a_job(folders, prompts, tmp_path), arms if place == "measure" else module

@@ -84,7 +84,9 @@ class BehaviourTransfer:
 
     def _step(self, name: str, inputs: Any, make: Callable[[], Any], arms: tuple[str, ...] = ()) -> Any:
         artefacts = tuple(self.path(a) for a in arms)
-        return self.shared.run.step(f"{name}-{self.name}", self.shared.key(inputs), make, artefacts, Adapter.load)
+        sides = ("donor",) if name == "donor" else ("donor", "recipient")  # its adapter is the same for any recipient
+        key = self.shared.key(inputs, sides=sides)
+        return self.shared.run.step(f"{name}-{self.name}", key, make, artefacts, Adapter.load)
 
     @cached_property
     def _training(self) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def _global(
 Seed = Annotated[int | None, typer.Option(help="of everything random, in place of the job's")]
 Donor = Annotated[str | None, typer.Option(metavar="MODEL", help=f"donor in place of the job's: {MODEL_HELP}")]
 Recipient = Annotated[str | None, typer.Option(metavar="MODEL", help=f"recipient in place of the job's: {MODEL_HELP}")]
+SEVERAL = f"recipient in place of the job's; given again, one run for each, with one profile of the donor: {MODEL_HELP}"
+Recipients = Annotated[list[str] | None, typer.Option("--recipient", metavar="MODEL", help=SEVERAL)]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer prompts: shows that it runs; the numbers mean little")]
 
 
@@ -108,14 +110,16 @@ def demo(
     Takes an adapter from the bundled donor to the bundled recipient and measures what arrived beside its controls; the
     path of the report comes last. Run it again to go on after a stop.
     """
-    _run("bundled:demo", donor=donor, recipient=recipient, out=out, seed=seed, quick=quick, as_json=as_json)
+    _run(
+        "bundled:demo", [recipient] if recipient else [], donor=donor, out=out, seed=seed, quick=quick, as_json=as_json
+    )
 
 
 @app.command()
 def run(
     job: Annotated[str, typer.Argument(metavar="JOB", help="job.toml, or bundled:demo")],
     donor: Donor = None,
-    recipient: Recipient = None,
+    recipient: Recipients = None,
     out: Annotated[
         Path | None, typer.Option(help="folder in which the run folder is made, in place of the job's")
     ] = None,
@@ -129,22 +133,34 @@ def run(
         from .evaluate.plugins import load_plugin
 
         load_plugin(plugin)
-    _run(job, donor=donor, recipient=recipient, out=out, seed=seed, quick=quick, as_json=as_json)
+    _run(job, recipient or [], donor=donor, out=out, seed=seed, quick=quick, as_json=as_json)
 
 
-def _run(source: str, *, as_json: bool, **changes: Any) -> None:
-    from .job_options import open_job
+def _run(source: str, recipients: list[str], *, as_json: bool, **changes: Any) -> None:
+    from .job_options import open_jobs
     from .jobs import run_job
+
+    done: list[Path] = []
+    for job in open_jobs(source, recipients, **changes):
+        done.append(run_job(job, like=done).folder)
+        if not as_json:
+            _told(done[-1])
+    if as_json:
+        from .summary import load_metrics
+
+        found = [load_metrics(folder) for folder in done]
+        _json(found[0] if len(recipients) < 2 else found)
+
+
+def _told(folder: Path) -> None:
+    """The result of a run, and where its report is."""
     from .summary import load_metrics, result_table
 
-    made = run_job(open_job(source, **changes))
-    metrics = load_metrics(made.folder)
-    if as_json:
-        return _json(metrics)
+    metrics = load_metrics(folder)
     _table(result_table(metrics))
     for warning in metrics.get("warnings", []):
         typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"report: {made.folder / 'report.html'}")
+    typer.echo(f"report: {folder / 'report.html'}")
 
 
 @app.command()

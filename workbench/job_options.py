@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .bundled import located
+from .errors import UserError
 from .jobs import Job, ModelTable
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -50,3 +53,25 @@ def open_job(
         change |= {table: getattr(job, table).model_copy(update=values) for table, values in QUICK.items()}
         change["name"] = f"{job.name}-quick"
     return job.model_copy(update=change)
+
+
+def open_jobs(source: str | Path, recipients: Sequence[str], **options: Any) -> list[Job]:
+    """The job for each of several recipients, named after them (NAME-RECIPIENT); of one or none, as `open_job` reads it.
+
+    Run one after the other with the first's folder as `like`, they profile the donor and train its adapters once.
+    Raises UserError where two recipients would have one name, and as `open_job` does.
+
+    >>> [job.name for job in open_jobs("bundled:demo", ["bundled:recipient", "bundled:outsider"])]
+    ['demo-bundled-recipient', 'demo-bundled-outsider']
+    """
+    if len(recipients) < 2:
+        return [open_job(source, recipient=recipients[0] if recipients else None, **options)]
+    jobs = []
+    for recipient in recipients:
+        job = open_job(source, recipient=recipient, **options)
+        word = re.sub(r"[^A-Za-z0-9_.-]+", "-", recipient).strip("-.")[-60:]
+        jobs.append(job.model_copy(update={"name": f"{job.name}-{word}"}))
+    names = [job.name for job in jobs]
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the recipients would share a run folder: {', '.join(names)}; give each once")
+    return jobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,10 +238,14 @@ def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
     return tables[str(loc[0])] if loc else Job
 
 
-def run_job(job: Job | str | Path | Mapping[str, Any]) -> Run:
+def run_job(job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | Path] = ()) -> Run:
     """Runs a transfer job to its end and returns its run folder, with metrics.json and report.html in it.
 
-    Steps already done with the same inputs are reused. Raises UserError for anything in the job that cannot be done.
+    Steps already done with the same inputs are reused, also those of other run folders, `like`: several recipients of one
+    donor profile it, and train its adapters, once. Raises UserError for anything in the job that cannot be done.
+
+    >>> first = run_job("job.toml")  # doctest: +SKIP
+    >>> run_job(open_job("job.toml", recipient="bundled:outsider"), like=[first.folder])  # doctest: +SKIP
     """
     from .job_checks import check_job
     from .report import write_report
@@ -250,7 +254,7 @@ def run_job(job: Job | str | Path | Mapping[str, Any]) -> Run:
     if not isinstance(job, Job):
         job = Job.parse(job) if isinstance(job, Mapping) else Job.load(job)
     check_job(job)
-    run = Run(job.folder)
+    run = Run(job.folder, like)
     text = tomli_w.dumps(job.model_dump(exclude_none=True))
     with run.alone(), run.logging():
         if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_text() != text:

@@ -35,7 +35,9 @@ Written by `workbench job --reference` from the tables in `workbench/jobs.py`; d
 
 A job file is TOML. `workbench run job.toml` runs it, `workbench job job.toml` checks it and prints it with every default
 filled in; from Python it is `run_job("job.toml")`, or `run_job({...})` with the same keys. Unknown keys are refused.
-Paths in it are taken from the folder that the command is run in.
+Paths in it are taken from the folder that the command is run in. With `--recipient A --recipient B` it runs once for each, in
+folders of their own (NAME-A, NAME-B), and the donor is profiled and its adapters are trained once; from Python it is
+`run_job(job, like=[RUN])`, which takes over any step that another run made of the same inputs.
 
 The smallest one:
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,10 +25,14 @@ LOCK = "lock"
 
 
 class Run:
-    """A run folder: job.toml, steps/*.json, artefacts, log.txt, environment.json, metrics.json, report.html."""
+    """A run folder: job.toml, steps/*.json, artefacts, log.txt, environment.json, metrics.json, report.html.
 
-    def __init__(self, folder: str | Path) -> None:
+    like: other run folders; what they made of the same inputs is taken over from them.
+    """
+
+    def __init__(self, folder: str | Path, like: Iterable[str | Path] = ()) -> None:
         self.folder = Path(folder)
+        self.like = tuple(Path(other) for other in like)
 
     def step(
         self,
@@ -46,13 +52,15 @@ class Run:
 
         key = short_hash({"inputs": inputs, "version": __version__})
         record = self.folder / "steps" / f"{name}.json"
-        if record.exists():
-            try:
-                kept = json.loads(record.read_text())
-            except ValueError:
-                kept = {}
-            if isinstance(kept, dict) and kept.get("key") == key and self._stand(artefacts, whole):
-                log.info("step %s: kept", name)
+        kept = _kept(record, key)
+        if kept is not None and self._stand(artefacts, whole):
+            log.info("step %s: kept", name)
+            return kept["result"]
+        for other in self.like:
+            kept = _kept(other / "steps" / f"{name}.json", key)
+            if kept is not None and self._taken(other, artefacts) and self._stand(artefacts, whole):
+                log.info("step %s: as in %s", name, other)
+                write_json(record, kept)
                 return kept["result"]
         log.info("step %s", name)
         start = time.perf_counter()
@@ -72,6 +80,19 @@ class Run:
                     whole(path)
             except UserError as err:
                 log.warning("%s; the step is done again", err)
+                return False
+        return True
+
+    def _taken(self, other: Path, artefacts: tuple[str, ...]) -> bool:
+        """Whether the artefacts of another run lie in this one now: as links to its files, where the disk has them."""
+        for artefact in artefacts:
+            if not (other / artefact).is_dir():
+                return False
+            shutil.rmtree(self.folder / artefact, ignore_errors=True)
+            try:
+                shutil.copytree(other / artefact, self.folder / artefact, copy_function=_linked)
+            except (OSError, shutil.Error) as err:
+                log.warning("%s was not taken over from %s (%s); the step is done again", artefact, other, err)
                 return False
         return True
 
@@ -109,6 +130,23 @@ class Run:
             log.removeHandler(handler)
             log.setLevel(level)
             handler.close()
+
+
+def _kept(record: Path, key: str) -> dict[str, Any] | None:
+    """The record of a step, where it is of these inputs."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("key") == key and "result" in found else None
+
+
+def _linked(source: str, target: str) -> None:
+    """Files of an artefact are written once and replaced whole, so that two runs can share one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _locked(handle: TextIOWrapper) -> bool:

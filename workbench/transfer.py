@@ -83,11 +83,10 @@ class Transfer:
         """The profile that training takes its units from, where it holds the last tokens that adapters act on."""
         return self.store(side) if self.job.profile.pairing == "last" else None
 
-    def key(self, *more: Any) -> list[Any]:
-        """What every step after the profiles depends on."""
-        profile = self.job.profile
-        return [self.donor.fingerprint_id, self.recipient.fingerprint_id, self.profiled.hash, profile.holdout,
-                profile.pairing, self.job.seed, *more]  # fmt: skip
+    def key(self, *more: Any, sides: tuple[str, ...] = ("donor", "recipient")) -> list[Any]:
+        """What every step after the profiles depends on; sides: the models that it is made from."""
+        profile, models = self.job.profile, [self.model(side).fingerprint_id for side in sides]
+        return [*models, self.profiled.hash, profile.holdout, profile.pairing, self.job.seed, *more]
 
     @cached_property
     def profiled(self) -> PromptSet:

@@ -206,7 +206,7 @@ def _tell_cells(found: dict[str, Any]) -> str:
         "The bundled pair both ways, three behaviours, adapters trained with a seed that nothing else uses, at one layer and "
         f"at three. A cell's share is the gain in mean log-odds on {found['evaluated']} evaluation prompts at strength 1, of "
         "the gain of native training at the same kind of layers. Means over behaviours and directions of shares cut to -1..1;"
-        f" every cell by itself is in benchmarks.json. The whole took {found['seconds'] / 60:.0f} minutes."
+        f" every cell by itself is in benchmarks.json."
     ]
     for kind, title in (("one", "One layer"), ("several", "Three layers at once")):
         rows = [r for r in found["table"] if r["kind"] == kind]
