@@ -95,7 +95,7 @@ def test_maps_know_tensors_and_nothing_of_models():
         (("backends", "store"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
         (("alignment", "profile", "interrupts", "convert", "converter_specs", "layer_matching", "paired_profiles",
-          "row_pairs", "trials", "paste", "forecast", "adapters", "evaluate", "transport"),
+          "row_pairs", "sensitivity", "trials", "paste", "forecast", "adapters", "evaluate", "transport"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "lens_plots", "probe_plots", "report_page"),

@@ -235,6 +235,28 @@ def test_run_and_demo_print_the_table_and_the_path_of_the_report(home, tmp_path,
     assert (ran[1].name, ran[1].recipient.model) == ("demo-quick", str(home / "recipient"))
 
 
+def test_forecast_ranks_the_pastes_and_makes_the_first(home, tmp_path):
+    line = [
+        "forecast",
+        home / "adapter",
+        home / "donor-store",
+        home / "recipient-store",
+        "--prompts",
+        home / "prompts.txt",
+    ]
+    said = good(*line, "--opener", "w7", "--measure", 2, "--top", 3, "--limit", 8, "--out", tmp_path / "first")
+    assert "the first 3 of 15" in said.stdout
+    kept = Adapter.load(tmp_path / "first")
+    found = json.loads(good(*line, "--opener", "w7", "--limit", 8, "--json", "--not", home / "prompts.txt").stdout)
+    assert len(found["pastes"]) == 15
+    assert [str(s) for s in kept.sites] == [found["pastes"][0]["pairs"][0][1]]
+    assert found["pastes"][0]["measured"] is None
+    told(workbench(*line, "--not", home / "prompts.txt"), "--not is of openers")
+    told(workbench(*line, "--opener", "w7", "--out", tmp_path / "first"), "is there already")
+    told(workbench(*line), "has no response")
+    told(workbench(*line, "--opener", "w7", "--recipient", home / "donor"), "is not a profile of")
+
+
 def test_run_takes_several_recipients_to_a_run_folder_each(home, tmp_path, ran):
     two = ["--recipient", "bundled:recipient", "--recipient", home / "recipient"]
     found = good("run", job_file(home, tmp_path), *two)

@@ -12,10 +12,8 @@ from workbench.forecast import (
     Candidate,
     Forecast,
     candidates_of,
-    fisher,
     forecast_frame,
     forecast_pastes,
-    gradients,
     matched_candidates,
     paste_candidate,
     rank,
@@ -23,6 +21,7 @@ from workbench.forecast import (
 from workbench.paste import paste_adapter
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, pad
+from workbench.sensitivity import fisher, gradients
 from workbench.sites import Site
 
 PROMPTS = [f"w{i} w{(5 * i) % 150} w{(11 * i) % 150}"[: 4 + 4 * (i % 3)].strip() for i in range(40)]

@@ -7,9 +7,10 @@ from tests.conftest import make_model
 from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.convert import ConverterFits
 from workbench.evaluate.behaviour import log_odds
-from workbench.forecast import Candidate, candidates_of, forecast_pastes, gradients, paste_candidate, rank
+from workbench.forecast import Candidate, candidates_of, forecast_pastes, paste_candidate, rank
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, pad
+from workbench.sensitivity import gradients
 from workbench.sites import Site
 from workbench.trials import STRENGTHS, Trial, TrialSets, try_pastes
 

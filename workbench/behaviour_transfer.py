@@ -26,20 +26,12 @@ from .evaluate.behaviour import log_odds
 from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
 from .evaluate.idleness import ineffective
 from .evaluate.statistics import mean_interval, sign_agreement, spearman
-from .forecast import (
-    Candidate,
-    Forecast,
-    Gradients,
-    candidates_of,
-    forecast_pastes,
-    matched_candidates,
-    paste_candidate,
-    rank,
-)
+from .forecast import Candidate, Forecast, candidates_of, forecast_pastes, matched_candidates, paste_candidate, rank
 from .jobs import BehaviourTable
 from .layer_matching import match_layers, matched_sites
 from .progress import progress
 from .prompts import PromptSet, encode
+from .sensitivity import Gradients
 from .sites import Site
 from .trials import TRIED, try_pastes
 

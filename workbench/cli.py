@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from .cli_adapters import adapters
 from .cli_errors import FLAGS, guarded
+from .cli_forecast import forecast
 from .cli_generate import chat, generate
 from .cli_grade import grade
 from .cli_lens import lens
@@ -235,6 +236,7 @@ def convert(
     typer.echo(f"{out}: {len(made)} converters")
 
 
+app.command()(forecast)
 app.command()(paste)
 app.command()(generate)
 app.command()(chat)

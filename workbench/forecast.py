@@ -8,8 +8,7 @@ does not rank pastes; this does (figures: `docs/demo.md`).
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,117 +17,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .adapters.adapter import Adapter, LowRank
-from .adapters.train import frozen
 from .convert import ConverterFits
 from .errors import UserError
-from .evaluate.behaviour import set_log_odds
 from .layer_matching import best_matching, match_layers
 from .progress import progress
-from .prompts import PromptSet, encode, opener_ids, pad
-from .sites import POINTS, Site
+from .sensitivity import Gradients
+from .sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .models import Model
-
 
 RIDGES = tuple(("ridge", alpha) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0))
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """Gradients of one number per prompt with respect to the residual stream at the last prompt token.
-
-    value [n]: the number itself (log-odds, or a log-probability); states and grads: by site, [n, d], float32; seconds:
-    what the passes took.
-    """
-
-    value: Float[Tensor, " n"]
-    states: Mapping[Site, Float[Tensor, "n d"]]
-    grads: Mapping[Site, Float[Tensor, "n d"]]
-    seconds: float = 0.0
-
-    def __repr__(self) -> str:
-        sites = ", ".join(map(str, self.states))
-        return f"Gradients({len(self.value)} prompts, mean value {float(self.value.mean()):.3f}, at {sites})"
-
-    def effect(self, site: Site, part: LowRank) -> Float[Tensor, " n"]:
-        """delta(h) . G for each prompt: the forecast change of `value` when the part acts at strength 1."""
-        return (part.delta(self.states[site]) * self.grads[site]).sum(1)
-
-
-def _backward(
-    model: Model, prompts: PromptSet, sites: Sequence[Site], batch_size: int, scalar: Any, desc: str, split: float = 1.0
-) -> Gradients:
-    """Gradients of `scalar(logits [b, v], rows) -> [b]` at the last prompt token, all sites in one backward pass.
-
-    split: the share of its tokens after which a plain text is cut.
-    """
-    began = time.perf_counter()
-    encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
-    if not encoded:
-        raise UserError("there are no prompts to forecast on; give at least one")
-    if split < 1:
-        encoded = [
-            ids if prompt.text is None else ids[: max(1, round(split * len(ids)))]
-            for prompt, ids in zip(prompts, encoded, strict=True)
-        ]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    sites = sorted(sites, key=lambda site: (site.layer, POINTS.index(site.point)))  # the first to run is the leaf
-    value = torch.empty(len(encoded))
-    states = {s: torch.empty(len(encoded), model.width) for s in sites}
-    grads = {s: torch.empty(len(encoded), model.width) for s in sites}
-    leaf = {sites[0]: lambda h, _: h.detach().requires_grad_()}
-    with frozen(model), torch.enable_grad(), progress(total=len(encoded), desc=desc, unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-            with model.edit(leaf), model.read(sites) as seen:
-                out = scalar(model.logits(ids, mask, last_only=True)[:, -1].float(), rows)
-            found = torch.autograd.grad(out.sum(), [seen[s] for s in sites])
-            value[rows] = out.detach().float().cpu()
-            for site, g in zip(sites, found, strict=True):
-                states[site][rows] = seen[site][:, -1].detach().float().cpu()
-                grads[site][rows] = g[:, -1].float().cpu()
-            bar.update(len(rows))
-    return Gradients(value, states, grads, time.perf_counter() - began)
-
-
-def gradients(
-    model: Model, prompts: Any, openers: Sequence[str], sites: Iterable[Site | int | str] | None = None,
-    *, batch_size: int = 64,
-) -> Gradients:  # fmt: skip
-    """Gradients of the log-odds that an answer begins with one of `openers`, at every site of `sites` (default: all)."""
-    prompts = PromptSet.load(prompts)
-    where = [model.site(s) for s in (range(model.n_layers) if sites is None else sites)]
-    first = opener_ids(openers, model.tokenizer, prompts[0])
-    return _backward(model, prompts, where, batch_size, lambda logits, _: set_log_odds(logits, first), "gradients")
-
-
-def fisher(
-    model: Model, prompts: Any, sites: Iterable[Site | int | str] | None = None, *, samples: int = 4, seed: int = 0,
-    batch_size: int = 64, split: float = 0.5,
-) -> list[Gradients]:  # fmt: skip
-    """Gradients of the log-probability of next tokens that the model itself samples: KL(base || edited) of the next
-    token is E[(delta . g)^2] / 2 to second order, so `samples` backward passes forecast the damage to neutral text.
-
-    Plain texts are cut after the share `split` of their tokens, as `kl_on_text` cuts them: after a whole text the next
-    token is its end, of which the model is sure, and no delta seems to do harm.
-    """
-    prompts = PromptSet.load(prompts)
-    where = [model.site(s) for s in (range(model.n_layers) if sites is None else sites)]
-    made = []
-    for k in range(samples):
-        generator = torch.Generator().manual_seed(seed * 1000 + k)
-
-        def scalar(logits: Tensor, _: Any, generator: torch.Generator = generator) -> Tensor:
-            logp = logits.log_softmax(1)
-            drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
-            return logp.gather(1, drawn)[:, 0]
-
-        made.append(_backward(model, prompts, where, batch_size, scalar, "gradients on neutral text", split))
-    return made
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,12 @@ from typing import Any
 
 from .behaviour_transfer import BehaviourTransfer
 from .convert import ConverterFits
-from .forecast import (
-    Gradients,
-    fisher,
-    gradients,
-)
 from .jobs import BehaviourTable, Job, ModelTable
 from .models import Model, load
 from .profile import profile_model
 from .prompts import PromptSet, partial_openers
 from .runs import Run, environment
+from .sensitivity import Gradients, fisher, gradients
 from .store import Store
 from .trials import TrialSets
 

@@ -6,9 +6,9 @@ import torch
 from tests.backends.test_contract import OTHERS, model_of
 from workbench.adapters.train import train_adapter
 from workbench.convert import fit_converters
-from workbench.forecast import gradients
 from workbench.paste import paste_adapter
 from workbench.profile import profile_model
+from workbench.sensitivity import gradients
 from workbench.sites import Site
 
 PROMPTS = [f"w{i} w{(5 * i) % 150} w{(11 * i) % 150}"[: 4 + 4 * (i % 3)].strip() for i in range(24)]

@@ -21,22 +21,13 @@ from workbench.convert import ConverterFits
 from workbench.converter_specs import method_pairs
 from workbench.evaluate.behaviour import log_odds, measure, set_log_odds
 from workbench.evaluate.statistics import sign_agreement, spearman
-from workbench.forecast import (
-    Candidate,
-    Gradients,
-    candidates_of,
-    fisher,
-    forecast_pastes,
-    gradients,
-    matched_candidates,
-    paste_candidate,
-    rank,
-)
+from workbench.forecast import Candidate, candidates_of, forecast_pastes, matched_candidates, paste_candidate, rank
 from workbench.jobs import Job
 from workbench.layer_matching import BY_SCORE, best_matching, layer_scores, match_layers
 from workbench.models import Model, load
 from workbench.profile import profile_model
 from workbench.prompts import PromptSet, encode, opener_ids, pad
+from workbench.sensitivity import Gradients, fisher, gradients
 from workbench.sites import Site
 from workbench.store import Store
 from workbench.trials import MAX_SIGMA, Trial, TrialSets, try_pastes

@@ -17,8 +17,9 @@ from workbench.adapters.peft_lora import Lora, LoraModule, read
 from workbench.adapters.train import frozen
 from workbench.adapters.weight_change import residual_adapter
 from workbench.evaluate.behaviour import log_odds
-from workbench.forecast import candidates_of, fisher, forecast_pastes, gradients, paste_candidate, rank
+from workbench.forecast import candidates_of, forecast_pastes, paste_candidate, rank
 from workbench.models import Model
+from workbench.sensitivity import fisher, gradients
 
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MAX_SIGMA = 4.0

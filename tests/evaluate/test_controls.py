@@ -15,8 +15,9 @@ from workbench.evaluate.controls import (
     shuffled_pairs,
     sigma_length,
 )
-from workbench.forecast import Candidate, gradients, paste_candidate
+from workbench.forecast import Candidate, paste_candidate
 from workbench.profile import profile_model
+from workbench.sensitivity import gradients
 from workbench.sites import Site
 
 PROMPTS = [f"w{i} w{(3 * i) % 150} w{i % 7}" for i in range(120)]

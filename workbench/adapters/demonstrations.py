@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -98,9 +99,21 @@ def in_order(pairs: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 def answer_loss(model: Model, batch: list[Sample]) -> Tensor:
     """Mean cross-entropy of the answers, in nats per token (right-padded: every prompt starts at 0)."""
+    logits, labels = _answers(model, batch)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def answer_log_probs(model: Model, batch: list[Sample]) -> Float[Tensor, " b"]:
+    """log p(answer | prompt) of each sample, summed over the tokens of its answer, in nats."""
+    logits, labels = _answers(model, batch)
+    return -cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+
+
+def _answers(model: Model, batch: list[Sample]) -> tuple[Tensor, Tensor]:
+    """The logits [b, t, v] in float32 and the tokens [b, t] that they predict; -100 where that is none of an answer."""
     ids, mask = pad([p + a for p, a in batch], model.pad_id, "right")
     labels = torch.full_like(ids, -100)
     for row, (p, a) in enumerate(batch):
         labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
     logits = model.logits(ids, mask)[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+    return logits, labels[:, 1:].to(logits.device)

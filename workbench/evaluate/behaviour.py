@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.blend import Blend
-from ..adapters.demonstrations import check_positions
+from ..adapters.demonstrations import answer_log_probs, check_positions, encode_demonstrations
 from ..backends.torch_hooks import tokens_needed
 from ..errors import UserError
 from ..models import Model
@@ -128,6 +128,30 @@ def log_odds(
             with adapter.on(model) if adapter is not None else nullcontext():
                 last = model.logits(ids, mask, last_only=True)[:, -1]
             found[rows] = set_log_odds(last, chosen).cpu()
+            bar.update(len(rows))
+    return found
+
+
+def log_likelihood(
+    model: Model,
+    demonstrations: PromptSet | Sequence[Any],
+    adapter: Adapter | Blend | None = None,
+    batch_size: int = 16,
+) -> Float[Tensor, " n"]:
+    """log p(answer | prompt) of whole answers, in nats, float64 [n] in the order given.
+
+    demonstrations: prompts with a `response` each. The adapter acts where it would while the model gave that answer.
+    Raises UserError for one without a response, or too long for the model.
+    """
+    samples = encode_demonstrations(model, PromptSet.load(demonstrations))
+    check_positions(adapter, PromptSet.load(demonstrations), [ids for ids, _ in samples])
+    found = torch.empty(len(samples), dtype=torch.float64)
+    with progress(total=len(samples), desc="log-likelihood", unit="prompt") as bar, torch.inference_mode():
+        for rows in _by_length([p + a for p, a in samples], batch_size):
+            batch = [samples[i] for i in rows]
+            lengths = torch.tensor([len(p) for p, _ in batch])
+            with adapter.on(model, prompt_lengths=lengths) if adapter is not None else nullcontext():
+                found[rows] = answer_log_probs(model, batch).double().cpu()
             bar.update(len(rows))
     return found
 
