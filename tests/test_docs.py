@@ -18,7 +18,7 @@ from .conftest import ROOT
 
 README = ROOT / "README.md"
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
-GUIDES = [ROOT / "docs" / name for name in ("profile.md", "store.md")]
+GUIDES = [ROOT / "docs" / name for name in ("profile.md", "store.md", "paste.md")]
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
