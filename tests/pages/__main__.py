@@ -1,9 +1,10 @@
 """Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
 
 `transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
-(docs/transport.json) and its pictures; `notebooks` runs every notebook of docs/ and keeps what it shows. Pictures are
-taken in a headless Chromium; where there is none, those that are there stay. `explorer` takes pictures of every page of
-the explorer over the demo's run, a transport run and a store, which takes ten minutes.
+(docs/transport.json) and its pictures; `probes` trains probes on the bundled pair and writes docs/probes.md; `notebooks`
+runs every notebook of docs/ and keeps what it shows. Pictures are taken in a headless Chromium; where there is none, those
+that are there stay. `explorer` takes pictures of every page of the explorer over the demo's run, a transport run and a store,
+which takes ten minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import pictures, transport
+from . import pictures, probes, transport
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -31,6 +32,12 @@ def write_transport() -> None:
             return
         for name, figure in transport.figures(Path(folder) / "run").items():
             pictures.take(figure, DOCS / "img" / f"transport_{name}.png", browser)
+
+
+def write_probes() -> None:
+    kept, browser = probes.write(), pictures.browser()
+    for name, figure in probes.figures(kept).items() if browser else ():
+        pictures.take(figure, DOCS / "img" / f"probes_{name}.png", browser)
 
 
 def write_notebooks() -> None:
@@ -58,7 +65,7 @@ def write_explorer() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "transport": write_transport, "notebooks": write_notebooks, "explorer": write_explorer,
+    "transport": write_transport, "probes": write_probes, "notebooks": write_notebooks, "explorer": write_explorer,
 }  # fmt: skip
 
 
