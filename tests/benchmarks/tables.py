@@ -363,6 +363,24 @@ def _tell_explorer(found: dict[str, Any]) -> str:
     )
 
 
+def _probes(folder: Path) -> dict[str, Any]:
+    from .probe_bench import probes
+
+    return probes(folder)
+
+
+def _tell_probes(found: dict[str, Any]) -> str:
+    seconds, reading = found["seconds"], found["seconds"]["reading"]
+    rows = [(name, f"{value:.2f}", f"{value / reading:.1f}", f"{seconds['scikit-learn in a loop'] / value:.1f}")
+            for name, value in seconds.items()]  # fmt: skip
+    return "\n\n".join([
+        f"A binary label of {found['rows']:,} rows x {found['width']:,} in bfloat16, {found['layers']} layers, on "
+        f"{found['device']}; each probe with its score on held-out prompts and its interval:",
+        table(["what", "seconds a layer", "of reading it once", "scikit-learn's loop over this"], rows),
+        f"Held-out accuracy {found['accuracy']['probe']:.3f}, of the loop {found['accuracy']['loop']:.3f}.",
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
@@ -374,6 +392,7 @@ SECTIONS: dict[str, Section] = {
     "cells": Section("Every converter, layer matching and profile on the bundled pair", _cells, _tell_cells),
     "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),
     "third": Section("A transfer to a model that no default was tuned on", _third, _tell_third),
+    "probes": Section("Probes of every layer", _probes, _tell_probes),
     "explorer": Section("The explorer on a large store, and under ten readers", _explorer, _tell_explorer),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }
