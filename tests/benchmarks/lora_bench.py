@@ -20,9 +20,9 @@ from workbench.evaluate.behaviour import log_odds
 from workbench.forecast import candidates_of, forecast_pastes, paste_candidate, rank
 from workbench.models import Model
 from workbench.sensitivity import fisher, gradients
+from workbench.trials import MAX_SIGMA, TRIED, TrialSets, try_pastes
 
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-MAX_SIGMA = 4.0
 TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("attn.c_attn", "mlp.c_proj")}
 BEHAVIOURS = {
     "reasoning": Behaviour("reasoning", ("let me think",), "final_integer", {}, "accuracy"),
@@ -60,7 +60,7 @@ def train_lora(model: Model, demonstrations: PromptSet, folder: Path, *, r: int 
 def one_behaviour(
     name: str, folder: Path, *, n: int = 200, steps: int = 100, profile: int | None = None
 ) -> dict[str, Any]:
-    """Every arm on the first n evaluation prompts; the choice of the paste is the forecast's, on validation prompts."""
+    """Every arm on the first n evaluation prompts; the paste is chosen as a job does, on validation prompts."""
     donor, recipient = load("bundled:donor"), load("bundled:recipient")
     behaviour, shown = BEHAVIOURS[name], PromptSet.load(f"bundled:demonstrations_{name}")
     prompts, validation = (PromptSet.load(f"bundled:{split}_{name}") for split in ("evaluation", "validation"))
@@ -79,7 +79,18 @@ def one_behaviour(
     made = forecast_pastes(adapter, fits, candidates_of(adapter, recipient.n_layers, [("ridge", a) for a in ALPHAS]),
                            gradients(recipient, validation, behaviour.openers), off, neutral, target=target,
                            max_sigma=MAX_SIGMA)  # fmt: skip
-    chosen = rank(made, target)[0]
+    sets = TrialSets(
+        recipient,
+        (validation, behaviour.openers),
+        {
+            other: (PromptSet.load(f"bundled:validation_{other}"), one.openers)
+            for other, one in BEHAVIOURS.items()
+            if other != name
+        },
+        PromptSet.load("bundled:validation_text"),
+    )
+    ranked = rank(made, target)
+    chosen = try_pastes(sets, adapter, fits, ranked[:TRIED], target=target)[0]
     paste = paste_candidate(adapter, fits, chosen.candidate, chosen.strength)
     arms = [("donor", donor, None, None), ("donor + LoRA", donor, on_donor, None),
             ("donor + residual adapter", donor, None, adapter), ("recipient", recipient, None, None),
@@ -95,7 +106,7 @@ def one_behaviour(
             "r2": fit.r2, "r2_constant": fit.r2_constant, "explained": fit.explained,
             "explained_constant": fit.explained_constant, "kl_before": fitted.kl_before, "kl_after": fitted.kl_after,
             "target": target, "pasted_at": str(chosen.candidate.pairs[0][1]), "strength": chosen.strength,
-            "forecast": chosen.on}  # fmt: skip
+            "validation": chosen.on}  # fmt: skip
 
 
 def bench(folder: Path, names: Sequence[str] = tuple(BEHAVIOURS), **options: Any) -> dict[str, Any]:

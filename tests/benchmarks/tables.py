@@ -301,8 +301,8 @@ def _tell_lora(found: dict[str, Any]) -> str:
             "A LoRA (rank 4, alpha 8; query, value and down projections, 100 steps of 32 demonstrations) of the bundled donor, "
             "turned into a residual adapter of the last prompt token by `residual_adapter` on the bundled profile prompts "
             "(every `resid_post` tried, the best kept, rank by cross-validation), and pasted into the recipient with the "
-            "converter, layer and strength that the forecast chose; beside the LoRA itself and a LoRA trained on the "
-            f"recipient. Greedy answers to {n} evaluation prompts, 95 % intervals.",
+            "converter, layer and strength that a job chooses (forecast, then trials); beside the LoRA itself and a LoRA "
+            f"trained on the recipient. Greedy answers to {n} evaluation prompts, 95 % intervals.",
             table(head, rows),
             "The fit on held-out prompts, the constant alone in brackets, and the mean KL of the next token from the model "
             "with the LoRA, without and with the adapter, in nats:",
