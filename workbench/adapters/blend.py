@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ..backends.torch_hooks import names_prompts_alone, of_prompts
 from ..errors import UserError
 from ..sites import Site
 from .adapter import Adapter
@@ -156,7 +157,7 @@ def _edit(site: Site, pairs: Iterable[tuple[Adapter, Schedule]]) -> Callable[[Te
             edited[chosen] = edited[chosen] + delta
         return edited
 
-    return fn
+    return of_prompts(fn) if all(names_prompts_alone(adapter.positions) for adapter, _ in pairs) else fn
 
 
 def _check_lengths(where: Where, positions: str) -> None:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,21 @@ def check_policy(policy: str) -> str:
             raise UserError(f"unknown positions {policy!r}; allowed: {', '.join(POLICIES)}, first:n, last:n, and several "
                             "of these joined by +")  # fmt: skip
     return policy
+
+
+def names_prompts_alone(policy: str) -> bool:
+    """Whether no generated token is among the positions of a policy.
+
+    >>> names_prompts_alone("first:2+last"), names_prompts_alone("last+generated")
+    (True, False)
+    """
+    return not {"generated", "all"} & set(check_policy(policy).split("+"))
+
+
+def of_prompts(fn: Edit) -> Edit:
+    """Marks an edit that changes prompts alone: `edit` then spends nothing on it while tokens are generated."""
+    fn.of_prompts = True  # type: ignore[attr-defined]
+    return fn
 
 
 def tokens_needed(policy: str) -> int:
@@ -245,7 +260,8 @@ class _Clock:
 
     given: Tensor | None
     signature: inspect.Signature
-    where: Where | None = None
+    beyond: bool = False  # whether every token of this pass comes after its prompt
+    locate: Callable[[], Where] | None = None  # where the tokens of this pass lie: worked out when it is asked for
     prompt_ids: Tensor | None = None
     lengths: Tensor | None = None
     width: int = 0  # tokens of the last pass, its past included
@@ -257,8 +273,10 @@ class _Clock:
         self.outer = {k: v for k, v in {**given, **kwargs}.items() if k in ("input_ids", "attention_mask")}
 
     def tick(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = self.signature.bind_partial(*args, **kwargs).arguments
-        call = {**call.get("kwargs", {}), **call}
+        call: Mapping[str, Any] = kwargs
+        if args:  # names of what was given by position
+            bound = self.signature.bind_partial(*args, **kwargs).arguments
+            call = {**bound.get("kwargs", {}), **bound}
         outer, self.outer = self.outer, {}
         ids, cache, mask = call.get("input_ids"), call.get("past_key_values"), call.get("attention_mask")
         states = ids if ids is not None else call.get("inputs_embeds")
@@ -270,20 +288,19 @@ class _Clock:
         mask = mask if getattr(mask, "ndim", None) == 2 else outer.get("attention_mask", mask)
         if mask is not None and getattr(mask, "ndim", None) != 2:
             raise UserError("edits need the plain [batch, token] attention mask; generate without a static cache")
-        if mask is None:
-            position = (past + torch.arange(width, device=states.device)).expand(rows, width)
-            total = torch.full((rows,), past + width, device=states.device)
-        else:
-            position = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -width:]
-            total = mask.long().sum(1)
         if self.given is not None:
             self.lengths = self._spread(self.given.to(states.device), rows)
         elif past == 0 and not (cache is None and self._continues(ids)):
-            self.lengths, self.prompt_ids = total, ids
+            self.lengths, self.prompt_ids = _totals(mask, rows, past + width, states.device), ids
         elif self.lengths is None:
             raise UserError("an edit began in the middle of a generation; pass prompt_lengths, or enter it before")
-        self.width = past + width
-        self.where = Where(position, self._spread(self.lengths, rows))
+        self.width, lengths = past + width, self.lengths
+        self.beyond = past > 0 and self.given is None
+        self.locate = lru_cache(1)(
+            lambda: Where(_places(mask, rows, past, width, states.device), self._spread(lengths, rows))
+        )
+        if not self.beyond:
+            self.locate()  # what is wrong with a batch of prompts is told before it runs
 
     def _continues(self, ids: Tensor | None) -> bool:
         """Whether these ids are the known prompts, one token longer than at the last pass: generate(use_cache=False)."""
@@ -300,6 +317,18 @@ class _Clock:
         return lengths.repeat_interleave(rows // len(lengths))
 
 
+def _totals(mask: Tensor | None, rows: int, width: int, device: torch.device) -> Int[Tensor, " b"]:
+    """The real tokens of each row."""
+    return torch.full((rows,), width, device=device) if mask is None else mask.long().sum(1)
+
+
+def _places(mask: Tensor | None, rows: int, past: int, width: int, device: torch.device) -> Int[Tensor, "b t"]:
+    """The place of each token of a pass among the real ones of its row, -1 at padding."""
+    if mask is None:
+        return (past + torch.arange(width, device=device)).expand(rows, width)
+    return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)[:, -width:]
+
+
 @contextmanager
 def edit(
     model: Model,
@@ -312,20 +341,25 @@ def edit(
     A forward pass whose cache holds tokens continues; any other is a new batch of prompts, unless it has no cache at all
     and its ids are those of the pass before with one token more, as `generate(use_cache=False)` does. Give
     `prompt_lengths` (real tokens of each prompt) where that is not so: a prompt prefilled in chunks, or a context that
-    continues an older cache. `fn` may change h in place, but must return it. Raises UserError for sites that the model
-    does not have, and for what is returned in another shape.
+    continues an older cache. `fn` may change h in place, but must return it; one that is marked by `of_prompts` is not
+    called for tokens that come after their prompts. Raises UserError for sites that the model does not have, and for what is
+    returned in another shape.
     """
     edits = {Site.parse(site, model.n_layers): fn for site, fn in edits.items()}
     given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     decoder = model.decoder
     clock = _Clock(given, _signature(decoder))
 
-    def apply(site: Site, fn: Edit) -> Callable[[Tensor], Tensor]:
-        def run(h: Tensor) -> Tensor:
-            assert clock.where is not None, "a block ran outside its decoder"
+    def apply(site: Site, fn: Edit) -> Tapped:
+        early = getattr(fn, "of_prompts", False)
+
+        def run(h: Tensor) -> Tensor | None:
+            assert clock.locate is not None, "a block ran outside its decoder"
+            if early and clock.beyond:
+                return None
             # inside a block h may be made for the occasion, or be needed once more: what is done to it in place is then
             # seen only as a difference from h
-            new = fn(h if site.point in ALWAYS else h.clone(), clock.where.to(h.device))
+            new = fn(h if site.point in ALWAYS else h.clone(), clock.locate().to(h.device))
             if not isinstance(new, Tensor) or new.shape != h.shape:
                 got = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
                 raise UserError(
