@@ -70,7 +70,7 @@ def offences(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
 
 def test_imports_go_from_the_explorer_to_the_probes_to_the_workbench():
     # the command line alone starts what lies above it: `workbench transport`, `lens` and `probe` run probes, `ui` a server
-    above = ("cli_transport.py", "cli_lens.py", "cli_probe.py", "cli_ui.py")
+    above = ("cli_transport.py", "cli_lens.py", "cli_probe.py", "cli_similarity.py", "cli_geometry.py", "cli_ui.py")
     below = [file for file in sources("workbench") if file.name not in above]
     assert offences(below, ("probes", "ui", "streamlit")) == []
     assert offences(sources("workbench"), ("streamlit",)) == []
@@ -98,7 +98,8 @@ def test_maps_know_tensors_and_nothing_of_models():
           "row_pairs", "sensitivity", "trials", "paste", "forecast", "adapters", "evaluate", "transport"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
-          "verification", "verification_table", "transport_plots", "lens_plots", "probe_plots", "report_page"),
+          "verification", "verification_table", "transport_plots", "lens_plots", "probe_plots", "similarity_plots",
+          "geometry_plots", "report_page"),
          (*VERBS, "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],

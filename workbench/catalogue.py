@@ -20,7 +20,10 @@ MOST_FOLDERS = 20_000
 """folders that are looked at: a folder that holds more is no folder of work, and nobody waits for its end"""
 LENS, LENS_KEY = {"config.json", "params.safetensors"}, "workbench"
 """the files of a fitted lens (`probes.lens_files`), and the key of its config.json that is ours"""
-RUN_KINDS = {"job.toml": "run", "transport.toml": "transport", "probe.toml": "probe"}
+RUN_KINDS = {
+    "job.toml": "run", "transport.toml": "transport", "probe.toml": "probe", "similarity.toml": "similarity",
+    "geometry.toml": "geometry",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Entry:
     """One artefact of `catalogue`."""
 
     kind: str
-    """run (a transfer job), transport, probe, store, moments, unfinished (a store), adapter or lens"""
+    """run (a transfer job), transport, probe, similarity, geometry, store, moments, unfinished (a store), adapter or lens"""
     name: str
     """its path from the folder, with slashes"""
     path: Path

@@ -25,6 +25,7 @@ from .cli_options import MODEL_HELP, Device, Dtype, Json, Out, Overwrite, Plugin
 from .cli_paste import paste
 from .cli_probe import probe
 from .cli_profile import profile
+from .cli_similarity import similarity
 from .cli_stores import stores
 from .cli_train import train
 from .cli_transport import transport
@@ -298,6 +299,7 @@ def verify(
 app.command()(transport)
 app.command()(lens)
 app.command()(probe)
+app.command()(similarity)
 app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")

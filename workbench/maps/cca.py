@@ -57,15 +57,24 @@ class CanonicalCorrelations:
         Source: Hotelling 1936; the cut is relative where the code released with arXiv:2508.17540 has 1e-12.
         """
         white_x, white_y = _whitening(moments, source, cut), _whitening(moments, target, cut)
-        rank_x, rank_y, n = white_x.shape[1], white_y.shape[1], moments.n
+        covariance = moments.cov(source, target) / moments.n
+        return cls.between(white_x, white_y, covariance, moments.n, (source, target))
+
+    @classmethod
+    def between(
+        cls, white_x: Float[Tensor, "d_x r_x"], white_y: Float[Tensor, "d_y r_y"], covariance: Float[Tensor, "d_x d_y"],
+        n: int, names: tuple[str, str] = ("x", "y"),
+    ) -> CanonicalCorrelations:  # fmt: skip
+        """The same of two whitenings (`whitening`) and the covariance of the sides; UserError for too few rows."""
+        rank_x, rank_y = white_x.shape[1], white_y.shape[1]
         if n - 1 <= rank_x + rank_y:
             # where all n - 1 directions of the rows are taken, how many there are is not known yet
-            full = sum(moments.width(s) if r >= n - 1 else r for s, r in ((source, rank_x), (target, rank_y)))
+            full = sum(len(w) if w.shape[1] >= n - 1 else w.shape[1] for w in (white_x, white_y))
             raise UserError(
-                f"canonical correlations of {source} with {target} need more than {full + 1} rows; got {n}: profile "
+                f"canonical correlations of {names[0]} with {names[1]} need more than {full + 1} rows; got {n}: profile "
                 "more prompts"
             )
-        u, rho, vh = torch.linalg.svd(white_x.T @ (moments.cov(source, target) / n) @ white_y, full_matrices=False)
+        u, rho, vh = torch.linalg.svd(white_x.T @ covariance @ white_y, full_matrices=False)
         left, right = sign_fixed(white_x @ u, white_y @ vh.T)
         return cls(rho.clamp(max=1), left, right, rank_x, rank_y, n)
 
@@ -209,10 +218,15 @@ def null_squares(rank_x: int, rank_y: int, n: int) -> Float[Tensor, " k"]:
     return squares * (rank_x * rank_y / (n - 1) / float(squares.sum()))
 
 
+def whitening(values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], cut: float = CUT) -> Float[Tensor, "d rank"]:
+    """U diag(w)^(-1/2) of the directions of a covariance above `cut` times its largest eigenvalue, [d, rank]."""
+    keep = values > cut * values.max()
+    return vectors[:, keep] / values[keep].sqrt()
+
+
 def _whitening(moments: Moments, name: str, cut: float) -> Tensor:
     """U diag(w)^(-1/2) of the directions that vary, [d, rank]."""
     values, vectors = eigh(moments.cov(name, name) / moments.n)
     if not bool((moments.squares(name) > constant_floor(moments, name)).any()):
         raise UserError(f"{name} is constant, so it correlates with nothing")
-    keep = values > max(cut, moments.noise) * values[-1]
-    return vectors[:, keep] / values[keep].sqrt()
+    return whitening(values, vectors, max(cut, moments.noise))

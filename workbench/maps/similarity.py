@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 
 import torch
@@ -10,11 +12,60 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from .cca import CanonicalCorrelations
+from .cca import CanonicalCorrelations, whitening
 from .moments import Moments
 from .spectrum import Spectrum
 from .symmetric import eigh
 from .whitening import CUT
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One block of centred products, factorised once for every pair that it is in.
+
+    Args:
+        name: what an error calls it.
+        cov: centred sum of products, [d, d], not divided by n.
+        n: rows. cut: directions below this share of the largest variance do not count.
+        variance: the share of the variance that the directions of SVCCA hold.
+    """
+
+    name: str
+    cov: Float[Tensor, "d d"]
+    n: int
+    cut: float = CUT
+    variance: float = 0.99
+
+    @classmethod
+    def of(cls, moments: Moments, name: str, *, variance: float = 0.99) -> Side:
+        """Raises UserError for a constant block, and for a variance outside of 0 to 1."""
+        if not 0 < variance <= 1:
+            raise UserError(f"variance must lie in 0..1; got {variance}")
+        return cls(name, _cov(moments, name, name), moments.n, max(CUT, moments.noise), variance)
+
+    @property
+    def trace(self) -> Float[Tensor, ""]:
+        return self.cov.trace()
+
+    @cached_property
+    def leading(self) -> Float[Tensor, "d k"]:
+        """Whitening of the fewest leading principal directions that hold `variance`, [d, k]."""
+        values, vectors = self._spectrum
+        share = values.cumsum(0) / values.sum()
+        k = min(int((share < self.variance - 1e-12).sum()) + 1, len(values))
+        k = min(k, int((values > self.cut * values[0]).sum()))
+        return vectors[:, :k] / values[:k].sqrt()
+
+    @cached_property
+    def white(self) -> Float[Tensor, "d k"]:
+        """Whitening of every direction that varies, [d, k]."""
+        values, vectors = self._spectrum
+        return whitening(values / self.n, vectors, self.cut)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(self.cov)
+        return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def linear_cka(moments: Moments, a: str = "x", b: str = "y") -> float:
@@ -79,8 +130,18 @@ def procrustes_distance(moments: Moments, a: str = "x", b: str = "y") -> float:
 
     Source: arXiv:2108.01661 (Ding, Denain, Steinhardt), after scaling each side to length 1.
     """
-    scale = (_cov(moments, a, a).trace() * _cov(moments, b, b).trace()).sqrt()
-    return float(2 - 2 * torch.linalg.svdvals(_cov(moments, a, b)).sum() / scale)
+    return 2 - 2 * procrustes_similarity(moments, a, b)
+
+
+def procrustes_similarity(moments: Moments, a: str = "x", b: str = "y") -> float:
+    """||Sab||_* / sqrt(tr Saa tr Sbb), 0 to 1: the largest correlation, over rotations of B, of all coordinates of A with
+    those of B together; 1 - distance / 2."""
+    return procrustes_between(Side.of(moments, a), _cov(moments, a, b), Side.of(moments, b))
+
+
+def procrustes_between(a: Side, cross: Float[Tensor, "d_a d_b"], b: Side) -> float:
+    """`procrustes_similarity` of sides that are at hand."""
+    return float(torch.linalg.svdvals(cross).sum() / (a.trace * b.trace).sqrt())
 
 
 def linearity_score(moments: Moments, a: str = "x", b: str = "y") -> float:
@@ -97,10 +158,13 @@ def svcca(moments: Moments, a: str = "x", b: str = "y", *, variance: float = 0.9
 
     Source: arXiv:1706.05806.
     """
-    if not 0 < variance <= 1:
-        raise UserError(f"variance must lie in 0..1; got {variance}")
-    white = [_leading(_cov(moments, name, name), variance, max(CUT, moments.noise)) for name in (a, b)]
-    rho = torch.linalg.svdvals(white[0].T @ _cov(moments, a, b) @ white[1])
+    sides = [Side.of(moments, name, variance=variance) for name in (a, b)]
+    return svcca_between(sides[0], _cov(moments, a, b), sides[1])
+
+
+def svcca_between(a: Side, cross: Float[Tensor, "d_a d_b"], b: Side) -> float:
+    """`svcca` of sides that are at hand."""
+    rho = torch.linalg.svdvals(a.leading.T @ cross @ b.leading)
     return float(rho.clamp(max=1).mean())
 
 
@@ -109,8 +173,13 @@ def pwcca(moments: Moments, a: str = "x", b: str = "y") -> float:
 
     Source: arXiv:1806.05759, eq. 3; not symmetric: the weights are of the first side.
     """
-    cca = CanonicalCorrelations.of(moments, a, b)
-    weights = (cca.left.T @ _cov(moments, a, a)).abs().sum(1)
+    return pwcca_between(Side.of(moments, a), _cov(moments, a, b), Side.of(moments, b))
+
+
+def pwcca_between(a: Side, cross: Float[Tensor, "d_a d_b"], b: Side) -> float:
+    """`pwcca` of sides that are at hand; UserError where there are too few rows, as of `CanonicalCorrelations`."""
+    cca = CanonicalCorrelations.between(a.white, b.white, cross / a.n, a.n, (a.name, b.name))
+    weights = (cca.left.T @ a.cov).abs().sum(1)
     return float((weights * cca.rho).sum() / weights.sum())
 
 
@@ -119,13 +188,3 @@ def _cov(moments: Moments, a: str, b: str) -> Tensor:
     if a == b and not float(found.trace()) > 0:
         raise UserError(f"{a} is constant, so nothing is like it")
     return found
-
-
-def _leading(s: Tensor, variance: float, cut: float) -> Tensor:
-    """Whitening of the fewest leading principal directions that hold a share of the variance, [d, k]."""
-    values, vectors = eigh(s)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    share = values.cumsum(0) / values.sum()
-    k = min(int((share < variance - 1e-12).sum()) + 1, len(values))
-    k = min(k, int((values > cut * values[0]).sum()))
-    return vectors[:, :k] / values[:k].sqrt()
