@@ -57,7 +57,7 @@ def similarity(
     )  # fmt: skip
     run = run_similarity(job, out, overwrite=overwrite)
     if as_json:
-        return printed_json({**run.metrics, "pairs": run.metrics["best"] and _pairs(run.result)})
+        return printed_json({**run.metrics, "pairs": _pairs(run.result)})
     printed_table(_table(run.metrics))
     for warning in run.metrics["warnings"]:
         typer.echo(f"note: {warning}", err=True)

@@ -5,8 +5,9 @@ They read `LayerSimilarity.frame()` (or similarity.parquet of a run folder) and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -47,7 +48,7 @@ def similarity_heatmap(
     """
     part = table[(table["measure"] == measure) & table["value"].notna()] if "measure" in table else table
     if part.empty:
-        return _empty(f"No pair of layers has {escape(TITLES.get(measure, measure))}")
+        return _empty(f"No pair of layers has {_title(measure)}")
     down, across = _ordered(part["a"]), _ordered(part["b"])
     cells = {(line["a"], line["b"]): line for line in part.to_dict("records")}
     z = [[_number(cells.get((a, b))) for b in across] for a in down]
@@ -62,7 +63,7 @@ def similarity_heatmap(
     figure = go.Figure(go.Heatmap(
         x=across, y=down, z=z, text=text, xgap=2, ygap=2, hovertemplate="%{text}<extra></extra>", **look,
         texttemplate="%{z:.2f}" if len(across) <= WRITTEN else None,
-        colorbar={"title": {"text": escape(TITLES.get(measure, measure)), "side": "right"}, "thickness": 14},
+        colorbar={"title": {"text": _title(measure), "side": "right"}, "thickness": 14},
     ))  # fmt: skip
     best = {
         a: max((b for b in across if (a, b) in cells), key=lambda b: cells[a, b]["value"], default=None) for a in down
@@ -91,7 +92,7 @@ def similarity_best(table: pd.DataFrame, *, names: tuple[str, str] = ("first mod
     measures = [m for m in TITLES if m in set(kept["measure"])]
     columns = min(4, len(measures))
     rows = -(-len(measures) // columns)
-    titles = [escape(TITLES[m].partition(" (")[0]) for m in measures]
+    titles = [TITLES[m].partition(" (")[0] for m in measures]
     figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.34 / rows,
                            horizontal_spacing=0.03)  # fmt: skip
     for i, measure in enumerate(measures):
@@ -130,14 +131,18 @@ def _marks(figure: go.Figure, pairs: list[tuple[str, str]], symbol: str, size: i
                                 hoverinfo="skip"))  # fmt: skip
 
 
-def _number(line: dict[str, float] | None) -> float | None:
+def _title(measure: str) -> str:
+    return TITLES.get(measure) or escape(measure)
+
+
+def _number(line: Mapping[Any, Any] | None) -> float | None:
     return None if line is None else float(line["value"])
 
 
-def _said(line: object, measure: str) -> str:
+def _said(line: Any, measure: str) -> str:
     if line is None:
         return "not compared"
-    get = line.__getitem__  # type: ignore[attr-defined]
+    get = line.__getitem__
     text = f"{get('a')} with {get('b')}<br>{escape(TITLES.get(measure, measure).partition(' (')[0])} {get('value'):.3f}"
     if get("low") == get("low"):
         text += f"<br>95 % interval {get('low'):.3f} to {get('high'):.3f}"
@@ -150,9 +155,9 @@ def _ordered(names: pd.Series) -> list[str]:
     return [str(site) for site in sorted({Site.parse(name) for name in names}, key=lambda s: (s.point, s.layer))]
 
 
-def _axis(names: list[str], model: str) -> dict[str, object]:
+def _axis(names: list[str], model: str) -> dict[str, Any]:
     sites = [Site.parse(name) for name in names]
-    axis: dict[str, object] = {"type": "category", "categoryorder": "array", "categoryarray": names}
+    axis: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": names}
     if len({site.point for site in sites}) > 1:
         return axis | {"title": {"text": f"site of {escape(model)}"}}
     return axis | {"title": {"text": f"layer of {escape(model)} ({sites[0].point})"}, "tickvals": names,
