@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .symmetric import gram
+
 GRAM_BYTES = 6 << 30
 """of the Gram matrices that may be held: in float64 where there is room, else in float32, which costs about 1e-6 of a CKA"""
 TILE = 256
@@ -238,7 +240,5 @@ def _gram_matrices(side: Layers, dtype: torch.dtype) -> Float[Tensor, "l n n"]:
     first = side.centred(0)
     held = torch.empty(len(side), len(first), len(first), dtype=dtype, device=first.device)
     for i in range(len(side)):
-        x = side.centred(i)
-        for some in torch.arange(len(x), device=x.device).split(TILE * 4):
-            held[i, some] = (x[some] @ x.T).to(dtype)
+        held[i] = gram(side.centred(i).T)
     return held
