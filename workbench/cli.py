@@ -19,6 +19,7 @@ from .cli_adapters import adapters
 from .cli_errors import FLAGS, guarded
 from .cli_forecast import forecast
 from .cli_generate import chat, generate
+from .cli_geometry import geometry
 from .cli_grade import grade
 from .cli_lens import lens
 from .cli_options import MODEL_HELP, Device, Dtype, Json, Out, Overwrite, Plugin
@@ -300,6 +301,7 @@ app.command()(transport)
 app.command()(lens)
 app.command()(probe)
 app.command()(similarity)
+app.command()(geometry)
 app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")
