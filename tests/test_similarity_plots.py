@@ -26,6 +26,8 @@ def pairs(measures=("cka", "knn"), *, layers=(3, 2), low=0.1):
 def test_a_heatmap_has_every_pair_the_best_partner_and_what_is_chance():
     figure = similarity_heatmap(pairs(), "cka", names=("one", EVIL))
     heat, best, chance = figure.data
+    assert (heat.zmin, round(heat.zmax, 6)) == (0, 0.5)
+    assert best.showlegend
     assert [list(line) for line in heat.z] == [[0.1 + 0.1 * i + 0.2 * j for j in range(2)] for i in range(3)]
     assert list(zip(best.y, best.x, strict=True)) == [(f"resid_post.{i}", "resid_post.1") for i in range(3)]
     assert list(zip(chance.y, chance.x, strict=True)) == [("resid_post.0", "resid_post.0")]

@@ -102,7 +102,9 @@ def run_places(table: pd.DataFrame) -> go.Figure:
     figure = make_subplots(1, len(kinds), shared_yaxes=True, subplot_titles=[KIND_LOOK[k][0] for k in kinds],
                            horizontal_spacing=0.03)  # fmt: skip
     kept = table[table["kind"] != "skipped"]["delta"]
-    reach = max(abs(float(v)) for v in (kept if len(kept) else table["delta"])) or 1.0
+    kept = kept if len(kept) else table["delta"]
+    reach = max(abs(float(v)) for v in kept) or 1.0
+    both = float(kept.min()) < -0.02 * reach  # some runs are worth something, by more than rounding and chance
     for column, kind in enumerate(kinds, 1):
         part = table[table["kind"] == kind]
         cells = {(line["start"], line["length"]): line for line in part.to_dict("records")}
@@ -118,7 +120,12 @@ def run_places(table: pd.DataFrame) -> go.Figure:
         figure.update_yaxes(type="category", row=1, col=column)
     figure.update_yaxes(title_text="length of the run (blocks)", row=1, col=1)
     bar = {"title": {"text": COST, "side": "right"}, "thickness": 14}
-    scale = {"colorscale": DIVERGING, "cmin": -reach, "cmax": reach, "colorbar": bar, "reversescale": True}
+    look = (
+        {"colorscale": DIVERGING, "cmin": -reach, "reversescale": True}
+        if both
+        else {"colorscale": "Oranges", "cmin": 0}
+    )
+    scale = {**look, "cmax": reach, "colorbar": bar}
     return _style(figure, 180 + 34 * min(24, len(set(table["length"]))), coloraxis=scale)
 
 
@@ -149,6 +156,7 @@ def _curve(figure: go.Figure, lines: pd.DataFrame, x: str, look: tuple[str, str,
 
 def _cost_axis(figure: go.Figure, logarithmic: bool) -> None:
     figure.update_yaxes(title_text=COST, col=1)
+    figure.update_xaxes(zeroline=False)
     if logarithmic:
         figure.update_yaxes(type="log", dtick=1, exponentformat="none")
 

@@ -53,11 +53,12 @@ def similarity_heatmap(
     cells = {(line["a"], line["b"]): line for line in part.to_dict("records")}
     z = [[_number(cells.get((a, b))) for b in across] for a in down]
     lows = [v for line in z for v in line if v is not None]
-    reach = max(abs(min(lows)), abs(max(lows)))
+    top = max(lows)
+    reach = max(abs(min(lows)), abs(top))
     look = (
         {"colorscale": DIVERGING, "zmin": -reach, "zmax": reach}
         if min(lows) < 0
-        else {"colorscale": "Blues", "zmin": 0}
+        else {"colorscale": "Blues", "zmin": 0, "zmax": top or 1.0}
     )
     text = [[_said(cells.get((a, b)), measure) for b in across] for a in down]
     figure = go.Figure(go.Heatmap(
@@ -93,7 +94,7 @@ def similarity_best(table: pd.DataFrame, *, names: tuple[str, str] = ("first mod
     columns = min(4, len(measures))
     rows = -(-len(measures) // columns)
     titles = [TITLES[m].partition(" (")[0] for m in measures]
-    figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.34 / rows,
+    figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.4 / rows,
                            horizontal_spacing=0.03)  # fmt: skip
     for i, measure in enumerate(measures):
         part = kept[kept["measure"] == measure]
@@ -115,12 +116,14 @@ def similarity_best(table: pd.DataFrame, *, names: tuple[str, str] = ("first mod
             line={"color": RED, "width": 1.6, "dash": "dash"}, marker={"color": RED, "size": 7, "symbol": "x"},
             legendgroup="null", showlegend=i == 0, hovertemplate="shuffled prompts: %{y:.3f}<extra></extra>",
         ), row=row, col=col)  # fmt: skip
-        figure.update_xaxes(**_axis(order, names[0]), row=row, col=col)
+        figure.update_xaxes(**_axis(order, names[0]) | {"title": {"text": "layer"}}, row=row, col=col)
     figure.update_yaxes(range=[min(-0.05, float(kept["value"].min()) - 0.05), 1.05])
     for row in range(1, rows + 1):
         figure.update_yaxes(title_text="likeness (no unit)", row=row, col=1)
-    legend = {"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"}
-    return _style(figure, 150 + 230 * rows, legend=legend, margin={"l": 60, "r": 20, "t": 110, "b": 56})
+    figure.update_annotations(font_size=13)
+    said = f"layers of {escape(names[0])}, partners of {escape(names[1])}"
+    legend = {"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom", "title": {"text": said}}
+    return _style(figure, 150 + 240 * rows, legend=legend, margin={"l": 60, "r": 20, "t": 110, "b": 56})
 
 
 def _marks(figure: go.Figure, pairs: list[tuple[str, str]], symbol: str, size: int, colour: str, name: str) -> None:
@@ -128,7 +131,7 @@ def _marks(figure: go.Figure, pairs: list[tuple[str, str]], symbol: str, size: i
         return
     marker = {"size": size, "symbol": symbol, "color": colour, "line": {"width": 2.5, "color": colour}}
     figure.add_trace(go.Scatter(x=[b for _, b in pairs], y=[a for a, _ in pairs], mode="markers", marker=marker, name=name,
-                                hoverinfo="skip"))  # fmt: skip
+                                hoverinfo="skip", showlegend=True))  # fmt: skip
 
 
 def _title(measure: str) -> str:
