@@ -132,7 +132,7 @@ def _by_rows(
     group = chosen.pairs.prompt[some]
     at = torch.repeat_interleave(torch.arange(len(chosen.shards)), torch.tensor(chosen.shards))[some]
     kept = [g for g in range(len(chosen.shards)) if bool((at == g).any())]
-    if len(some) <= k + chosen.per_prompt:
+    if "knn" in names and len(some) <= k + chosen.per_prompt:
         raise UserError(f"mutual nearest neighbours with k={k} need more than {k + chosen.per_prompt} rows in the sample; "
                         f"there are {len(some)}: take a smaller k, or profile more prompts")  # fmt: skip
     grams = [torch.stack([side.gram(i, some) for i in range(len(side))]) for side in (left, right)]

@@ -1,10 +1,6 @@
 """Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
 
 `transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
-(docs/transport.json) and its pictures; `probes` trains probes on the bundled pair and writes docs/probes.md; `notebooks`
-runs every notebook of docs/ and keeps what it shows. Pictures are taken in a headless Chromium; where there is none, those
-that are there stay. `explorer` takes pictures of every page of the explorer over the demo's run, a transport run and a store,
-which takes ten minutes.
 """
 
 from __future__ import annotations
@@ -15,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from . import pictures, probes, transport
+from . import geometry, pictures, probes, similarity, transport
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -38,6 +35,28 @@ def write_probes() -> None:
     kept, browser = probes.write(), pictures.browser()
     for name, figure in probes.figures(kept).items() if browser else ():
         pictures.take(figure, DOCS / "img" / f"probes_{name}.png", browser)
+
+
+def write_similarity() -> None:
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+        _write(similarity, Path(folder), "similarity_best")
+
+
+def write_geometry() -> None:
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+        _write(geometry, Path(folder), "geometry_costs")
+
+
+def _write(part: ModuleType, folder: Path, picture: str) -> None:
+    """A page with one picture: its numbers, its text, and the picture where there is a browser."""
+    kept = part.measure(folder)
+    part.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    part.PAGE.write_text(part.page(kept), encoding="utf-8")
+    browser = pictures.browser()
+    if browser is None:
+        sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+        return
+    pictures.take(part.figure(folder), DOCS / "img" / f"{picture}.png", browser)
 
 
 def write_notebooks() -> None:
@@ -65,7 +84,8 @@ def write_explorer() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "transport": write_transport, "probes": write_probes, "notebooks": write_notebooks, "explorer": write_explorer,
+    "transport": write_transport, "probes": write_probes, "similarity": write_similarity, "geometry": write_geometry,
+    "notebooks": write_notebooks, "explorer": write_explorer,
 }  # fmt: skip
 
 
