@@ -197,7 +197,8 @@ def write_geometry(
              for write in WRITES for part in PARTS}  # fmt: skip
     runs = {(kind, start, n): _run_arm(model, start, n, kind) for kind in KINDS for n in wanted
             for start in range(model.n_layers - n + 1)}  # fmt: skip
-    scores = score(model, sequences, {_name(key): arm for key, arm in {**parts, **runs}.items()}, batch_size=batch_size)
+    arms = {_name(key): arm for some in (parts, runs) for key, arm in some.items()}
+    scores = score(model, sequences, arms, batch_size=batch_size)
     left_out = f"{sequences.left_out} prompts of fewer than two tokens were left out"
     return WriteGeometry(
         model.name, model.n_layers, scores["untouched"], {key: scores[_name(key)] for key in parts},

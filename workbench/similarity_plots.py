@@ -121,8 +121,8 @@ def similarity_best(table: pd.DataFrame, *, names: tuple[str, str] = ("first mod
     for row in range(1, rows + 1):
         figure.update_yaxes(title_text="likeness (no unit)", row=row, col=1)
     figure.update_annotations(font_size=13)
-    said = f"layers of {escape(names[0])}, partners of {escape(names[1])}"
-    legend = {"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom", "title": {"text": said}}
+    sides = f"layers of {escape(names[0])}, partners of {escape(names[1])}"
+    legend = {"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom", "title": {"text": sides}}
     return _style(figure, 150 + 240 * rows, legend=legend, margin={"l": 60, "r": 20, "t": 110, "b": 56})
 
 
