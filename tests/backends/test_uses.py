@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from probes.geometry import write_geometry
 from tests.backends.test_contract import OTHERS, model_of
 from workbench.adapters.train import train_adapter
 from workbench.convert import fit_converters
+from workbench.evaluate.causal import causal_effects
+from workbench.maps.linear_map import LinearMap
 from workbench.paste import paste_adapter
 from workbench.profile import profile_model
 from workbench.sensitivity import gradients
@@ -25,6 +28,22 @@ def test_profiles_and_forecasts_are_the_same(backend):
     torch.testing.assert_close(b.value, a.value, atol=1e-4, rtol=1e-4)
     for site, grad in a.grads.items():
         torch.testing.assert_close(b.grads[site], grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_interventions_cost_the_same(backend):
+    """States put in the place of others, parts of writes taken away, and blocks side by side: in nats per token."""
+    plain, other = model_of("gpt2", "hooks"), model_of("gpt2", backend)
+    half = LinearMap(0.5 * torch.eye(plain.width), torch.zeros(plain.width), {})
+    a, b = (causal_effects(model, PROMPTS[:6], 0, 1, half) for model in (plain, other))
+    assert a.arms["transported"].delta.value != 0
+    for name, effect in a.arms.items():
+        assert b.arms[name].delta.value == pytest.approx(effect.delta.value, abs=1e-4)
+    found = [write_geometry(model, PROMPTS[:6], layers=[1], lengths=[2]) for model in (plain, other)]
+    for frames in ([f.cost_frame() for f in found], [f.run_frame() for f in found]):
+        wanted, given = (frame["delta"].tolist() for frame in frames)
+        assert max(map(abs, wanted)) > 0.01
+        assert given == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", OTHERS)

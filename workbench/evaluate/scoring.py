@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..backends import NAMES
 from ..errors import UserError
 from ..models import Model
 from ..prompts import Prompt, PromptSet
@@ -105,7 +106,7 @@ def score(model: Model, sequences: Sequences, arms: Mapping[str, Run], *, batch_
     """
     if "untouched" in arms:
         raise UserError("an arm may not be called 'untouched': that is the plain model; choose another name")
-    head = Head.of(model)
+    head = Head.under_edits(model)
     out = {name: torch.zeros(len(sequences), 3, dtype=torch.float64) for name in ("untouched", *arms)}
     with torch.inference_mode():
         for rows in sequences.batches(batch_size):
@@ -182,6 +183,13 @@ class Head:
         head = self.model.module.get_output_embeddings()
         found = head(states.to(head.weight.device)) * self.scale
         return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
+
+    @classmethod
+    def under_edits(cls, model: Model) -> Head:
+        """As `of`, for passes that are edited: not alone on another backend than plain hooks, which knows its own way through
+        the model, head and all. nnsight's edits are part of the calls that it makes, and a decoder that is called past it runs
+        without them."""
+        return cls.of(model) if model.backend.name == NAMES[0] else cls(model, False)
 
     @classmethod
     def of(cls, model: Model) -> Head:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..backends import NAMES
 from ..errors import UserError
 from ..prompts import PromptSet, encode, response_ids
 from .scoring import Head
@@ -135,8 +134,7 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
     if top < 1:
         raise UserError(f"top {top} is out of range: at least one token must be kept at each position")
     ids, prompt_length = _encoded(model, text)
-    # another backend than plain hooks knows its own way through the model, head and all
-    head = Head.of(model) if model.backend.name == NAMES[0] else Head(model, False)
+    head = Head.under_edits(model)
     row = torch.tensor([ids])
     mask = torch.ones_like(row)
     with torch.inference_mode():
