@@ -1,6 +1,10 @@
 """Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
 
 `transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
+(docs/transport.json) and its pictures; `similarity` and `geometry` do the same of the verbs of their names on the bundled
+pair; `probes` trains probes on the bundled pair and writes docs/probes.md; `notebooks` runs every notebook of docs/ and
+keeps what it shows. Pictures are taken in a headless Chromium; where there is none, those that are there stay. `explorer`
+takes pictures of every page of the explorer over the demo's run, a transport run and a store, which takes ten minutes.
 """
 
 from __future__ import annotations
