@@ -69,8 +69,9 @@ def offences(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
 
 
 def test_imports_go_from_the_explorer_to_the_probes_to_the_workbench():
-    # the command line alone starts what lies above it: `workbench transport`, `lens` and `probe` run probes, `ui` a server
-    above = ("cli_transport.py", "cli_lens.py", "cli_probe.py", "cli_similarity.py", "cli_geometry.py", "cli_ui.py")
+    # the command line alone starts what lies above it: `workbench transport`, `lens`, `probe` and their kin run probes, `ui` a
+    # server
+    above = tuple(f"cli_{name}.py" for name in ("transport", "lens", "probe", "similarity", "geometry", "depth", "ui"))
     below = [file for file in sources("workbench") if file.name not in above]
     assert offences(below, ("probes", "ui", "streamlit")) == []
     assert offences(sources("workbench"), ("streamlit",)) == []
@@ -90,7 +91,7 @@ def test_maps_know_tensors_and_nothing_of_models():
     ("layer", "above"),
     [
         (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
-          "rendering", "models", "generation", "conversation", "fingerprint", "anatomy"),
+          "rendering", "models", "untrained", "generation", "conversation", "fingerprint", "anatomy"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
@@ -99,7 +100,7 @@ def test_maps_know_tensors_and_nothing_of_models():
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "lens_plots", "probe_plots", "similarity_plots",
-          "geometry_plots", "report_page"),
+          "geometry_plots", "depth_plots", "report_page"),
          (*VERBS, "__main__")),
     ],
     ids=["models and prompts", "backends and stores", "verbs", "jobs"],

@@ -22,7 +22,7 @@ LENS, LENS_KEY = {"config.json", "params.safetensors"}, "workbench"
 """the files of a fitted lens (`probes.lens_files`), and the key of its config.json that is ours"""
 RUN_KINDS = {
     "job.toml": "run", "transport.toml": "transport", "probe.toml": "probe", "similarity.toml": "similarity",
-    "geometry.toml": "geometry",
+    "geometry.toml": "geometry", "depth.toml": "depth",
 }  # fmt: skip
 
 
@@ -31,7 +31,8 @@ class Entry:
     """One artefact of `catalogue`."""
 
     kind: str
-    """run (a transfer job), transport, probe, similarity, geometry, store, moments, unfinished (a store), adapter or lens"""
+    """run (a transfer job), transport, probe, similarity, geometry, depth, store, moments, unfinished (a store), adapter or
+    lens"""
     name: str
     """its path from the folder, with slashes"""
     path: Path

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_adapters import adapters
+from .cli_depth import depth
 from .cli_errors import FLAGS, guarded
 from .cli_forecast import forecast
 from .cli_generate import chat, generate
@@ -302,6 +303,7 @@ app.command()(lens)
 app.command()(probe)
 app.command()(similarity)
 app.command()(geometry)
+app.command()(depth)
 app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")
