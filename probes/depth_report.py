@@ -128,7 +128,7 @@ def _kinds(metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 def _grid(grid: Mapping[str, Any]) -> dict[str, Any]:
     best = {(x["deep"], x["shallow"]): x for x in grid["lines"]}
     rows = []
-    for deep, shallow in grid["best"].items():
+    for deep, shallow in sorted(grid["best"].items(), key=lambda pair: int(pair[0])):
         found = best[int(deep), shallow]
         cells = [cell(str(shallow)), cell(str(grid["matching"][deep])),
                  _estimate({"value": found["error"], "low": found["error_low"], "high": found["error_high"]}),

@@ -62,7 +62,7 @@ def test_permuted_layers_are_in_no_order(grid):
 
 def test_the_control_says_no_more_than_the_mean(grid):
     for d in (0, 4, 7):
-        assert grid.control(d, 1).value > 0.99 * grid.baseline(d).value
+        assert grid.control(d, 1).value > 0.97 * grid.baseline(d).value
 
 
 def test_errors_are_those_of_the_maps_themselves(pair, grid):
