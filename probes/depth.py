@@ -87,13 +87,13 @@ class DepthCurves:
         import pandas as pd
 
         lines: list[dict[str, Any]] = []
-        sites = [f"{site}" for site in self.sites]
+        sites = [str(site) for site in self.sites]
         words = [site_word(site) for site in self.sites]
         for curve in self.curves:
             for layer in range(0 if curve in BLOCK_CURVES else -1, self.n_layers):
                 found = self.mean(curve, layer)
-                lines.append({"curve": curve, "site": sites[layer + 1], "layer": words[layer + 1], "value": found.value,
-                              "low": found.low, "high": found.high, "prompts": int((self.counts[curve] > 0).sum())})  # fmt: skip
+                line = {"curve": curve, "site": sites[layer + 1], "layer": words[layer + 1], **found.as_dict()}
+                lines.append(line | {"prompts": int((self.counts[curve] > 0).sum())})
         return pd.DataFrame(lines)
 
     @property

@@ -26,8 +26,8 @@ SAYS = {
     "uniformity": "How alike the tokens of a prompt are: the mean cosine of two of them, and the share of their energy that is "
     "their mean. Both rise where attention averages tokens away.",
     "attention": "How widely a token looks, mean over heads, and how like its attention is to that of the layer before.",
-    "future": "Each layer is skipped up to a token drawn for each prompt; what then changes is measured at the tokens after it, "
-    "whose own layers all run. The last layer has nothing to act through: its effect is 0 by construction.",
+    "future": "Each layer is skipped up to a token drawn for each prompt; what then changes is measured at the tokens after "
+    "it, whose own layers all run. The last layer has nothing to act through: its effect is 0 by construction.",
     "all": "Each layer is skipped at every token, and measured at every token.",
     "local": "The write of each layer is taken from the input of each later layer, one at a time, without what the layers "
     "between had made of it: what is read directly.",
@@ -36,8 +36,8 @@ SAYS = {
     "outputs": "The same, as the Euclidean distance of the next-token distributions (at most 1.41). A layer without effect on "
     "future tokens only refines its own prediction.",
     "scores": "Where the effects lie along the model: the mean layer, each weighed by its effect.",
-    "grid": "The relative error of a ridge map from each layer of {shallow} to each layer of {deep}, on {prompts} prompts that no "
-    "map has seen; the best of each line is ringed. A deep model that spreads the same computation out has its best layers "
+    "grid": "The relative error of a ridge map from each layer of {shallow} to each layer of {deep}, on {prompts} prompts "
+    "that no map has seen; the best of each line is ringed. A deep model that spreads the same computation out has its best layers "
     "in order, along the diagonal.",
 }
 
@@ -120,8 +120,11 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kinds(metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     if metrics["kinds"]:
-        rows = [{"title": f"{x['model']}, {x['effect']}, {x['group']}", "style": "",
-                 "cells": [_estimate({**x, "value": x["score"]}), cell(plain(x["prompts"]))]} for x in metrics["kinds"]]  # fmt: skip
+        rows = [
+            {"title": f"{x['model']}, {x['effect']}, {x['group']}", "style": "",
+             "cells": [_estimate({**x, "value": x["score"]}), cell(plain(x["prompts"]))]}
+            for x in metrics["kinds"]
+        ]  # fmt: skip
         yield table(["kind of prompt", "mean layer", "prompts"], rows)
 
 

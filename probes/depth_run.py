@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -62,8 +62,8 @@ class DepthJob:
     max_length: int | None = None
     batch_tokens: int = BATCH_TOKENS
     """of a pass of the effects, all copies together"""
-    alpha: float = 0.1
-    """ridge strength of the maps between two models"""
+    alpha: float | Literal["gcv", "cv"] = "gcv"
+    """ridge strength of the maps between two models; see `layer_grid.layer_grid`"""
     seed: int = 0
 
 

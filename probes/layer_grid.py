@@ -3,7 +3,7 @@
     error(l, m) = mean over held-out tokens of ||h^deep_l - f_lm(h^shallow_m)|| / ||h^deep_l||
 
 f_lm is the centred ridge map of `workbench.convert`, never formed: both sides are factorised once a layer, and a pair costs
-one product of coordinates. Source: arXiv:2505.13898, section 5 (there on models of one tokenizer).
+two products of coordinates. Source: arXiv:2505.13898, section 5 (there on models of one tokenizer).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def layer_grid(
     deep: Store,
     shallow: Store,
     *,
-    alpha: int | float | Literal["cv"] = 0.1,
+    alpha: int | float | Literal["gcv", "cv"] = "gcv",
     holdout: float = 0.25,
     pairing: str = "aligned",
     control: bool = True,
@@ -165,7 +165,9 @@ def layer_grid(
 
     Args:
         deep, shallow: profiles of the same prompts, of all tokens where `aligned`.
-        alpha: in units of the mean diagonal of X'X, or "cv" (chosen for each pair, by prompt).
+        alpha: in units of the mean diagonal of X'X; "gcv": chosen for each pair by generalised cross-validation, at no cost;
+            "cv": by folds of prompts, which factorises each pair several times. A strong penalty favours layers of few
+            directions, and so moves the best layers.
         holdout: share of the prompts that no map sees; the errors are of these.
         pairing: `aligned`, tokens that end at the same character, so that the tokenizers may differ; `last`, row by row.
         control: also fit each pair to rows of other prompts.
@@ -181,7 +183,7 @@ def layer_grid(
     fits = ConverterFits(deep, shallow, holdout, seed, pairing=pairing)
     if len(fits.held.prompt.unique()) < 2:
         raise UserError(f"holdout={holdout:g} holds out fewer than two prompts; give a larger share, or more prompts")
-    spec = ConverterSpec.parse("ridge", alpha)
+    spec = None if alpha == "gcv" else ConverterSpec.parse("ridge", alpha)
     prompts, row = fits.held.prompt.unique(return_inverse=True)
     counts = torch.zeros(len(prompts), dtype=torch.float64).index_add_(
         0, row, torch.ones(len(row), dtype=torch.float64)
@@ -197,7 +199,7 @@ def layer_grid(
 
 
 def _errors(
-    fits: ConverterFits, deep: list[Site], shallow: list[Site], spec: ConverterSpec, row: Tensor, n: int
+    fits: ConverterFits, deep: list[Site], shallow: list[Site], spec: ConverterSpec | None, row: Tensor, n: int
 ) -> tuple[Float[Tensor, "l m n"], Float[Tensor, "l n"]]:
     """Sums over each held-out prompt of the relative errors of every map, and of the deep layers' means.
 
@@ -217,6 +219,8 @@ def _errors(
         outside = (centred.square().sum(1) - inside.square().sum(1)).clamp(min=0)
         mean_sums[i].index_add_(0, row, centred.norm(dim=1) / size)
         for j, s in enumerate(shallow):
-            missed = inside - xs[j] @ fits.cores(d, s, spec).there
+            pair = fits.factors(d, s)
+            core = pair.ridge(pair.gcv_alpha()).there if spec is None else fits.cores(d, s, spec).there
+            missed = inside - xs[j] @ core
             sums[i, j].index_add_(0, row, (missed.square().sum(1) + outside).sqrt() / size)
     return sums, mean_sums

@@ -92,7 +92,7 @@ def test_equal_jobs_give_equal_tables(line, tmp_path):
     [
         ("unknown effect 'past'; allowed: future, all, local, erase, or none", ["--effects", "past"]),
         ("layer 7 is out of range: the model has layers 0 to 2", ["--layers", "7"]),
-        ("--alpha -1 is out of range", ["--alpha", "-1"]),
+        ("alpha -1 is out of range", ["--alpha", "-1"]),
         ("cannot read 'x' in the layers", ["--layers", "x"]),
         ("nowhere", ["--against", "nowhere"]),
     ],

@@ -34,7 +34,7 @@ def test_half_precision_stays_half():
 
 def test_what_cannot_be_made_again_is_refused(llama):
     llama.module.config.quantization_config = {"bits": 4}
-    with pytest.raises(UserError, match="are packed .*or leave the control out"):
+    with pytest.raises(UserError, match=r"are packed .*or leave the control out"):
         untrained_like(llama)
     del llama.module.config.quantization_config
 

@@ -13,7 +13,7 @@ import typer
 
 from .cli_errors import stops_told
 from .cli_options import MODEL_HELP, PROMPTS_HELP, Device, Dtype, Json, Overwrite
-from .cli_values import layer_list, names_of, printed_json, printed_table
+from .cli_values import alpha_value, layer_list, names_of, printed_json, printed_table
 from .errors import UserError
 
 EFFECTS_HELP = "future, all, local, erase, with commas; each costs a pass for each layer; or none"
@@ -50,7 +50,9 @@ def depth(
     limit: Annotated[int, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = 256,
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens of each prompt [the model's context]")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a pass of the effects, copies included")] = 8192,
-    alpha: Annotated[float, typer.Option(help="ridge strength of --against, in mean diagonals of X'X")] = 0.1,
+    alpha: Annotated[
+        str, typer.Option(help="of the maps of --against: gcv, cv, or a number in mean diagonals of X'X")
+    ] = "gcv",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the draws")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -65,8 +67,7 @@ def depth(
     """
     chosen = () if layers is None else tuple(layer_list(layers))
     named = () if effects.strip() == "none" else tuple(names_of(effects))
-    if not alpha >= 0:
-        raise UserError(f"--alpha {alpha:g} is out of range: a number of 0 or more is needed; 0.1 is usual")
+    strength: Any = "gcv" if alpha == "gcv" else alpha_value(alpha)
     from probes.depth_run import EFFECTS, MARKER, DepthJob, run_depth
 
     from .atomic import check_free
@@ -81,7 +82,7 @@ def depth(
     held = load(model, dtype=dtype, device=device)
     other = None if against is None else load(against, dtype=dtype, device=device)
     job = DepthJob(held.name, prompts, "" if other is None else other.name, named, chosen, effect_prompts, control, not no_lens,
-                   not no_attention, max_length, batch_tokens, alpha, seed)  # fmt: skip
+                   not no_attention, max_length, batch_tokens, strength, seed)  # fmt: skip
     with stops_told():
         run = run_depth(held, read, job, out, against=other, overwrite=overwrite)
     if as_json:
@@ -145,6 +146,11 @@ def _sentences(metrics: Mapping[str, Any]) -> list[str]:
         best = ", ".join(f"{d}: {s}" for d, s in grid["best"].items())
         found.append(f"best layer of {grid['shallow']} for each of {grid['deep']}: {best} ({order})")
     return found
+
+
+def _span(line: Mapping[str, Any]) -> str:
+    value, low, high = (f"{round(line[key], 4) + 0.0:.4f}" for key in ("max", "max_low", "max_high"))  # no -0.0000
+    return f"{value} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:

@@ -107,21 +107,28 @@ def skip_heatmap(table: pd.DataFrame, statistic: str = "max", title: str = "") -
     part = table[table["later"] != "output"]
     if part.empty:
         return _empty("No later layer to compare: skip a layer that is not the last")
-    rows = sorted({int(l) for l in table["layer"]})
+    rows = sorted({int(l) for l in part["layer"]})
     columns = list(range(min(rows) + 1, max(int(l) for l in part["later"]) + 1))
-    cells = {(int(a), int(b)): (v, low, high) for a, b, v, low, high in
-             zip(part["layer"], part["later"], *(part[f"{statistic}{end}"] for end in ("", "_low", "_high")), strict=True)}  # fmt: skip
+    cells = {
+        (int(a), int(b)): (v, low, high)
+        for a, b, v, low, high in zip(*(part[key] for key in _keys("layer", "later", statistic)), strict=True)
+    }
     z = [[cells[a, b][0] if (a, b) in cells else None for b in columns] for a in rows]
     text = [[_cell(a, b, cells.get((a, b))) for b in columns] for a in rows]
     figure = go.Figure(go.Heatmap(
         x=[str(b) for b in columns], y=[str(a) for a in rows], z=z, text=text, colorscale="Cividis", zmin=0, xgap=2, ygap=2,
-        hoverongaps=False, hovertemplate="%{text}<extra></extra>", texttemplate="%{z:.2f}" if len(columns) <= NAMED_CELLS else None,
+        hoverongaps=False, hovertemplate="%{text}<extra></extra>",
+        texttemplate="%{z:.2f}" if len(columns) <= NAMED_CELLS else None,
         colorbar={"title": {"text": f"relative change, {STATISTIC_WORDS[statistic]}", "side": "right"}, "thickness": 14},
     ))  # fmt: skip
     figure.update_xaxes(title_text="later layer", **_layers(columns))
     figure.update_yaxes(title_text="changed layer", autorange="reversed", **_layers(rows))
     heading: dict[str, Any] = {"title": {"text": label(title, 90), "font": {"size": 14}}} if title else {}
     return _style(figure, min(900, 180 + 30 * len(rows)), **heading)
+
+
+def _keys(down: str, across: str, value: str) -> list[str]:
+    return [down, across, value, f"{value}_low", f"{value}_high"]
 
 
 def _cell(a: int, b: int, found: tuple[float, float, float] | None) -> str:
@@ -167,8 +174,8 @@ def layer_grid(table: pd.DataFrame, deep: str = "deep model", shallow: str = "sh
     if table.empty:
         return _empty("No pair of layers was fitted")
     down, across = sorted(set(table["deep"])), sorted(set(table["shallow"]))
-    cells = {(d, s): (e, low, high, mean) for d, s, e, low, high, mean in
-             zip(*(table[key] for key in ("deep", "shallow", "error", "error_low", "error_high", "mean")), strict=True)}  # fmt: skip
+    keys = _keys("deep", "shallow", "error") + ["mean"]
+    cells = {(d, s): rest for d, s, *rest in zip(*(table[key] for key in keys), strict=True)}
     text = [[f"deep layer {d}, shallow layer {s}: error {cells[d, s][0]:.4f}<br>95 % interval {cells[d, s][1]:.4f} to "
              f"{cells[d, s][2]:.4f}<br>of the mean alone {cells[d, s][3]:.4f}" for s in across] for d in down]  # fmt: skip
     figure = go.Figure(go.Heatmap(

@@ -123,3 +123,30 @@ def test_a_relu_net_refuses_rows_that_do_not_pair_and_constants():
         fit_autoencoder(torch.randn(5, 2), torch.randn(4, 2))
     with pytest.raises(UserError, match="constant"):
         fit_autoencoder(torch.randn(5, 2), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("n", [400, 30])
+def test_gcv_chooses_as_its_formula_does(n):
+    """n RSS / (n - tr H)^2 from the hat matrix, the mean among its degrees of freedom; also of fewer rows than columns."""
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 40, generator=g, dtype=torch.float64) * torch.logspace(0, -1.5, 40, dtype=torch.float64)
+    y = x @ torch.randn(40, 5, generator=g, dtype=torch.float64) + 2 * torch.randn(
+        n, 5, generator=g, dtype=torch.float64
+    )
+    alphas, scores = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0), []
+    centred = x - x.mean(0)
+    unit = float(centred.square().sum() / 40)
+    for alpha in alphas:
+        hat = 1 / n + centred @ torch.linalg.solve(
+            centred.T @ centred + alpha * unit * torch.eye(40).double(), centred.T
+        )
+        scores.append(float(n * (y - hat @ y).square().sum() / (n - hat.trace()) ** 2))
+    pair = PairFactors.of_rows(Solver.factor(x), Solver.factor(y))
+    assert pair.gcv_alpha(alphas) == alphas[scores.index(min(scores))]
+
+
+def test_gcv_without_a_degree_of_freedom_is_refused():
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    pair = PairFactors.of_rows(Solver.factor(x), Solver.factor(2 * x))
+    with pytest.raises(UserError, match="6 rows leave no degree of freedom to choose a ridge strength by"):
+        pair.gcv_alpha([0.0])

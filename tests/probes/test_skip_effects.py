@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def passed(model: Model, ids: Tensor, edits: dict | None = None) -> tuple[list[T
     return ins, outs, logits[0].float().softmax(-1)
 
 
+def mixed(at: Tensor, new: Tensor, old: Tensor) -> Any:
+    """An edit that writes `new` at some tokens and `old` at the others."""
+    states = torch.where(at[:, None], new, old)[None]
+    return lambda h, _: states
+
+
 def relative(plain: Tensor, other: Tensor, counted: slice) -> list[float]:
     ratio = ((plain - other).norm(dim=-1) / plain.norm(dim=-1))[counted]
     return [float(ratio.max()), float(ratio.mean())]
@@ -56,19 +63,13 @@ def test_effects_are_those_of_passes_of_their_own(family, kind, scope):
         at[slice(None) if scope == "all" else slice(t, t + 1) if kind == "erase" else slice(t + 1)] = True
         counted = slice(1, None) if scope == "all" else slice(t + 1, None)
         for s in range(LAYERS):
-            edits: dict = {}
             if kind == "local":  # the inputs of all later blocks are pinned: nothing goes on
-                for l in range(s + 1, LAYERS):
-                    edits[Site(l, "resid_pre")] = lambda h, _, l=l: torch.where(
-                        at[:, None], ins[l] - writes[s], ins[l]
-                    )[None]
-                last = torch.where(at[:, None], outs[-1] - writes[s], outs[-1])[None]
-                measured = passed(model, ids, edits)
-                other = passed(model, ids, {Site(LAYERS - 1): lambda h, _: last})[2]
+                pinned = {Site(l, "resid_pre"): mixed(at, ins[l] - writes[s], ins[l]) for l in range(s + 1, LAYERS)}
+                measured = passed(model, ids, pinned)
+                other = passed(model, ids, {Site(LAYERS - 1): mixed(at, outs[-1] - writes[s], outs[-1])})[2]
             else:
                 new = ins[s] if kind == "skip" else means[s].expand_as(outs[s])
-                edits = {Site(s): lambda h, _: torch.where(at[:, None], new, outs[s])[None]}
-                measured = passed(model, ids, edits)
+                measured = passed(model, ids, {Site(s): mixed(at, new, outs[s])})
                 other = measured[2]
             for l in range(s + 1, LAYERS):
                 wanted = relative(writes[l], measured[1][l] - measured[0][l], counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .linear_map import LinearMap
 from .moments import Moments
 from .pairs import fit_pair
 from .pls import partial_least_squares
+from .ridge import ALPHAS
 from .similarity import debiased_cka, svcca
 from .solver import Solver
 
@@ -69,6 +71,32 @@ class PairFactors:
         back = alpha if alpha_back is None else alpha_back
         return Cores(self.x.gain(alpha)[:, None] * self.inner * self.y.s,
                      self.y.gain(back)[:, None] * self.inner.T * self.x.s)  # fmt: skip
+
+    def gcv_alpha(self, alphas: Sequence[int | float] = ALPHAS) -> float:
+        """The ridge strength of the map there with the least generalised cross-validation score, over all outputs together:
+
+            n RSS(a) / (n - tr H(a))^2,   the mean among the degrees of freedom
+
+        In the units of `ridge`; no further factorisation. It takes rows as exchangeable, which tokens of one prompt are not.
+        Raises UserError where no strength leaves a degree of freedom.
+
+        >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> PairFactors.of_rows(Solver.factor(x), Solver.factor(2 * x + 1)).gcv_alpha([0.001, 1.0])
+        0.001
+        """
+        n, energy = self.x.n, (self.inner * self.y.s).square().sum(1)
+        total, best = float(self.y.s.square().sum()), (float("inf"), float("nan"))
+        for alpha in alphas:
+            kept = self.x.s * self.x.gain(float(alpha))
+            free = n - 1 - float(kept.sum())
+            if free > n * torch.finfo(torch.float32).eps:
+                missed = total - float((energy * kept * (2 - kept)).sum())
+                best = min(best, (max(missed, 0.0) / free**2, float(alpha)))
+        if best[0] == float("inf"):
+            raise UserError(
+                f"{n} rows leave no degree of freedom to choose a ridge strength by; give more rows, or a number"
+            )
+        return best[1]
 
     def procrustes(self) -> Cores:
         """The (semi-)orthogonal map U V' from the SVD of X'Y, and its transpose; within the span of the rows."""
