@@ -37,8 +37,8 @@ SAYS = {
     "future tokens only refines its own prediction.",
     "scores": "Where the effects lie along the model: the mean layer, each weighed by its effect.",
     "grid": "The relative error of a ridge map from each layer of {shallow} to each layer of {deep}, on {prompts} prompts "
-    "that no map has seen; the best of each line is ringed. A deep model that spreads the same computation out has its best layers "
-    "in order, along the diagonal.",
+    "that no map has seen; the best of each line is ringed. A deep model that spreads the same computation out has its best "
+    "layers in order, along the diagonal.",
 }
 
 

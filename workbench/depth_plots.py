@@ -174,7 +174,7 @@ def layer_grid(table: pd.DataFrame, deep: str = "deep model", shallow: str = "sh
     if table.empty:
         return _empty("No pair of layers was fitted")
     down, across = sorted(set(table["deep"])), sorted(set(table["shallow"]))
-    keys = _keys("deep", "shallow", "error") + ["mean"]
+    keys = [*_keys("deep", "shallow", "error"), "mean"]
     cells = {(d, s): rest for d, s, *rest in zip(*(table[key] for key in keys), strict=True)}
     text = [[f"deep layer {d}, shallow layer {s}: error {cells[d, s][0]:.4f}<br>95 % interval {cells[d, s][1]:.4f} to "
              f"{cells[d, s][2]:.4f}<br>of the mean alone {cells[d, s][3]:.4f}" for s in across] for d in down]  # fmt: skip

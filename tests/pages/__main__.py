@@ -5,6 +5,10 @@
 pair; `probes` trains probes on the bundled pair and writes docs/probes.md; `notebooks` runs every notebook of docs/ and
 keeps what it shows. Pictures are taken in a headless Chromium; where there is none, those that are there stay. `explorer`
 takes pictures of every page of the explorer over the demo's run, a transport run and a store, which takes ten minutes.
+(docs/transport.json) and its pictures; `probes` trains probes on the bundled pair and writes docs/probes.md; `depth` runs
+`workbench depth` on it and writes docs/depth.md; `notebooks` runs every notebook of docs/ and keeps what it shows. Pictures
+are taken in a headless Chromium; where there is none, those that are there stay. `explorer` takes pictures of every page of
+the explorer over the demo's run, a transport run and a store, which takes ten minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import geometry, pictures, probes, similarity, transport
+from . import depth, pictures, probes, transport
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -61,6 +66,17 @@ def _write(part: ModuleType, folder: Path, picture: str) -> None:
         sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
         return
     pictures.take(part.figure(folder), DOCS / "img" / f"{picture}.png", browser)
+def write_depth() -> None:
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
+        kept = depth.measure(Path(folder))
+        depth.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        depth.PAGE.write_text(depth.page(kept), encoding="utf-8")
+        browser = pictures.browser()
+        if browser is None:
+            sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+            return
+        for name, figure in depth.figures(Path(folder)).items():
+            pictures.take(figure, DOCS / "img" / f"depth_{name}.png", browser)
 
 
 def write_notebooks() -> None:
@@ -90,6 +106,8 @@ def write_explorer() -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "transport": write_transport, "probes": write_probes, "similarity": write_similarity, "geometry": write_geometry,
     "notebooks": write_notebooks, "explorer": write_explorer,
+    "transport": write_transport, "probes": write_probes, "depth": write_depth, "notebooks": write_notebooks,
+    "explorer": write_explorer,
 }  # fmt: skip
 
 
