@@ -145,16 +145,18 @@ class CurveSums:
         self._stream, self._written, self._before = [], None, None
 
     def _uniformity(self, line: int, h: Float[Tensor, "n d"]) -> None:
-        row, size = self._row.to(h.device), len(self._index)
-        n = torch.zeros(size, device=h.device).index_add_(0, row, torch.ones(len(row), device=h.device))
-        units, whole = (
-            torch.zeros(size, h.shape[1], device=h.device).index_add_(0, row, x).square().sum(1)
-            for x in (h / h.norm(dim=-1, keepdim=True), h)
-        )
-        energy = torch.zeros(size, device=h.device).index_add_(0, row, h.square().sum(1))
-        found = {"pair_cosine": (units - n) / (n * (n - 1)), "constant_share": whole / (n * energy)}
-        for name, value in found.items():
-            self.sums[name][line, self._index] += value.double().cpu().where(n.cpu() > 1, 0.0)
+        sizes = self._kept.sum(
+            1
+        ).tolist()  # rows stand prompt by prompt; sums by index would differ from run to run on a GPU
+        found = torch.zeros(2, len(sizes), dtype=torch.float64)
+        for i, part in enumerate(h.split(sizes)):
+            n = len(part)
+            if n > 1:
+                units = (part / part.norm(dim=-1, keepdim=True)).sum(0).square().sum()
+                share = part.sum(0).square().sum() / (n * part.square().sum())
+                found[:, i] = torch.stack([(units - n) / (n * (n - 1)), share]).cpu()
+        for name, value in zip(BY_PROMPT, found, strict=True):
+            self.sums[name][line, self._index] += value
 
     def _lens(self, unembed: Unembedding) -> None:
         for part in unembed.batches(self._stream[-1]):
@@ -180,8 +182,8 @@ class CurveSums:
 
     def _add(self, line: int, found: dict[str, Float[Tensor, " n"]], row: Tensor | None = None) -> None:
         """Adds values of tokens to the sums of their prompts; one copy to the host for all of them."""
-        stacked = torch.stack([value.double() for value in found.values()], 1)
+        stacked = torch.stack([value.double() for value in found.values()], 1).cpu()  # added there, in one order
         row = self._row if row is None else row
-        sums = stacked.new_zeros(len(self._index), len(found)).index_add_(0, row.to(stacked.device), stacked).cpu()
+        sums = stacked.new_zeros(len(self._index), len(found)).index_add_(0, row, stacked)
         for j, name in enumerate(found):
             self.sums[name][line, self._index] += sums[:, j]

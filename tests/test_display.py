@@ -65,6 +65,8 @@ def test_what_is_neither_is_refused(tmp_path, store):
     with pytest.raises(UserError, match="is a run without results yet: run its job to the end"):
         workbench.show(tmp_path / "run")
     (tmp_path / "run" / "metrics.json").write_text("{}")
-    shutil.move(tmp_path / "run" / "job.toml", tmp_path / "run" / "transport.toml")
-    with pytest.raises(UserError, match=r"its report.html shows its results"):
-        workbench.show(tmp_path / "run")
+    before = tmp_path / "run" / "job.toml"
+    for verb in ("transport", "probe", "depth"):
+        before = shutil.move(before, tmp_path / "run" / f"{verb}.toml")
+        with pytest.raises(UserError, match=rf"is a run of `workbench {verb}`: its report.html shows its results"):
+            workbench.show(tmp_path / "run")

@@ -185,10 +185,11 @@ def layer_grid(table: pd.DataFrame, deep: str = "deep model", shallow: str = "sh
         colorbar={"title": {"text": "relative error, held-out prompts", "side": "right"}, "thickness": 14},
     ))  # fmt: skip
     best = table[table["best"]].sort_values("deep")
-    ring = {"size": 28, "symbol": "circle-open", "color": RED, "line": {"width": 3}}
+    few = max(len(down), len(across)) <= NAMED_CELLS  # a ring has room for the number in it
+    ring = {"size": 38 if few else 9, "symbol": "circle-open", "color": RED, "line": {"width": 3 if few else 2}}
     figure.add_trace(go.Scatter(
-        x=[str(s) for s in best["shallow"]], y=[str(d) for d in best["deep"]], mode="lines+markers", marker=ring,
-        line={"color": RED, "width": 1.5}, hoverinfo="skip", showlegend=False, name="best",
+        x=[str(s) for s in best["shallow"]], y=[str(d) for d in best["deep"]], mode="markers" if few else "lines+markers",
+        marker=ring, line={"color": RED, "width": 1}, hoverinfo="skip", showlegend=False, name="best",
     ))  # fmt: skip
     figure.update_xaxes(title_text=f"layer of {label(shallow, 50)}", **_layers(across))
     figure.update_yaxes(title_text=f"layer of {label(deep, 50)}", **_layers(down))

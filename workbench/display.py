@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .catalogue import RUN_KINDS
 from .errors import UserError
 from .store import Store
 
@@ -49,7 +50,7 @@ def show(what: Store | str | Path, rows: int | None = None, seed: int = 0) -> Di
     folder = Path(what).expanduser()
     if (folder / "metrics.json").is_file():
         return _run(folder)
-    if (folder / "job.toml").is_file() or (folder / "transport.toml").is_file():
+    if any((folder / marker).is_file() for marker in RUN_KINDS):
         raise UserError(f"{what} is a run without results yet: run its job to the end")
     return _store(Store.open(folder), rows, seed)
 
@@ -68,8 +69,9 @@ def _run(folder: Path) -> Display:
     from . import plots
     from .summary import load_metrics, missing, result_frame
 
-    if (folder / "transport.toml").is_file():
-        raise UserError(f"{folder} is a run of `workbench transport`: its report.html shows its results")
+    for marker, kind in RUN_KINDS.items():
+        if kind != "run" and (folder / marker).is_file():
+            raise UserError(f"{folder} is a run of `workbench {kind}`: its report.html shows its results")
     metrics: Any = load_metrics(folder)
     table = result_frame(metrics).to_html(index=False, float_format="{:.3g}".format, na_rep="–")
     notes = "".join(f"<li>{escape(line)}</li>" for line in missing(metrics))

@@ -29,13 +29,15 @@ def untrained_like(model: Model, seed: int = 0) -> Model:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"the weights of {model.name} are packed ({type(module).__name__}); an untrained model is made in "
                         "float16, bfloat16 or float32: load it so, or leave the control out")  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU, the same ones for every device
+        torch.default_generator.manual_seed(seed)
         try:
-            made = type(module)(copy.deepcopy(config))
+            made = type(module)._from_config(
+                copy.deepcopy(config), dtype=model.dtype
+            )  # what is kept in float32 stays so
         except (TypeError, AttributeError, ValueError) as err:
             raise UserError(f"no untrained {type(module).__name__} can be made from its configuration alone ({err}); load the "
                             "plain model, or leave the control out") from err  # fmt: skip
-    found = load(made.to(model.device, model.dtype), tokenizer=model.tokenizer, blocks=model.blocks_path, prove=False)
+    found = load(made.to(model.device), tokenizer=model.tokenizer, blocks=model.blocks_path, prove=False)
     found.name = f"{model.name}, untrained"
     return found
