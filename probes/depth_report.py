@@ -33,8 +33,8 @@ SAYS = {
     "between had made of it: what is read directly.",
     "erase": "The state after each layer is replaced by the mean state there, at one token drawn for each prompt, and measured "
     "at the tokens after it: until which layer the later ones still read it.",
-    "outputs": "The same, as the Euclidean distance of the next-token distributions (at most 1.41). A layer without effect on "
-    "future tokens only refines its own prediction.",
+    "outputs": "What changing each layer does to the next-token distributions, as their Euclidean distance (at most 1.41), the "
+    "largest over the tokens of a prompt. A layer without effect on later tokens only refines its own prediction.",
     "scores": "Where the effects lie along the model: the mean layer, each weighed by its effect.",
     "grid": "The relative error of a ridge map from each layer of {shallow} to each layer of {deep}, on {prompts} prompts "
     "that no map has seen; the best of each line is ringed. A deep model that spreads the same computation out has its best "
@@ -61,10 +61,10 @@ def _headlines(metrics: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [f"Best layers in order: Spearman {plain(grid['order'])}",
                f"{grid['shallow']} to {grid['deep']}; of layers that change places {plain(chance['low'])} to "
                f"{plain(chance['high'])} (95 %)"]  # fmt: skip
-    for name, found in metrics["models"].items():
-        if found["identity"] is not None:
-            yield [f"{name}: the writes add up to {plain(found['identity'])}",
-                   "largest relative error of h_L - h_0 = sum of the writes"]  # fmt: skip
+    identity = {name: one["identity"] for name, one in metrics["models"].items() if one["identity"] is not None}
+    if identity:
+        yield [f"The writes add up to what the stream gains, to {plain(max(identity.values()))}",
+               f"largest relative error at any token of {', '.join(identity)}"]  # fmt: skip
 
 
 def _sections(metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -88,11 +88,13 @@ def _sections(metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 def _curve_table(name: str, part: pd.DataFrame) -> dict[str, Any]:
     layers = list(dict.fromkeys(part.sort_values("site", key=lambda s: s.map(_order))["layer"]))
-    rows = []
-    for curve, lines in part.groupby("curve", sort=False):
-        found = {line["layer"]: line for line in lines.to_dict("records")}
-        rows.append({"title": str(curve), "style": "", "cells": [_estimate(found.get(layer)) for layer in layers]})
-    return table(["after layer", *layers], rows, name)
+    curves = list(dict.fromkeys(part["curve"]))
+    found = {(line["layer"], line["curve"]): line for line in part.to_dict("records")}
+    rows = [
+        {"title": str(layer), "style": "", "cells": [_estimate(found.get((layer, c))) for c in curves]}
+        for layer in layers
+    ]
+    return table(["after layer", *(c.replace("_", " ") for c in curves)], rows, name) | {"wide": True}
 
 
 def _order(site: str) -> int:
@@ -100,7 +102,7 @@ def _order(site: str) -> int:
 
 
 def _effects(table_: pd.DataFrame, metrics: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    outputs = {f"{model}, {effect}": part for (model, effect), part in table_.groupby(["model", "effect"], sort=False)}
+    outputs = {str(model): part for model, part in table_.groupby("model", sort=False)}
     rows = [{"title": f"{x['model']}, {x['effect']}, {x['statistic']}", "style": "", "cells": [_estimate(x)]}
             for x in metrics["halves"]]  # fmt: skip
     tables = [table(["effect on the output", "first half over second"], rows)] if rows else []

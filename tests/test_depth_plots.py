@@ -24,7 +24,7 @@ def effects(depth: int = 4, changed: tuple[int, ...] = (0, 1, 3)) -> pd.DataFram
     lines = []
     for layer in changed:
         for later in [*range(layer + 1, depth), "output"]:
-            line = {"layer": layer, "later": str(later)}
+            line = {"kind": "skip", "scope": "future", "layer": layer, "later": str(later)}
             for name, value in (("max", 0.1 * (layer + 1)), ("mean", 0.05)):
                 line |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01}
             lines.append(line)
@@ -48,6 +48,12 @@ def test_curves_of_models_stand_side_by_side():
     assert list(figure.data[1].x) == [0, 1 / 3, 2 / 3, 1]
     assert list(figure.layout.xaxis.ticktext) == ["emb.", "0", "1", "2"]
     assert "layer 1: 1.5" in figure.data[0].text[1]
+    assert (figure.layout.yaxis.type, plots.depth_curves({"a": curves(names=("kl",))}, "kl").layout.yaxis.type) == (
+        "log",
+        None,
+    )
+    still = plots.depth_curves({"a": curves().assign(low=0.0)}, "write")
+    assert still.layout.yaxis.type is None
     unlike = plots.depth_curves({"a": curves(), "b": curves(5)}, ("write",))
     assert unlike.layout.xaxis.title.text.startswith("relative depth")
 
@@ -76,6 +82,10 @@ def test_outputs_are_drawn_with_their_intervals():
     assert list(figure.data[0].x) == [0, 1, 3]
     assert [round(v, 9) for v in figure.data[0].error_y.array] == [0.01] * 3
     assert "mean over tokens" in figure.layout.yaxis.title.text
+    both = plots.skip_outputs({"model": pd.concat([effects(), effects().assign(kind="erase")]), "untrained": effects()})
+    assert [t.name for t in both.data] == ["model", "model", "untrained"]
+    assert [t.showlegend for t in both.data] == [True, False, True]
+    assert "state of one token erased, measured after" in [a.text for a in both.layout.annotations]
     assert "No effect was measured" in plots.skip_outputs({}).layout.annotations[0].text
 
 

@@ -127,10 +127,7 @@ def _outputs(metrics: Mapping[str, Any]) -> Any:
     table.add_column("changed layer", justify="right")
     for model, effect in columns:
         table.add_column(f"{model}, {effect}", justify="right")
-    cells = {
-        (x["model"], x["effect"], x["layer"]): f"{x['max']:.4f} ({x['max_low']:.4f} to {x['max_high']:.4f})"
-        for x in lines
-    }
+    cells = {(x["model"], x["effect"], x["layer"]): _span(x) for x in lines}
     for layer in dict.fromkeys(line["layer"] for line in lines):
         table.add_row(str(layer), *(cells[model, effect, layer] for model, effect in columns))
     return table

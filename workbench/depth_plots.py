@@ -39,6 +39,16 @@ GROUPS = {
     "uniformity": ("pair_cosine", "constant_share"),
     "attention": ("attention_entropy", "attention_similarity"),
 }
+LOGARITHMIC = ("write", "attention", "mlp", "velocity", "norm")
+"""of lengths, which the first block often makes many times those of the others"""
+STEPS = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
+SMALL = {"size": 12}
+EFFECT_WORDS = {
+    ("skip", "future"): "skipped before, measured after a token", ("skip", "all"): "skipped and measured at every token",
+    ("local", "all"): "its write taken from later inputs alone",
+    ("local", "future"): "its write taken from later inputs before, measured after a token",
+    ("erase", "future"): "state of one token erased, measured after",
+}  # fmt: skip
 STATISTIC_WORDS = {"max": "largest over tokens", "mean": "mean over tokens"}
 
 
@@ -60,7 +70,10 @@ def depth_curves(tables: Mapping[str, pd.DataFrame], curves: str | Sequence[str]
             _curve(figure, column, label(name, 60), table[table["curve"] == curve], _depth_of(table), number)
     figure.update_xaxes(**_depth_axis({_depth_of(t) for t in tables.values()}))
     for column, curve in enumerate(found, 1):
-        if not curve.endswith("cosine"):
+        parts = [t.loc[t["curve"] == curve, "low"] for t in tables.values()]
+        if curve in LOGARITHMIC and all(bool((low > 0).all()) for low in parts):
+            figure.update_yaxes(type="log", tickvals=STEPS, ticktext=[f"{v:g}" for v in STEPS], row=1, col=column)
+        elif not curve.endswith("cosine"):
             figure.update_yaxes(rangemode="tozero", row=1, col=column)
     figure.update_annotations(font_size=13)
     return _style(figure, 360, legend={"orientation": "h", "y": -0.28, "x": 0})
@@ -91,10 +104,10 @@ def _curve(figure: go.Figure, column: int, name: str, part: pd.DataFrame, depth:
 def _depth_axis(depths: set[int]) -> dict[str, Any]:
     """Layer numbers where all models are as deep, else the share of the blocks that have run."""
     if len(depths) > 1:
-        return {"title": {"text": "relative depth (share of the blocks that have run)"}, "range": [-0.04, 1.04]}
+        return {"title": {"text": "relative depth", "font": SMALL}, "range": [-0.04, 1.04]}
     depth = next(iter(depths))
     shown = [0, *range(1, depth + 1, max(1, -(-depth // TICKS)))]
-    return {"title": {"text": "after layer"}, "range": [-0.04, 1.04], "tickvals": [n / depth for n in shown],
+    return {"title": {"text": "after layer", "font": SMALL}, "range": [-0.04, 1.04], "tickvals": [n / depth for n in shown],
             "ticktext": ["emb.", *(str(n - 1) for n in shown[1:])]}  # fmt: skip
 
 
@@ -119,12 +132,12 @@ def skip_heatmap(table: pd.DataFrame, statistic: str = "max", title: str = "") -
         x=[str(b) for b in columns], y=[str(a) for a in rows], z=z, text=text, colorscale="Cividis", zmin=0, xgap=2, ygap=2,
         hoverongaps=False, hovertemplate="%{text}<extra></extra>",
         texttemplate="%{z:.2f}" if len(columns) <= NAMED_CELLS else None,
-        colorbar={"title": {"text": f"relative change, {STATISTIC_WORDS[statistic]}", "side": "right"}, "thickness": 14},
+        colorbar={"title": {"text": "relative change", "side": "right"}, "thickness": 14},
     ))  # fmt: skip
     figure.update_xaxes(title_text="later layer", **_layers(columns))
     figure.update_yaxes(title_text="changed layer", autorange="reversed", **_layers(rows))
     heading: dict[str, Any] = {"title": {"text": label(title, 90), "font": {"size": 14}}} if title else {}
-    return _style(figure, min(900, 180 + 30 * len(rows)), **heading)
+    return _style(figure, max(280, min(900, 180 + 30 * len(rows))), **heading)
 
 
 def _keys(down: str, across: str, value: str) -> list[str]:
@@ -139,33 +152,57 @@ def _cell(a: int, b: int, found: tuple[float, float, float] | None) -> str:
 
 
 def skip_outputs(tables: Mapping[str, pd.DataFrame], statistic: str = "max") -> go.Figure:
-    """What changing each layer does to the next-token distributions, one line a table, with 95 % intervals over prompts.
+    """What changing each layer does to the next-token distributions: a panel for each way to change it, one line a table, with
+    95 % intervals over prompts.
 
-    tables: `SkipEffects.frame()` by name, such as a model and its untrained control. Layers that are not all there are joined
-    by straight lines.
+    tables: `SkipEffects.frame()` by name, such as a model and its untrained control; several kinds of effect in one table are
+    one under the other (`pandas.concat`). Layers that are not all there are joined by straight lines.
     """
     _check_statistic(statistic)
-    if not tables:
+    outputs = {name: table[table["later"] == "output"] for name, table in tables.items()}
+    panels = list(dict.fromkeys(pair for t in outputs.values() for pair in zip(t["kind"], t["scope"], strict=True)))
+    if not panels:
         return _empty("No effect was measured: give --effects")
-    figure = go.Figure()
-    for number, (name, table) in enumerate(tables.items()):
-        part = table[table["later"] == "output"]
-        value, low, high = (part[f"{statistic}{end}"].to_numpy() for end in ("", "_low", "_high"))
-        colour, said = COLOURS[number % len(COLOURS)], label(name, 60)
-        text = [f"{said}, layer {l}: {v:.4g}<br>95 % interval {a:.4g} to {b:.4g}"
-                for l, v, a, b in zip(part["layer"], value, low, high, strict=True)]  # fmt: skip
-        figure.add_trace(go.Scatter(
-            x=part["layer"], y=value, mode="lines+markers", name=said, text=text, hovertemplate="%{text}<extra></extra>",
-            error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.4},
-            line={"color": colour, "width": 2, "dash": DASHES[number % len(DASHES)]},
-            marker={"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8},
-        ))  # fmt: skip
-    every = sorted({int(l) for table in tables.values() for l in table["layer"]})
-    figure.update_xaxes(title_text="changed layer", tickvals=every[:: max(1, -(-len(every) // TICKS))])
-    figure.update_yaxes(
-        title_text=f"change of the output, ||y − ȳ||₂<br>({STATISTIC_WORDS[statistic]})", rangemode="tozero"
+    rows = -(-len(panels) // 2)
+    titles = [EFFECT_WORDS.get(pair, label(" ".join(pair), 40)) for pair in panels]
+    figure = make_subplots(
+        rows, min(2, len(panels)), subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.32 / rows
     )
-    return _style(figure, 380)
+    for number, (name, table) in enumerate(outputs.items()):
+        for i, (kind, scope) in enumerate(panels):
+            part = table[(table["kind"] == kind) & (table["scope"] == scope)]
+            _output_line(figure, (i // 2 + 1, i % 2 + 1), part, statistic, label(name, 60), number, legend=i == 0)
+    every = sorted({int(l) for table in outputs.values() for l in table["layer"]})
+    figure.update_xaxes(
+        tickvals=every[:: max(1, -(-len(every) // TICKS))], title={"text": "changed layer", "font": SMALL}
+    )
+    figure.update_yaxes(title={"text": f"‖y − ȳ‖₂, {STATISTIC_WORDS[statistic]}", "font": SMALL}, rangemode="tozero")
+    figure.update_annotations(font_size=13)
+    return _style(figure, 110 + 290 * rows, legend={"orientation": "h", "y": -0.2 / rows, "yanchor": "top", "x": 0})
+
+
+def _output_line(
+    figure: go.Figure,
+    place: tuple[int, int],
+    part: pd.DataFrame,
+    statistic: str,
+    name: str,
+    number: int,
+    *,
+    legend: bool,
+) -> None:
+    if part.empty:
+        return
+    value, low, high = (part[f"{statistic}{end}"].to_numpy() for end in ("", "_low", "_high"))
+    text = [f"{name}, layer {l}: {v:.4g}<br>95 % interval {a:.4g} to {b:.4g}"
+            for l, v, a, b in zip(part["layer"], value, low, high, strict=True)]  # fmt: skip
+    colour = COLOURS[number % len(COLOURS)]
+    figure.add_trace(go.Scatter(
+        x=part["layer"], y=value, mode="lines+markers", name=name, legendgroup=name, showlegend=legend, text=text,
+        error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "thickness": 1.4},
+        line={"color": colour, "width": 2, "dash": DASHES[number % len(DASHES)]}, hovertemplate="%{text}<extra></extra>",
+        marker={"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8},
+    ), row=place[0], col=place[1])  # fmt: skip
 
 
 def layer_grid(table: pd.DataFrame, deep: str = "deep model", shallow: str = "shallow model") -> go.Figure:

@@ -23,7 +23,9 @@ def test_the_first_half_matters_to_later_tokens_and_more_than_untrained(name):
     assert trained.low > control.high
 
 
-@pytest.mark.parametrize(("deep", "shallow"), [("donor", "recipient"), ("donor", "outsider"), ("outsider", "recipient")])
+@pytest.mark.parametrize(
+    ("deep", "shallow"), [("donor", "recipient"), ("donor", "outsider"), ("outsider", "recipient")]
+)
 def test_best_layers_come_in_order_and_permuted_ones_do_not(deep, shallow):
     prompts = PromptSet.load("bundled:profile", limit=512, seed=0)
     models = (load(f"bundled:{name}", dtype="float32", device="cpu") for name in (deep, shallow))
