@@ -11,13 +11,13 @@ from torch import Tensor
 
 from probes.depth import depth_curves
 from probes.skip_effects import SkipEffects, layer_effects
-from tests.conftest import LAYERS, make_model
+from tests.conftest import LAYERS, make_model, make_module, word_tokenizer
 from tests.probes.lens_models import TEXTS, planted
 from tests.test_anatomy import hooks_of
 from workbench.errors import UserError
 from workbench.evaluate.layer_changes import LayerChange, changed_copies
 from workbench.evaluate.scoring import Sequences
-from workbench.models import Model
+from workbench.models import Model, load
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 
@@ -90,6 +90,15 @@ def test_however_many_share_a_pass_it_is_the_same(small_model):
     torch.testing.assert_close(few.outputs, wide.outputs[:, [1, LAYERS - 1]], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["nnsight", "transformer-lens"])
+def test_every_backend_gives_the_same(backend):
+    plain, other = (load(make_module("llama"), tokenizer=word_tokenizer(), backend=name) for name in ("hooks", backend))
+    for kind in ("skip", "local"):
+        wanted, found = (layer_effects(model, TEXTS_OF_4[:3], kind=kind, scope="all") for model in (plain, other))
+        torch.testing.assert_close(found.outputs, wanted.outputs, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(found.later, wanted.later, atol=1e-4, rtol=1e-3, equal_nan=True)
+
+
 def test_the_last_layer_cannot_touch_a_later_token(small_model):
     found = layer_effects(small_model, TEXTS_OF_4)
     assert float(found.outputs[:, -1].abs().max()) == 0
@@ -128,6 +137,11 @@ def test_the_first_copy_is_the_untouched_model(llama):
     assert float((found[3:6] - plain).abs().max()) > 1e-2
     with pytest.raises(RuntimeError, match="on purpose"), changed_copies(llama, [LayerChange(0)], real, real):
         raise RuntimeError("on purpose")
+    with (
+        pytest.raises(UserError, match="no pass went through the changed layers"),
+        changed_copies(llama, [LayerChange(0)], real, real),
+    ):
+        pass
     assert hooks_of(llama.module) == before
 
 

@@ -55,8 +55,8 @@ def changed_copies(
     """Inside the block, each forward pass of a [(1 + k) * b, t] batch (see `Copies.repeated`) has copy j + 1 changed by
     `changes[j]` at the tokens `at`, and later writes are compared over the tokens `counted`.
 
-    means: of erased layers, the mean state [d] after each. Raises UserError for layers that are not there, and for an
-    erased layer without a mean.
+    means: of erased layers, the mean state [d] after each. Raises UserError for layers that are not there, for an
+    erased layer without a mean, and where nothing was run.
 
     >>> with changed_copies(model, [LayerChange(0)], at, counted) as copies:                  # doctest: +SKIP
     ...     model.run(copies.repeated(ids), copies.repeated(mask))
@@ -69,6 +69,9 @@ def changed_copies(
     copies = Copies(model.n_layers, tuple(changes), at, counted, dict(means or {}))
     with model.edit(copies.edits()):
         yield copies
+    if not copies.ran:
+        raise UserError("no pass went through the changed layers inside of this block; run the model by its own `run` or "
+                        "`logits`, as its backend needs it")  # fmt: skip
 
 
 class Copies:
@@ -83,6 +86,7 @@ class Copies:
                  means: dict[int, Tensor]) -> None:  # fmt: skip
         self.changes, self.n_layers, self.means = changes, n_layers, means
         self.later = torch.full((2, len(changes), n_layers, len(at)), torch.nan, dtype=torch.float64)
+        self.ran = False
         self._at, self._counted = at, counted
         self._pre: Tensor | None = None
         self._writes: dict[int, Tensor] = {}  # of local changes, by copy
@@ -106,7 +110,7 @@ class Copies:
 
     def _leave(self, layer: int, h: Tensor, _: Any) -> Tensor:
         assert self._pre is not None, "a block ended that had not begun"
-        pre, self._pre = self._pre.to(h.device), None
+        pre, self._pre, self.ran = self._pre.to(h.device), None, True
         before, after, at = self._split(pre), self._split(h), self._at.to(h.device)[..., None]
         write = after[0].float() - before[0].float()
         size = write.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
