@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from tests.conftest import make_module, word_tokenizer
 from workbench.errors import UserError
 from workbench.evaluate import skips
 from workbench.evaluate.causal import along, causal_effects, choose, constant, replaced
@@ -83,6 +84,15 @@ def test_what_is_written_is_the_map_of_what_was_read(small_model):
     torch.testing.assert_close(seen[Site(2)][keep], operator(plain[Site(0)][keep]))
     assert torch.equal(seen[Site(2)][~keep], plain[Site(2)][~keep])
     assert torch.equal(seen[Site(0)], plain[Site(0)])
+
+
+@pytest.mark.parametrize("backend", ["nnsight", "transformer-lens"])
+def test_every_backend_scores_its_own_edits(llama, backend):
+    other = load(make_module("llama"), tokenizer=word_tokenizer(), backend=backend)
+    wanted, found = (causal_effects(model, texts(4), 0, 1, near(model)).arms["transported"] for model in (llama, other))
+    assert wanted.kl.value > 1e-4
+    assert found.kl.value == pytest.approx(wanted.kl.value, rel=1e-3)
+    assert found.delta.value == pytest.approx(wanted.delta.value, rel=1e-3, abs=1e-5)
 
 
 def test_batches_do_not_matter(small_model):

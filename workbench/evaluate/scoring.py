@@ -174,7 +174,10 @@ class Head:
         if not self.alone:
             return self.model.logits(ids, mask)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        out = self.model.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        out = self.model.backend.call(
+            self.model, "decoder", options
+        )  # by it: nnsight edits the passes that it runs itself
         return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
     def logits(self, states: Float[Tensor, "n _w"]) -> Float[Tensor, "n v"]:
