@@ -161,9 +161,7 @@ def layer_effects(
     lengths = torch.tensor([len(row) for row in sequences.ids])
     drawn = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     split = 1 + (drawn * (lengths - 2).clamp_min(1)).long()  # of 1 to length - 2
-    # other backends edit the passes that they run themselves, which are those of the whole model
-    head = Head.of(model) if model.backend.name == "hooks" else Head(model, False)
-    changes = [LayerChange(layer, kind) for layer in chosen]
+    head, changes = Head.of(model), [LayerChange(layer, kind) for layer in chosen]
     later = torch.full((2, len(chosen), model.n_layers, len(sequences)), torch.nan, dtype=torch.float64)
     outputs = torch.full((2, len(chosen), len(sequences)), torch.nan, dtype=torch.float64)
     each = min(COPIES - 1, len(changes))
