@@ -46,7 +46,10 @@ def measure(folder: Path) -> Line:
         metrics = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))
         found["models"] |= {_short(key): one for key, one in metrics["models"].items()}
         for part in ("curves", "effects", "halves", "scores", "kinds"):
-            found[part] += [{**line, "model": _short(line["model"])} for line in metrics[part]]
+            lines = [
+                line for line in metrics[part] if line.get("later", "output") == "output"
+            ]  # later layers are drawn alone
+            found[part] += [{**line, "model": _short(line["model"])} for line in lines]
         found["versions"] = metrics["environment"]["versions"]
     stores = {name: profile_model(held[name], prompts, folder / f"{name}.store", tokens="all") for name in held}
     found["grids"] = [_grid(folder, stores, *pair) for pair in PAIRS]
