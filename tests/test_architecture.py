@@ -71,7 +71,8 @@ def offences(files: list[Path], forbidden: tuple[str, ...]) -> list[str]:
 def test_imports_go_from_the_explorer_to_the_probes_to_the_workbench():
     # the command line alone starts what lies above it: `workbench transport`, `lens`, `probe` and their kin run probes, `ui` a
     # server
-    above = tuple(f"cli_{name}.py" for name in ("transport", "lens", "probe", "similarity", "geometry", "depth", "ui"))
+    names = ("transport", "lens", "probe", "similarity", "geometry", "depth", "fold", "ui")
+    above = tuple(f"cli_{name}.py" for name in names)
     below = [file for file in sources("workbench") if file.name not in above]
     assert offences(below, ("probes", "ui", "streamlit")) == []
     assert offences(sources("workbench"), ("streamlit",)) == []
@@ -96,7 +97,7 @@ def test_maps_know_tensors_and_nothing_of_models():
         (("backends", "store"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),
         (("alignment", "profile", "interrupts", "convert", "converter_specs", "layer_matching", "paired_profiles",
-          "row_pairs", "sensitivity", "trials", "paste", "forecast", "adapters", "evaluate", "transport"),
+          "row_pairs", "sensitivity", "trials", "paste", "forecast", "adapters", "evaluate", "transport", "folding"),
          ("cli", "jobs", "transfer", "report", "plots", "summary")),
         (("jobs", "transfer", "job_options", "job_checks", "converter_files", "report", "plots", "summary", "doctor",
           "verification", "verification_table", "transport_plots", "lens_plots", "probe_plots", "similarity_plots",

@@ -70,6 +70,7 @@ _HOME = {
     "run_job": "jobs",
     "store_overview": "store.overview",
     "show": "display",
+    "fold_model": "folding.fold",
 }
 __all__ = sorted(_HOME)
 

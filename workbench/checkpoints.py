@@ -57,7 +57,10 @@ def open_config(source: str | Path, folder: Path) -> Any:
     """The configuration in a folder; UserError where it cannot be read."""
     from transformers import AutoConfig
 
+    from .folding.architecture import register_folder
+
     quiet()
+    register_folder(folder)  # of our own types transformers has to be told
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as err:  # each family's config checks itself in its own way; each error means the same to the user

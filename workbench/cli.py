@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from .cli_adapters import adapters
 from .cli_depth import depth
 from .cli_errors import FLAGS, guarded
+from .cli_fold import fold
 from .cli_forecast import forecast
 from .cli_generate import chat, generate
 from .cli_geometry import geometry
@@ -304,6 +305,7 @@ app.command()(probe)
 app.command()(similarity)
 app.command()(geometry)
 app.command()(depth)
+app.command()(fold)
 app.command()(ui)
 app.add_typer(stores, name="stores")
 app.add_typer(adapters, name="adapters")
