@@ -118,8 +118,9 @@ def _folded(model: Model, prompts: Any, theta: float, method: str, wanted: list[
 
 
 def _arms(lines: Any) -> Any:
-    made = _table("on held-out prompts, nats per token with 95 % intervals; speed: a forward pass, in turns with the dense model",
-                  "theta", "method", "channels", "loss", "rise", "KL", "same top token", "weights", "tokens/s", "speed")  # fmt: skip
+    made = _table("held-out prompts, nats per token with 95 % intervals; speed: forward passes in turns with the dense model",
+                  "theta", "method", "channels", "loss", "rise", "KL", "same top token", "weights",
+                  "tokens/s", "speed")  # fmt: skip
     for line in lines.to_dict(orient="records"):
         timed = line["tokens_per_s"] == line["tokens_per_s"] and line["tokens_per_s"] is not None
         made.add_row(f"{line['theta']:g}", line["method"], line["channels"], f"{line['loss']:.3f}", _span(line, "rise"),

@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 
 from workbench.errors import UserError
-from workbench.folding.architecture import register_folder
+from workbench.folding.architecture import register_folder, save_folded
 from workbench.folding.fold import fold_model
 from workbench.models import load
 
-from ..conftest import LAYERS, WIDTH, make_model, word_tokenizer
+from ..conftest import WIDTH, make_model, word_tokenizer
 
 PROMPTS = [f"w{i} w{3 * i % 50} w{i % 7} w{i % 31} w{5 * i % 90} w{i % 11}" for i in range(80)]
 IDS = torch.arange(3, 35).view(2, 16)
@@ -138,9 +138,6 @@ def test_damaged_folders_are_told(tmp_path):
     assert not register_folder(tmp_path / "nowhere")
 
 
-def test_a_fold_needs_as_many_layers(gpt2):
-    assert gpt2.n_layers == LAYERS
+def test_only_folded_models_are_saved_as_such(gpt2):
     with pytest.raises(UserError, match="is not folded; fold it first"):
-        from workbench.folding.architecture import save_folded
-
         save_folded(gpt2, "nowhere")

@@ -87,7 +87,7 @@ def test_the_curve_has_every_arm_beside_its_controls(gpt2, caplog):
     assert table[table["theta"] == 0.5]["weights"].iloc[0] == pytest.approx(0.5 + 1 / 8)
     assert "<table" in curve._repr_html_()
     assert {trace.name for trace in fold_loss(table).data} >= {"refit", "affine, random channels", "identity"}
-    with pytest.raises(UserError, match="no arm 0.9 refit least; there are"):
+    with pytest.raises(UserError, match=r"no arm 0\.9 refit least; there are"):
         curve.loss(0.9, "refit")
 
 
@@ -102,7 +102,7 @@ def test_a_gated_model_has_refit_and_mean(llama):
 def test_a_fold_that_cannot_be_is_refused(gpt2):
     with pytest.raises(UserError, match="no theta given"):
         fold_curve(gpt2, PROMPTS, ())
-    with pytest.raises(UserError, match="from 0 to less than 1; got 1.5"):
+    with pytest.raises(UserError, match=r"from 0 to less than 1; got 1\.5"):
         fold_curve(gpt2, PROMPTS, (1.5,))
     with pytest.raises(UserError, match="mixture of experts"):
         linearity(make_model("mixtral"), PROMPTS)

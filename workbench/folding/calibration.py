@@ -33,7 +33,7 @@ ROWS = 2048
 ROUNDING = 1e-12
 """a residual below this share of a channel's variance is rounding"""
 FOLDS = 4
-Batch = tuple[Callable[[], Any], Bool[Tensor, "b t"] | None]
+Batch = tuple[Callable[[], Any], Bool[Tensor, "_b _t"] | None]
 """what runs one forward pass, and which of its rows count (None: all)"""
 
 

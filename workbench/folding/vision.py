@@ -16,13 +16,20 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from ..errors import UserError
 from .batch_norm import ChannelIdleFFN, ReparameterisedFFN, idle_count, reparameterise
 
-
-class ChannelIdleViTConfig(ViTConfig):
-    """A ViTConfig with the share of idle channels, and whether they are folded."""
-
-    model_type = "channel-idle-vit"
-    theta: float = 0.0
-    folded: bool = False
+# made so and not by a class statement: transformers turns its configs into dataclasses that take any argument, which run-time
+# checkers of annotations take at their word
+ChannelIdleViTConfig: Any = type(
+    "ChannelIdleViTConfig",
+    (ViTConfig,),
+    {
+        "__doc__": "A ViTConfig with `theta`, the share of idle channels, and whether they are `folded`.",
+        "__module__": __name__,
+        "__annotations__": {"theta": float, "folded": bool},
+        "model_type": "channel-idle-vit",
+        "theta": 0.0,
+        "folded": False,
+    },
+)
 
 
 class ChannelIdleViTLayer(ViTLayer):
