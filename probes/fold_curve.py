@@ -18,6 +18,7 @@ from workbench.evaluate.scoring import Scores, Sequences, ratio_interval, score
 from workbench.folding.calibration import Channels, calibrate, refit_maps, text_batches
 from workbench.folding.fold import ffns_of
 from workbench.folding.plan import CATASTROPHE, GATED, METHODS, FoldPlan, Method, drawn, least, plan_fold, swapped
+from workbench.folding.texts import ANSWER, completed, part_of
 from workbench.models import Model
 from workbench.progress import progress
 from workbench.prompts import PromptSet
@@ -49,7 +50,8 @@ class FoldCurve:
     """tokens per second by theta; 0 is the dense model; empty where not measured"""
     r2: Mapping[float, tuple[float | None, ...]]
     """of the refit of every layer, on batches that it was not fitted on"""
-    n_calibration: int
+    calibration: Sequences = field(repr=False)
+    """what it was calibrated on; `fold_model` of these makes the very model of an arm"""
     channels: tuple[Channels, ...] = field(repr=False)
 
     def __repr__(self) -> str:
@@ -99,6 +101,7 @@ def fold_curve(
     holdout: float = 0.25,
     seed: int = 0,
     alpha: Any = "cv",
+    answers: int = ANSWER,
     max_length: int | None = None,
     speed: bool = True,
     repeats: int = 5,
@@ -108,10 +111,11 @@ def fold_curve(
     Calibrated on the prompts that are not held out; scored on those that are.
 
     Args:
-        prompts: what `PromptSet.load` reads.
+        prompts: what `PromptSet.load` reads; chats are completed with an answer, of which the loss is (`completed`).
         thetas: shares of idle channels, from 0 to less than 1.
         methods: of identity, mean, affine, refit; all that the model has unless given. `mean` is always there.
         holdout: share of the prompts that the figures are of.
+        answers: tokens of the model's own answers; 0 takes prompts as they stand.
         speed: measures tokens per second of the folded and the dense model, in turns, as medians of `repeats`.
 
     Raises:
@@ -122,16 +126,16 @@ def fold_curve(
     wanted = tuple(dict.fromkeys(("mean", *(methods or (GATED if gated else METHODS)))))
     control: Method = "refit" if gated else "affine"
     read = PromptSet.load(prompts)
-    sequences = Sequences.of(model, read, max_length)
+    sequences = completed(model, read, answers=answers, max_length=max_length)
     train, held = split_prompts(read, sequences, (1 - holdout, holdout), seed)
-    batches = text_batches(model, [sequences.ids[i] for i in train])
+    calibration, part = part_of(sequences, train), part_of(sequences, held)
+    batches = text_batches(model, calibration.ids)
     channels = calibrate(model.module, ffns, batches)
     sets = {(theta, kind): make(channels, theta) for theta in thetas
             for kind, make in (("least", least), ("random", partial(drawn, seed=seed)))}  # fmt: skip
     fits = refit_maps(
         model.module, ffns, {f"{t:g} {kind}": idle for (t, kind), idle in sets.items()}, batches, alpha=alpha
     )
-    part = Sequences(tuple(sequences.ids[i] for i in held))
     plain: Scores | None = None
     scores: dict[tuple[float, str, str], Scores] = {}
     ratios, speeds, r2 = dict[float, float](), dict[float, float](), dict[float, tuple[float | None, ...]]()
@@ -154,10 +158,10 @@ def fold_curve(
             speeds.setdefault(0.0, dense)
     if plain is None:
         raise UserError("no theta given; give such as 0.25,0.5,0.75")
-    curve = FoldCurve(model.name, gated, scores, plain, part.predicted, ratios, speeds, r2, len(train), channels)
+    curve = FoldCurve(model.name, gated, scores, plain, part.predicted, ratios, speeds, r2, calibration, channels)
     if "identity" in wanted:
         rise = max(curve.loss(t, "identity") for t in thetas) - curve.plain_loss
-        log.warning("%s: up to +%.2f nats per token", CATASTROPHE, rise)
+        log.warning("%s: the loss moves by up to %+.2f nats per token", CATASTROPHE, rise)
     return curve
 
 

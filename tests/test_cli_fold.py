@@ -30,7 +30,9 @@ def test_a_model_is_folded_and_the_folder_is_a_model(home):
     for word in ("refit", "identity", "random", "tokens/s", "62.5% of the networks' weights"):
         assert word in out
     assert load(home / "folded").family == "folded-gpt2"
-    assert good("generate", home / "folded", "--prompt", "w1 w2", "--max-new-tokens", 2).stdout
+    assert good(
+        "generate", home / "folded", "--prompts", home / "prompts.txt", "--limit", 2, "--max-new-tokens", 2
+    ).stdout
     told(workbench(*line, "--out", home / "folded"), "exists already")
 
 
@@ -59,10 +61,20 @@ def test_the_scores(home):
         (("gpt2", "--scores", "--out", "x"), "--scores folds nothing"),
         (("gpt2", "--out", "prompts.txt"), "exists already"),
         (("llama", "--method", "affine"), "is a product of two maps of its input, so that 'affine' does not apply"),
-        (("mixtral",), "is a mixture of experts"),
     ],
 )
 def test_bad_input_is_told_in_one_line(home, line, words, monkeypatch):
     monkeypatch.chdir(home)
     told(workbench("fold", *line, "--prompts", "prompts.txt"), words)
     assert not (home / "x").exists()
+
+
+def test_a_mixture_of_experts_is_refused(home):
+    result = workbench("fold", home / "mixtral", "--prompts", home / "prompts.txt")
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert "error: " in last
+    assert (
+        "block 0 is a mixture of experts, each of which sees tokens of its own; only dense networks can be folded"
+        in last
+    )

@@ -34,6 +34,12 @@ def fold(
     ] = False,
     alpha: Annotated[str, typer.Option(help="of the refit: cv, gcv, or a number in mean diagonals of X'X")] = "cv",
     holdout: Annotated[float, typer.Option(help="share of the prompts that the figures are of")] = 0.25,
+    answers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="tokens of the model's own answers to chats without one, which the loss is of; 0: none"
+        ),
+    ] = 48,
     limit: Annotated[int, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = MOST_PROMPTS,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split and the draws")] = 0,
     dtype: Dtype = "auto",
@@ -69,7 +75,7 @@ def fold(
     held = load(model, dtype=dtype, device=device)
     if scores:
         return _scores(held, read, holdout, seed, as_json)
-    options: dict[str, Any] = {"holdout": holdout, "seed": seed, "alpha": strength}
+    options: dict[str, Any] = {"holdout": holdout, "seed": seed, "alpha": strength, "answers": answers}
     _folded(held, read, theta, method, wanted, out, overwrite, options, as_json)
 
 
@@ -102,7 +108,11 @@ def _folded(model: Model, prompts: Any, theta: float, method: str, wanted: list[
         if not any((theta, method) == key[:2] for key in curve.scores):
             raise UserError(f"{model.name}: its networks are gated: a channel is a product of two maps of its input, so that "
                             f"{method!r} does not apply; use --method refit")  # fmt: skip
-        made = None if out is None else fold_model(model, prompts, theta=theta, method=method, alpha=options["alpha"])  # type: ignore[arg-type]
+        made = (
+            None
+            if out is None
+            else fold_model(model, curve.calibration, theta=theta, method=method, alpha=options["alpha"])
+        )  # type: ignore[arg-type]
     if made is not None and out is not None:
         made.save(out, overwrite=overwrite)
     table = curve.frame()

@@ -16,7 +16,7 @@ from workbench.models import load
 
 from ..conftest import WIDTH, make_model, word_tokenizer
 
-PROMPTS = [f"w{i} w{3 * i % 50} w{i % 7} w{i % 31} w{5 * i % 90} w{i % 11}" for i in range(80)]
+PROMPTS = [{"text": f"w{i} w{3 * i % 50} w{i % 7} w{i % 31} w{5 * i % 90} w{i % 11}"} for i in range(80)]
 IDS = torch.arange(3, 35).view(2, 16)
 
 
@@ -38,7 +38,7 @@ def test_a_folded_model_saves_loads_and_generates(family, tmp_path):
     assert torch.equal(logits(again.module), made)
     assert again.family == f"folded-{model.family}"
     options = {"max_new_tokens": 6, "min_new_tokens": 6}
-    assert again.generate(PROMPTS[:3], **options) == folded.model.generate(PROMPTS[:3], **options)
+    assert again.generate(["w1 w2", "w5"], **options) == folded.model.generate(["w1 w2", "w5"], **options)
     assert again.parameters < model.parameters
     assert folded.plan.ratio < 1
     assert again.fingerprint["weights"] != model.fingerprint["weights"]

@@ -14,6 +14,7 @@ from .architecture import fold_module, save_folded
 from .calibration import Batch, Channels, calibrate, refit_maps, text_batches
 from .ffn import FFN, find_ffns
 from .plan import CATASTROPHE, METHODS, FoldPlan, Method, Theta, least, plan_fold, shares, swapped
+from .texts import ANSWER, completed, part_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +81,7 @@ def fold_model(
     theta: Theta = 0.5,
     method: Method = "refit",
     alpha: Any = "cv",
+    answers: int = ANSWER,
     max_length: int | None = None,
 ) -> Folded:
     """Folds the least nonlinear channels of each feed-forward network of a model into one d x d map.
@@ -87,11 +89,12 @@ def fold_model(
     The norm before a network and the shortcut around it stay: what each token is divided by cannot go into a matrix.
 
     Args:
-        prompts: what `PromptSet.load` reads; the channels and the refit are calibrated on them.
+        prompts: what `PromptSet.load` reads, or `Sequences`; the channels and the refit are calibrated on them.
         theta: share of channels that are idle, from 0 to less than 1; one number or one for each layer.
         method: what takes the place of idle channels; `refit` (a ridge map from the network's input to what they add),
             `affine`, `mean`, or `identity`, which ruins a trained model and says so. Gated networks: refit, mean.
         alpha: of the ridge: cv, gcv, or a number in mean diagonals of X'X.
+        answers: tokens of the model's own answers that chats are completed with; see `completed`.
 
     Raises:
         UserError: theta outside of [0, 1), a mixture of experts, a method that a gated network does not have.
@@ -105,14 +108,15 @@ def fold_model(
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
     ffns = ffns_of(model)
-    sequences = Sequences.of(model, prompts, max_length)
+    given = isinstance(prompts, Sequences)
+    sequences = prompts if given else completed(model, prompts, answers=answers, max_length=max_length)
     batches = text_batches(model, sequences.ids)
     channels = calibrate(model.module, ffns, batches)
     plan, r2 = planned(model.module, ffns, channels, share, method, batches, alpha)
     rise = None
     if method == "identity":
         rise = _rise(model, plan, sequences)
-        log.warning("%s: loss +%.2f nats per token [%.2f, %.2f]", CATASTROPHE, rise.value, rise.low, rise.high)
+        log.warning("%s: loss %+.2f nats per token [%.2f, %.2f]", CATASTROPHE, rise.value, rise.low, rise.high)
     folded = Model(fold_module(model.module, plan), model.tokenizer, model.name, blocks=model.blocks_path)
     return Folded(folded, plan, channels, r2, rise)
 
@@ -132,7 +136,7 @@ def planned(
 
 def _rise(model: Model, plan: FoldPlan, sequences: Sequences) -> Interval:
     """What a plan adds to the loss on the first prompts."""
-    part = Sequences(sequences.ids[:TOLD])
+    part = part_of(sequences, list(range(min(TOLD, len(sequences)))))
     modules = plan.modules(model.module)
     found = score(model, part, {"folded": lambda *_: swapped(model.module, modules)})
     return ratio_interval(found["folded"].loss - found["untouched"].loss, part.predicted)
