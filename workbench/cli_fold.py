@@ -112,7 +112,7 @@ def _folded(model: Model, prompts: Any, theta: float, method: str, wanted: list[
             None
             if out is None
             else fold_model(model, curve.calibration, theta=theta, method=method, alpha=options["alpha"])
-        )  # type: ignore[arg-type]
+        )
     if made is not None and out is not None:
         made.save(out, overwrite=overwrite)
     table = curve.frame()

@@ -381,6 +381,36 @@ def _tell_probes(found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def _fold(folder: Path) -> dict[str, Any]:
+    from . import fold_bench
+
+    return fold_bench.cpu()
+
+
+def _gpu_fold(folder: Path) -> dict[str, Any]:
+    from . import fold_bench
+
+    return fold_bench.gpu()
+
+
+def _tell_fold(found: dict[str, Any]) -> str:
+    rows = [
+        (f"{one['tokens']:,}", one["dtype"], f"{one['ffn_ratio']:.2f}", f"{one['ffn_tokens_per_s']:,.0f}",
+         one["layers"], f"{one['model_ratio']:.2f}", f"{one['model_tokens_per_s']:,.0f}") for one in found["models"]
+    ]  # fmt: skip
+    paper, first = found["paper"], found["models"][0]
+    return (
+        f"Forward passes of a random GPT-2 of width {first['width']:,} whose networks have four times as many channels: dense, "
+        f"and with three quarters of these folded into one linear map each ({first['weights']:.1%} of the networks' weights), "
+        "in turns on the same batch. The first ratio is of one network, the second of the whole model with attention and "
+        "head, which no fold makes faster.\n\n"
+        + table(["tokens of the batch", "dtype", "network: folded / dense", "dense, tokens/s", "layers", "model: folded / dense",
+                 "dense, tokens/s"], rows)
+        + f"\n\nThe form with BatchNorm runs {paper['folded']:.2f} times as fast folded as its dense twin, and before it is "
+        f"folded {paper['idle']:.2f} times."
+    )  # fmt: skip
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
@@ -393,6 +423,8 @@ SECTIONS: dict[str, Section] = {
     "lora": Section("A LoRA as a residual adapter, pasted", _lora, _tell_lora),
     "third": Section("A transfer to a model that no default was tuned on", _third, _tell_third),
     "probes": Section("Probes of every layer", _probes, _tell_probes),
+    "fold": Section("Folded feed-forward networks", _fold, _tell_fold),
+    "fold-gpu": Section("Folded feed-forward networks on a GPU", _gpu_fold, _tell_fold, gpu=True),
     "explorer": Section("The explorer on a large store, and under ten readers", _explorer, _tell_explorer),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }

@@ -130,7 +130,7 @@ class ChannelSums:
 
 @contextmanager
 def passing(
-    model: nn.Module, ffns: Sequence[FFN], take: Callable[[int, Passing], None], kept: list[Any]
+    model: nn.Module, ffns: Sequence[FFN], take: Callable[[int, Passing], Any], kept: list[Any]
 ) -> Iterator[None]:
     """Calls `take(layer, rows)` when a network has run, in every pass inside the block.
 
@@ -165,10 +165,11 @@ def passing(
 
 def calibrate(model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch]) -> tuple[Channels, ...]:
     """The channels of every network over the rows of some batches, in one pass."""
-    sums, kept = [ChannelSums(ffn.gated) for ffn in ffns], [None]
-    with passing(model, ffns, lambda layer, found: sums[layer].update(found) and None, kept):
+    sums = [ChannelSums(ffn.gated) for ffn in ffns]
+    kept: list[Any] = [None]
+    with passing(model, ffns, lambda layer, found: sums[layer].update(found), kept):
         for run, mask in batches:
-            kept[0] = mask  # type: ignore[call-overload]
+            kept[0] = mask
             run()
     weights = [weight_of(f.module(model).get_submodule(f.output)).detach().double().square().sum(1) for f in ffns]
     return tuple(one.channels(weight) for one, weight in zip(sums, weights, strict=True))
@@ -194,7 +195,8 @@ def refit_maps(
         [Moments(pairs=[("x", f"t:{name}") for name in idle], products=torch.float32) for _ in ffns]
         for _ in range(FOLDS)
     ]
-    kept, which = [None], [0]
+    kept: list[Any] = [None]
+    which = [0]
     downs = [weight_of(ffn.module(model).get_submodule(ffn.output)).detach() for ffn in ffns]
     index = {name: [i.to(down.device) for i, down in zip(sets, downs, strict=True)] for name, sets in idle.items()}
 
@@ -207,11 +209,11 @@ def refit_maps(
     count = 0
     with passing(model, ffns, take, kept):
         for count, (run, mask) in enumerate(batches, 1):
-            kept[0], which[0] = mask, (count - 1) % FOLDS  # type: ignore[call-overload]
+            kept[0], which[0] = mask, (count - 1) % FOLDS
             run()
     if not count:
         raise UserError("no rows to fit a map on; give more prompts")
-    chosen = "gcv" if alpha == "cv" and count < 2 else alpha
+    chosen: Any = "gcv" if alpha == "cv" and count < 2 else alpha
     found: dict[str, list[RidgeFit | None]] = {name: [] for name in idle}
     for layer in range(len(ffns)):
         folds = [part[layer].to("cpu") for part in parts if part[layer].n]

@@ -140,18 +140,20 @@ def _form(model: nn.Module, path: str, inputs: Sequence[str], output: str, seen:
         return None
     acts = [p for p in seen if p.startswith(path + ".") and p not in (*inputs, output)]
     states: dict[str, list[Tensor]] = {p: list(seen[p].made.split(hidden, -1)) for p in inputs}
-    if not states or any(len(s) > 2 or s[-1].shape != z.shape for s in states.values()):
+    every = [part for split in states.values() for part in split]
+    if len(every) not in (1, 2) or any(part.shape != z.shape for part in every):
         return None
-    every = [part for parts in states.values() for part in parts]
     for act in acts:
         if not any(_same(seen[act].given, u) for u in every):
             continue
-        short = {"act": act[len(path) + 1 :], "output": output[len(path) + 1 :]}
-        names = tuple(p[len(path) + 1 :] for p in inputs)
-        if len(every) == 1 and _same(seen[act].made, z):
-            return FFN(path, names, width=width, hidden=hidden, gated=False, **short)
-        if len(every) == 2 and any(_near(seen[act].made * u, z) for u in every):
-            return FFN(path, names, width=width, hidden=hidden, gated=True, parts=len(every) // len(names), **short)
+        inside = len(path) + 1
+        names, parts = tuple(p[inside:] for p in inputs), len(every) // len(inputs)
+        gated = len(every) == 2
+        if not gated and not _same(seen[act].made, z):
+            continue
+        if gated and not any(_near(seen[act].made * u, z) for u in every):
+            continue
+        return FFN(path, names, output[inside:], act[inside:], width, hidden, gated, parts)
     return None
 
 
