@@ -404,8 +404,8 @@ def _tell_fold(found: dict[str, Any]) -> str:
         f"and with three quarters of these folded into one linear map each ({first['weights']:.1%} of the networks' weights), "
         "in turns on the same batch. The first ratio is of one network, the second of the whole model with attention and "
         "head, which no fold makes faster.\n\n"
-        + table(["tokens of the batch", "dtype", "network: folded / dense", "dense, tokens/s", "layers", "model: folded / dense",
-                 "dense, tokens/s"], rows)
+        + table(["tokens of the batch", "dtype", "network: folded / dense", "dense, tokens/s", "layers",
+                 "model: folded / dense", "dense, tokens/s"], rows)
         + f"\n\nThe form with BatchNorm runs {paper['folded']:.2f} times as fast folded as its dense twin, and before it is "
         f"folded {paper['idle']:.2f} times."
     )  # fmt: skip
