@@ -1,14 +1,9 @@
 """Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
 
-`transport` runs `workbench transport` on the bundled recipient and writes docs/transport.md, its numbers
-(docs/transport.json) and its pictures; `similarity` and `geometry` do the same of the verbs of their names on the bundled
-pair; `probes` trains probes on the bundled pair and writes docs/probes.md; `notebooks` runs every notebook of docs/ and
-keeps what it shows. Pictures are taken in a headless Chromium; where there is none, those that are there stay. `explorer`
-takes pictures of every page of the explorer over the demo's run, a transport run and a store, which takes ten minutes.
-(docs/transport.json) and its pictures; `probes` trains probes on the bundled pair and writes docs/probes.md; `depth` runs
-`workbench depth` on it and writes docs/depth.md; `notebooks` runs every notebook of docs/ and keeps what it shows. Pictures
-are taken in a headless Chromium; where there is none, those that are there stay. `explorer` takes pictures of every page of
-the explorer over the demo's run, a transport run and a store, which takes ten minutes.
+`transport`, `probes`, `similarity`, `geometry`, `depth` and `fold` each measure the bundled models anew and write the page of
+their name in docs/, its numbers (a JSON file beside it) and its pictures. `notebooks` runs every notebook of docs/ and keeps
+what it shows. `explorer` takes pictures of every page of the explorer over the demo's run, a transport run and a store, which
+takes ten minutes. Pictures are taken in a headless Chromium; where there is none, those that are there stay.
 """
 
 from __future__ import annotations
@@ -18,65 +13,31 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
-from . import geometry, pictures, probes, similarity, transport
-from . import depth, pictures, probes, transport
+from . import pictures
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+MEASURED = ("transport", "probes", "similarity", "geometry", "depth", "fold")
+NO_BROWSER = "no chromium here: the pictures of docs/img stay as they are\n"
 
 
-def write_transport() -> None:
+def write_measured(name: str) -> None:
+    """A page of numbers: `measure(folder)` of its module, then `page(kept)` and `figures(folder, kept)`."""
+    part = import_module(f"{__package__}.{name}")
     with tempfile.TemporaryDirectory(prefix="pages-") as folder:
-        kept = transport.measure(Path(folder) / "run")
-        transport.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        transport.PAGE.write_text(transport.page(kept), encoding="utf-8")
+        run = Path(folder) / "run"
+        kept = part.measure(run)
+        part.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        part.PAGE.write_text(part.page(kept), encoding="utf-8")
         browser = pictures.browser()
         if browser is None:
-            sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+            sys.stderr.write(NO_BROWSER)
             return
-        for name, figure in transport.figures(Path(folder) / "run").items():
-            pictures.take(figure, DOCS / "img" / f"transport_{name}.png", browser)
-
-
-def write_probes() -> None:
-    kept, browser = probes.write(), pictures.browser()
-    for name, figure in probes.figures(kept).items() if browser else ():
-        pictures.take(figure, DOCS / "img" / f"probes_{name}.png", browser)
-
-
-def write_similarity() -> None:
-    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
-        _write(similarity, Path(folder), "similarity_best")
-
-
-def write_geometry() -> None:
-    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
-        _write(geometry, Path(folder), "geometry_costs")
-
-
-def _write(part: ModuleType, folder: Path, picture: str) -> None:
-    """A page with one picture: its numbers, its text, and the picture where there is a browser."""
-    kept = part.measure(folder)
-    part.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    part.PAGE.write_text(part.page(kept), encoding="utf-8")
-    browser = pictures.browser()
-    if browser is None:
-        sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
-        return
-    pictures.take(part.figure(folder), DOCS / "img" / f"{picture}.png", browser)
-def write_depth() -> None:
-    with tempfile.TemporaryDirectory(prefix="pages-") as folder:
-        kept = depth.measure(Path(folder))
-        depth.KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        depth.PAGE.write_text(depth.page(kept), encoding="utf-8")
-        browser = pictures.browser()
-        if browser is None:
-            sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
-            return
-        for name, figure in depth.figures(Path(folder)).items():
-            pictures.take(figure, DOCS / "img" / f"depth_{name}.png", browser)
+        for shown, figure in part.figures(run, kept).items():
+            pictures.take(figure, DOCS / "img" / f"{name}_{shown}.png", browser)
 
 
 def write_notebooks() -> None:
@@ -96,7 +57,7 @@ def write_explorer() -> None:
     from . import explorer
 
     if pictures.browser() is None:
-        sys.stderr.write("no chromium here: the pictures of docs/img stay as they are\n")
+        sys.stderr.write(NO_BROWSER)
         return
     with tempfile.TemporaryDirectory(prefix="pages-") as folder:
         explorer.make_folder(Path(folder))
@@ -104,10 +65,7 @@ def write_explorer() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "transport": write_transport, "probes": write_probes, "similarity": write_similarity, "geometry": write_geometry,
-    "notebooks": write_notebooks, "explorer": write_explorer,
-    "transport": write_transport, "probes": write_probes, "depth": write_depth, "notebooks": write_notebooks,
-    "explorer": write_explorer,
+    **{name: partial(write_measured, name) for name in MEASURED}, "notebooks": write_notebooks, "explorer": write_explorer,
 }  # fmt: skip
 
 
