@@ -19,8 +19,8 @@ from workbench.folding.vision import ChannelIdleViTConfig, ChannelIdleViTForImag
 
 from .images import CLASSES, SIZE, images
 
-CONFIG = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=4,
-              num_labels=CLASSES)  # fmt: skip
+CONFIG = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=6,
+              num_labels=CLASSES, initializer_range=0.08)  # fmt: skip
 SEEDS = {"train": 0, "test": 1}
 
 

@@ -31,7 +31,7 @@ NAMES = {arm: look[0] for arm, look in plots.ARMS.items()} | {("mean", "random")
 Line = dict[str, Any]
 
 
-def measure(steps: int = 300) -> dict[str, Any]:
+def measure(steps: int = 400) -> dict[str, Any]:
     """Everything the page tells: two minutes on 2 cores."""
     recipient = load("bundled:recipient", dtype="float32", device="cpu")
     found = linearity(recipient, PromptSet.load(TEXT))
