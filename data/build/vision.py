@@ -66,14 +66,19 @@ def networks(model: Any) -> int:
     return sum(p.numel() for layer in model.vit.layers for p in layer.mlp.parameters())
 
 
-def compare(thetas: tuple[float, ...] = (0.5, 0.75), *, steps: int = 400, n_test: int = 2000) -> dict[str, Any]:
-    """Accuracy, speed and size of the dense model, of each twin, and of each twin folded; and how far folding moves logits."""
+def compare(
+    thetas: tuple[float, ...] = (0.5, 0.75), *, steps: int = 400, n_test: int = 2000, **options: Any
+) -> dict[str, Any]:
+    """Accuracy, speed and size of the dense model, of each twin, and of each twin folded; and how far folding moves logits.
+
+    options: of `train`.
+    """
     pixels, labels = images(n_test, SEEDS["test"])
-    dense = train(0.0, steps=steps)
+    dense = train(0.0, steps=steps, **options)
     models = {"dense": dense}
     moved: dict[str, float] = {}
     for theta in thetas:
-        twin = train(theta, steps=steps)
+        twin = train(theta, steps=steps, **options)
         models[f"idle {theta:g}"], models[f"folded {theta:g}"] = twin, fold_vit(twin)
         apart = predicted(models[f"folded {theta:g}"], pixels) - predicted(twin, pixels)
         moved[f"folded {theta:g}"] = float(apart.abs().max())
