@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from data.build.images import CLASSES, SIZE, images
@@ -19,6 +20,7 @@ def test_images_are_those_of_their_seed():
     assert not torch.equal(pixels, images(64, 4)[0])
 
 
+@pytest.mark.slow
 def test_a_twin_learns_and_folds_without_a_change():
     pixels, labels = images(200, 1)
     twin = train(0.75, steps=40, batch=32, n=600)

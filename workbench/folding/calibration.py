@@ -203,7 +203,7 @@ def refit_maps(
     def take(layer: int, found: Passing) -> None:
         blocks = {"x": found.x.float()}
         for name, sets in index.items():
-            blocks[f"t:{name}"] = (found.z[:, sets[layer]] @ downs[layer][sets[layer]]).float()
+            blocks[f"t:{name}"] = found.z[:, sets[layer]].float() @ downs[layer][sets[layer]].float()
         parts[which[0]][layer].update(blocks)
 
     count = 0
