@@ -40,10 +40,10 @@ def measure(steps: int = 400) -> dict[str, Any]:
     chats = PromptSet.load(CHATS, limit=LIMIT, seed=0)
     return _rounded({
         "linearity": found.frame().to_dict("records"), "rows": found.n_held_out,
-        "channels": found.channel_frame()[["layer", "r2", "score"]].to_dict("records"),
+        "channels": found.channel_frame()[["layer", "r2"]].to_dict("list"),
         "donor_linearity": gated.frame().to_dict("records"),
-        "text": _arms(fold_curve(recipient, TEXT)), "chats": _arms(fold_curve(recipient, chats, speed=False)),
-        "donor": _arms(fold_curve(donor, TEXT)), "vision": compare((0.5, 0.75), steps=steps), "limit": LIMIT,
+        "text": _arms(fold_curve(recipient, TEXT, repeats=15)), "chats": _arms(fold_curve(recipient, chats, speed=False)),
+        "donor": _arms(fold_curve(donor, TEXT, repeats=15)), "vision": compare((0.5, 0.75), steps=steps), "limit": LIMIT,
     })  # fmt: skip
 
 
@@ -80,7 +80,9 @@ def arm(kept: Line, where: str, theta: float, method: str, channels: str = "leas
 
 
 def _span(line: Line, key: str) -> str:
-    return f"{line[key]:.3f} ({line[f'{key}_low']:.3f} to {line[f'{key}_high']:.3f})".replace("-0.000", "0.000")
+    return f"{line[key]:.3f} ({line[f'{key}_low']:.3f} to {line[f'{key}_high']:.3f})".replace(
+        "-0.000", "0.000"
+    ).replace("-", "−")
 
 
 def _table(curve: Line) -> str:
