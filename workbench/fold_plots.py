@@ -28,16 +28,18 @@ WHAT = {
     "ffn": ("network, from its own input", GREEN, "diamond-open"),
     "block": ("block's output", ORANGE, "triangle-up"),
 }
+FLOOR = 1e-4
+"""nats per token: less is drawn here"""
 SCALES = {"rise": "rise of the loss (nats per token)", "kl": "KL to the dense model (nats per token)"}
 
 
 def fold_loss(table: pd.DataFrame, figure_of: str = "rise") -> go.Figure:
     """Every arm's rise of the loss (or `kl`) against theta, with 95 % intervals; controls are dashed. Logarithmic, since
-    `identity` is a hundred times worse than the rest; arms that do not rise are drawn at the lowest tick."""
+    `identity` is a hundred times worse than the rest; what is less than 0.0001 is drawn there."""
     table = table[table["theta"] > 0]
     if table.empty or figure_of not in SCALES:
         return _empty("Nothing was folded: give a theta above 0, and rise or kl")
-    floor = max(1e-4, float(table[figure_of].where(table[figure_of] > 0).min()) / 2)
+    floor = FLOOR
     figure = go.Figure()
     for (method, channels), (name, colour, symbol, dash) in ARMS.items():
         part = table[(table["method"] == method) & (table["channels"] == channels)].sort_values("theta")
@@ -54,8 +56,11 @@ def fold_loss(table: pd.DataFrame, figure_of: str = "rise") -> go.Figure:
             line={"color": colour, "dash": dash, "width": 2}, marker={"color": colour, "symbol": symbol, "size": 9},
             hovertemplate="%{text}<extra></extra>",
         ))  # fmt: skip
-    figure.update_xaxes(title_text="theta, share of channels that are folded", tickformat=".0%")
-    figure.update_yaxes(title_text=SCALES[figure_of], type="log")
+    ticks = [10.0**power for power in range(-4, 3)]
+    figure.update_xaxes(title_text="theta, share of channels that are folded", tickformat=".0%",
+                        tickvals=sorted(set(table["theta"])))  # fmt: skip
+    figure.update_yaxes(title_text=SCALES[figure_of], type="log", tickvals=ticks,
+                        ticktext=["at most 0.0001", *(f"{tick:g}" for tick in ticks[1:])])  # fmt: skip
     return _style(figure, 420)
 
 
@@ -92,6 +97,6 @@ def block_linearity(table: pd.DataFrame) -> go.Figure:
     figure.add_trace(go.Scatter(x=layers, y=worst, mode="lines", name="inputs of other tokens, the highest of the three",
                                 line={"color": GREY, "dash": "dot", "width": 1.6},
                                 hovertemplate="control, layer %{x}: %{y:.3f}<extra></extra>"))  # fmt: skip
-    figure.update_xaxes(title_text="layer", dtick=1)
+    figure.update_xaxes(title_text="layer", dtick=1, zeroline=False)
     figure.update_yaxes(title_text="R² on held-out prompts")
     return _style(figure, 400)

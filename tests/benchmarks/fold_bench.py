@@ -102,7 +102,7 @@ def paper(rows: int, length: int, *, width: int = WIDTH, device: str = "cpu", re
     return {name: found["dense"] / found[name] for name in ("idle", "folded")}
 
 
-def cpu(batches: Sequence[tuple[int, int]] = ((4, 128), (1, 128), (8, 1)), layers: int = 12) -> dict[str, Any]:
+def cpu(batches: Sequence[tuple[int, int]] = ((4, 128), (1, 128), (8, 1)), layers: int = 6) -> dict[str, Any]:
     """Every batch on the CPU in float32."""
     return {"models": [language(rows, length, layers) for rows, length in batches], "paper": paper(4, 128)}
 
