@@ -74,7 +74,7 @@ def _grid(folder: Path, stores: Line, deep: str, shallow: str) -> Line:
     }  # fmt: skip
 
 
-def figures(folder: Path) -> dict[str, go.Figure]:
+def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:
     """The pictures of the page, by name."""
     tables = {}
     for name in MODELS:

@@ -31,7 +31,7 @@ NAMES = {arm: look[0] for arm, look in plots.ARMS.items()} | {("mean", "random")
 Line = dict[str, Any]
 
 
-def measure(steps: int = 400) -> dict[str, Any]:
+def measure(_folder: Path | None = None, *, steps: int = 400) -> dict[str, Any]:
     """Everything the page tells: two minutes on 2 cores."""
     recipient = load("bundled:recipient", dtype="float32", device="cpu")
     found = linearity(recipient, PromptSet.load(TEXT))
@@ -54,7 +54,7 @@ def _arms(curve: FoldCurve) -> Line:
     return {"lines": lines, "tokens": int(curve.tokens.sum()), "prompts": len(curve.tokens), "r2": r2}
 
 
-def figures(kept: Line) -> dict[str, go.Figure]:
+def figures(_folder: Path | None, kept: Line) -> dict[str, go.Figure]:
     """The pictures of the page, by name."""
     return {
         "loss": plots.fold_loss(pd.DataFrame(kept["text"]["lines"])),

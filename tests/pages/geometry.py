@@ -43,9 +43,9 @@ def measure(folder: Path) -> Line:
     return _rounded(found)
 
 
-def figure(folder: Path) -> go.Figure:
-    """The picture of the page: the recipient's costs."""
-    return plots.write_costs(pd.read_parquet(folder / _short(MODELS[0]) / "costs.parquet"))
+def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:
+    """The recipient's costs."""
+    return {"costs": plots.write_costs(pd.read_parquet(folder / _short(MODELS[0]) / "costs.parquet"))}
 
 
 def page(kept: Line) -> str:

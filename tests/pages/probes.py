@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def operands(store: Store) -> list[int | None]:
     return [int(p) if n else None for p, n in zip(place, number, strict=True)]
 
 
-def measure() -> dict[str, Any]:
+def measure(_folder: Path | None = None) -> dict[str, Any]:
     """Profiles both models, trains the probes, finds the directions, steers, pastes and erases."""
     models = {side: load(f"bundled:{side}", dtype="float32", device="cpu") for side in SIDES}
     prompts = PromptSet.load(PROMPTS)
@@ -148,7 +147,7 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def figures(kept: Line) -> dict[str, go.Figure]:
+def figures(_folder: Path | None, kept: Line) -> dict[str, go.Figure]:
     """The curves of the recipient, by label."""
     return {name: probe_plots.probe_layers(pd.DataFrame(lines)) for name, lines in kept["curves"]["recipient"].items()
             if name != "harm"}  # fmt: skip
@@ -197,11 +196,3 @@ def _tables(kept: Line) -> dict[str, str]:
          for side, line in kept["erased"].items()],
     )  # fmt: skip
     return made
-
-
-def write() -> dict[str, Any]:
-    """Measures, and writes the page and its numbers."""
-    kept = measure()
-    KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(kept), encoding="utf-8")
-    return kept

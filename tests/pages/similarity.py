@@ -49,9 +49,9 @@ def measure(folder: Path) -> Line:
     })  # fmt: skip
 
 
-def figure(folder: Path) -> go.Figure:
+def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:
     """The picture of the page."""
-    return plots.similarity_best(pd.read_parquet(folder / "run" / "similarity.parquet"), names=MODELS)
+    return {"best": plots.similarity_best(pd.read_parquet(folder / "run" / "similarity.parquet"), names=MODELS)}
 
 
 def page(kept: Line) -> str:

@@ -20,7 +20,7 @@ def test_the_page_is_that_of_its_numbers(kept):
     pictures = sorted((fold.PAGE.parent / "img").glob("fold_*.png"))
     assert len(pictures) == 3
     assert max(p.stat().st_size for p in pictures) < 120_000
-    assert len(fold.figures(kept)) == 3
+    assert len(fold.figures(None, kept)) == 3
 
 
 def test_what_is_said_of_the_curve_holds(kept):

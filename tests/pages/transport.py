@@ -122,7 +122,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def figures(folder: Path) -> dict[str, go.Figure]:
+def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:
     """The pictures of the page, by name."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {
