@@ -6,7 +6,13 @@ import streamlit as st
 
 from ui import door, held, text
 from ui.opened import contents
-from ui.pages import activations, converters, lens, paste, probes, runs, transport
+from ui.pages.activations import page as activations
+from ui.pages.converters import page as converters
+from ui.pages.lens import page as lens
+from ui.pages.paste import page as paste
+from ui.pages.probes import page as probes
+from ui.pages.runs import page as runs
+from ui.pages.transport import page as transport
 from ui.settings import settings
 
 PAGES = (

@@ -15,9 +15,9 @@ from ui.settings import Settings
 PAGE = """
 import streamlit as st
 from ui.text import told
-from ui.pages import {name}
+from ui.pages.{name} import page
 st.set_page_config(layout="wide")
-told({name}.page)()
+told(page.page)()
 """
 
 

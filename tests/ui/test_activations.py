@@ -13,8 +13,8 @@ from streamlit.testing.v1 import AppTest
 
 from probes import projection
 from tests.store.made import made_store, noise
-from ui.activations import tokens
-from ui.activations.tokens import selected, spread
+from ui.pages.activations import tokens
+from ui.pages.activations.tokens import selected, spread
 from workbench.sites import Site
 from workbench.store import Store
 
@@ -42,9 +42,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch) -> list[dict[str, Any]]:
     """The panels that a page drew; `selection` of the list is what is selected in the next."""
-    import ui.activations.overview
-    import ui.activations.pairs
-    import ui.activations.projection
+    import ui.pages.activations.overview
+    import ui.pages.activations.pairs
+    import ui.pages.activations.projection
 
     found: Any = type("Panels", (list,), {"selection": []})()
 
@@ -54,7 +54,7 @@ def drawn(monkeypatch) -> list[dict[str, Any]]:
             {"selection": {"points": [{"customdata": i} for i in found.selection]}} if options.get("select") else None
         )
 
-    for module in (ui.activations.overview, ui.activations.pairs, ui.activations.projection):
+    for module in (ui.pages.activations.overview, ui.pages.activations.pairs, ui.pages.activations.projection):
         monkeypatch.setattr(module, "panel", panel)
     return found
 
@@ -163,9 +163,9 @@ def test_a_row_has_neighbours_over_the_whole_store(open_page: Opener, folder, dr
 
 
 def test_without_umap_one_line_says_so(open_page: Opener, folder, monkeypatch):
-    import ui.activations.projection
+    import ui.pages.activations.projection
 
-    monkeypatch.setattr(ui.activations.projection, "has_umap", lambda: False)
+    monkeypatch.setattr(ui.pages.activations.projection, "has_umap", lambda: False)
     test = fine(open_page("activations", folder, view="projection", method="umap"))
     assert "UMAP needs the package umap-learn, which is not installed." in words(test)
     assert "pip install umap-learn" in words(test)

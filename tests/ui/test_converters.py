@@ -104,7 +104,7 @@ def test_names_that_mean_harm_are_text(open_page, folder):
 
 
 def test_work_of_minutes_is_done_when_it_is_asked_for(open_page, folder, monkeypatch):
-    monkeypatch.setattr("ui.pages.converter_parts.WAITED", 0.0)
+    monkeypatch.setattr("ui.pages.converters.parts.WAITED", 0.0)
     page = open_page("converters", folder)
     assert not page.exception
     assert run_snippets(page) == 1  # what was forecast is read, not fitted

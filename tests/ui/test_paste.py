@@ -17,7 +17,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from ui.held import HeldModel
-from ui.pages import paste_answers
+from ui.pages.paste import answers
 from workbench.adapters import Adapter, vector
 from workbench.errors import UserError
 from workbench.job_options import open_job
@@ -143,7 +143,7 @@ def test_a_donor_that_may_not_be_loaded_leaves_the_recipient(open_page, folder):
     page = open_page("paste", folder, ask="type one", say=PROMPT, tokens="3")
     page.button(key="answer").click().run()
     assert not page.exception
-    kept = page.session_state[paste_answers.KEPT]
+    kept = page.session_state[answers.KEPT]
     assert sorted(kept) == ["base", "native", "paste"]
     assert all(said.whole and not said.problem for said in kept.values())
 
@@ -165,7 +165,7 @@ def test_an_adapter_of_another_model_is_one_line(open_page, folder):
     page.button(key="answer").click().run()
     assert not page.exception
     assert "belongs to another" in words(page)
-    assert page.session_state[paste_answers.KEPT]["base"].problem == ""
+    assert page.session_state[answers.KEPT]["base"].problem == ""
 
 
 def test_damaged_metrics_and_answers_are_lines(open_page, folder):
@@ -221,7 +221,7 @@ def test_an_adapter_folder_that_leads_out_is_not_read(open_page, folder, made):
 def test_four_answers_are_those_of_the_models(open_page, made):
     page = open_page("paste", made, tokens="6")
     page.button(key="answer").click().run()
-    kept = page.session_state[paste_answers.KEPT]
+    kept = page.session_state[answers.KEPT]
     run = made / "first" / "adapters" / "reasoning"
     for arm, side, folder in (
         ("base", "recipient", None), ("paste", "recipient", "paste"), ("native", "recipient", "native"),
@@ -238,7 +238,7 @@ def test_settings_are_the_pastes_alone_and_only_it_is_answered_again(open_page, 
     page = open_page("paste", made, tokens="3")
     page.button(key="answer").click().run()
     asked: list[Any] = []
-    monkeypatch.setattr(paste_answers, "stream", lambda name, prompt, adapter, *rest: asked.append(adapter) or "again")
+    monkeypatch.setattr(answers, "stream", lambda name, prompt, adapter, *rest: asked.append(adapter) or "again")
     page.slider(key="strength").set_value(0.0).run()
     assert "not answered yet" in words(page)
     page.button(key="answer").click().run()
@@ -263,7 +263,7 @@ def test_a_stopped_answer_keeps_what_came(open_page, made, monkeypatch):
         on_text("as far as")
         raise UserError("the model was released meanwhile")
 
-    monkeypatch.setattr(paste_answers, "stream", half)
+    monkeypatch.setattr(answers, "stream", half)
     page = open_page("paste", made)
     page.button(key="answer").click().run()
     assert not page.exception
@@ -276,7 +276,7 @@ def test_a_sampled_answer_depends_on_its_seed_alone(open_page, made):
         page = open_page("paste", made, tokens="12", sample="true", temperature="3.0", seed=seed)
         page.button(key="answer").click().run()
         assert not page.exception
-        return str(page.session_state[paste_answers.KEPT]["base"].answer)
+        return str(page.session_state[answers.KEPT]["base"].answer)
 
     assert answer("1") == answer("1") != answer("2")
 
@@ -340,7 +340,7 @@ def test_prompts_answers_and_names_are_text(open_page, tmp_path, made, monkeypat
     job = job.model_copy(update={"behaviours": [table], "out": str(tmp_path)})
     write_run(tmp_path / "run", job, adapters, (evil, "w"))
     short = evil[:200]
-    monkeypatch.setattr(paste_answers, "stream", lambda *a: a[4](short) or short)
+    monkeypatch.setattr(answers, "stream", lambda *a: a[4](short) or short)
     page = open_page("paste", tmp_path)
     page.button(key="answer").click().run()
     assert not page.exception
@@ -358,10 +358,10 @@ def test_prompts_answers_and_names_are_text(open_page, tmp_path, made, monkeypat
 def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
     model = make_model("llama")
     held = HeldModel(model)
-    monkeypatch.setattr(paste_answers, "held_model", lambda name: held)
+    monkeypatch.setattr(answers, "held_model", lambda name: held)
     push = 4 * torch.randn(model.width, generator=torch.Generator().manual_seed(0))
     arms = {"w1 w2": None, "w1 w3": vector(Site(1), push, positions="all"), "w4": vector(Site(1), -push)}
-    decoding = paste_answers.Decoding(12)
+    decoding = answers.Decoding(12)
     want = {p: model.generate([p], max_new_tokens=12, adapter=a)[0] for p, a in arms.items()}
     found, order = dict[str, list[str]](), list[str]()
 
@@ -369,7 +369,7 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
         for _ in range(3):
             pieces: list[str] = []
             come = lambda piece, pieces=pieces: (order.append(prompt), pieces.append(piece))  # noqa: E731
-            answer = paste_answers.stream("m", prompt, arms[prompt], decoding, come, lambda: None)
+            answer = answers.stream("m", prompt, arms[prompt], decoding, come, lambda: None)
             found.setdefault(prompt, []).append(answer)
             assert "".join(pieces).split() == answer.split()
 
@@ -386,17 +386,17 @@ def test_two_sessions_that_answer_at_once_do_not_mix(monkeypatch):
 def test_sampled_answers_of_two_models_at_once_are_those_of_their_seeds(monkeypatch):
     models = {"a": make_model("llama"), "b": make_model("gpt2")}
     held = {name: HeldModel(model) for name, model in models.items()}
-    monkeypatch.setattr(paste_answers, "held_model", lambda name: held[name])
+    monkeypatch.setattr(answers, "held_model", lambda name: held[name])
     # the third is greedy, and leaves what the others draw alone
-    asked = [("a", paste_answers.Decoding(12, sample=True, seed=3)), ("b", paste_answers.Decoding(12, sample=True, seed=3)),
-             ("b", paste_answers.Decoding(12))]  # fmt: skip
+    asked = [("a", answers.Decoding(12, sample=True, seed=3)), ("b", answers.Decoding(12, sample=True, seed=3)),
+             ("b", answers.Decoding(12))]  # fmt: skip
     want = [models[name].generate(["w1 w2"], **decoding.options)[0] for name, decoding in asked]
     found: dict[int, list[str]] = {i: [] for i in range(len(asked))}
 
     def session(i: int) -> None:
         for _ in range(4):
             name, decoding = asked[i]
-            found[i].append(paste_answers.stream(name, "w1 w2", None, decoding, lambda piece: None, lambda: None))
+            found[i].append(answers.stream(name, "w1 w2", None, decoding, lambda piece: None, lambda: None))
 
     threads = [threading.Thread(target=session, args=(i,)) for i in found]
     for thread in threads:
@@ -440,7 +440,7 @@ def test_a_model_that_was_released_is_said_to_be():
 def test_an_answer_that_is_broken_off_leaves_the_model_free_and_as_it_was(monkeypatch):
     model = make_model("llama")
     held = HeldModel(model)
-    monkeypatch.setattr(paste_answers, "held_model", lambda name: held)
+    monkeypatch.setattr(answers, "held_model", lambda name: held)
     want = model.generate(["w1 w2"], max_new_tokens=8)[0]
     adapter = vector(Site(1), torch.full((model.width,), 0.01), positions="all")
 
@@ -448,5 +448,5 @@ def test_an_answer_that_is_broken_off_leaves_the_model_free_and_as_it_was(monkey
         raise KeyboardInterrupt  # as the explorer's own signal, no ordinary exception
 
     with pytest.raises(KeyboardInterrupt):
-        paste_answers.stream("m", "w1 w2", adapter, paste_answers.Decoding(8), stop)
-    assert paste_answers.stream("m", "w1 w2", None, paste_answers.Decoding(8), lambda piece: None) == want
+        answers.stream("m", "w1 w2", adapter, answers.Decoding(8), stop)
+    assert answers.stream("m", "w1 w2", None, answers.Decoding(8), lambda piece: None) == want

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ui.pages.probe_parts import checked_name
+from ui.pages.probes.parts import checked_name
 from workbench.adapters import Adapter
 from workbench.errors import UserError
 from workbench.profile import profile_model
@@ -131,7 +131,7 @@ def test_a_label_that_cannot_be_probed_is_one_line(open_page, folder):
 
 
 def test_much_work_waits_until_it_is_asked_for(open_page, folder, monkeypatch):
-    from ui.pages import probes
+    from ui.pages.probes import page as probes
 
     monkeypatch.setattr(probes, "AT_ONCE", 10)
     page = open_page("probes", folder)

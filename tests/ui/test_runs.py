@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ui.pages import runs
+from ui.pages.runs import page as runs
 from workbench.catalogue import catalogue
 from workbench.errors import UserError
 from workbench.job_options import open_job

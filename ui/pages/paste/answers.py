@@ -19,7 +19,7 @@ from workbench.generation import Decoding, check_room
 from workbench.paste_settings import PasteSettings
 
 if TYPE_CHECKING:
-    from ui.pages.paste import Tried
+    from ui.pages.paste.page import Tried
 
 ARMS = {
     "base": "Recipient",

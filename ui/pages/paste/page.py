@@ -13,7 +13,7 @@ import streamlit as st
 from ui import text
 from ui.held import may_load, stamp_of
 from ui.opened import pick_run
-from ui.pages import paste_adapter, paste_answers, paste_figures
+from ui.pages.paste import alone, answers, figures
 from ui.picks import choice
 from ui.settings import settings as started
 from workbench.adapters import Adapter
@@ -57,8 +57,8 @@ class Tried:
 def page() -> None:
     st.title("Paste")
     command = DEMO.format(folder=shlex.quote(str(started().folder)))
-    if choice("What is tried", paste_adapter.TRIED, "what") == "adapter":
-        return paste_adapter.show()
+    if choice("What is tried", alone.TRIED, "what") == "adapter":
+        return alone.show()
     left, right = st.columns([2, 3])
     with left:
         entry = pick_run("run", command, "No transfer run in the opened folder. The demo takes some minutes.")
@@ -77,10 +77,10 @@ def page() -> None:
         decoding = _decoding(job)
     tried = Tried(entry.path, job, table, metrics, stored, prompt, settings, decoding)
     can_run = _may_run(tried) and adapter is not None
-    answers = paste_answers.show(tried, can_run)
+    said = answers.show(tried, can_run)
     if can_run:
-        paste_figures.strip(tried, answers)
-    paste_figures.dose(tried, can_run)
+        figures.strip(tried, said)
+    figures.dose(tried, can_run)
     _send(tried)
 
 
@@ -109,7 +109,7 @@ def _stored(run: Path, behaviour: str, metrics: Mapping[str, Any]) -> Answers | 
     """The answers that a run keeps; None, and a line where they are damaged, where there are none."""
     file = run / "answers" / f"{behaviour}.jsonl"
     arms = [arm for arm in arms_of((metrics.get("behaviours") or {}).get(behaviour) or {})]
-    wanted = tuple(arm for arm in paste_answers.ARMS if arm in arms)
+    wanted = tuple(arm for arm in answers.ARMS if arm in arms)
     if not wanted or not file.is_file() or not file.resolve().is_relative_to(started().folder):
         return None
     try:

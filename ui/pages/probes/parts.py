@@ -14,7 +14,7 @@ from probes.token_scores import LONGEST, TokenScores, score_text
 from ui import text
 from ui.held import held_model, may_load
 from ui.opened import look_again
-from ui.pages import paste_adapter
+from ui.pages.paste import alone
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
@@ -25,7 +25,7 @@ from workbench.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ui.pages.probes import Asked
+    from ui.pages.probes.page import Asked
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 STEERED = {
@@ -129,7 +129,7 @@ def steering(curve: ProbeCurve, line: ProbeLine, asked: Asked) -> None:
     saved = st.session_state.get("saved-adapter")
     if saved:
         text.write(f"saved: {settings().folder / saved}")
-        st.link_button("Try it on the Paste page", paste_adapter.link(saved), icon=":material/content_paste:")
+        st.link_button("Try it on the Paste page", alone.link(saved), icon=":material/content_paste:")
 
 
 def checked_name(name: str) -> str:

@@ -10,7 +10,7 @@ import streamlit as st
 
 from ui import text
 from ui.held import held_model, may_load, stamp_of
-from ui.pages.paste_answers import ARMS, SIDES, path_of
+from ui.pages.paste.answers import ARMS, SIDES, path_of
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings as started
@@ -23,7 +23,7 @@ from workbench.plots import dose_curves
 from workbench.summary import get
 
 if TYPE_CHECKING:
-    from ui.pages.paste import Tried
+    from ui.pages.paste.page import Tried
 
 STEPS = tuple(i / 4 for i in range(13))
 """the strengths of the curve at one prompt"""

@@ -10,7 +10,7 @@ import streamlit as st
 from probes.neighbours import METRICS, Neighbours, nearest_rows
 from probes.projection import METHODS, Projection, has_umap, project_rows, stratified_rows
 from ui import text
-from ui.activations.tokens import CONFIG, pick_line, selected, spread, token_table
+from ui.pages.activations.tokens import CONFIG, pick_line, selected, spread, token_table
 from ui.held import open_store, rows_of
 from ui.opened import choose, choose_site, stamp
 from ui.panels import panel

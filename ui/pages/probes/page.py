@@ -15,7 +15,7 @@ from probes.solvers import KINDS, OF_QUANTITIES
 from ui import text
 from ui.held import rows_of, stamp_of
 from ui.opened import pick_store
-from ui.pages import probe_parts
+from ui.pages.probes import parts
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
@@ -75,8 +75,8 @@ def page() -> None:
     curve = _trained(asked, settings().device)
     line = _curve(curve, asked)
     _quality(curve, line, asked)
-    probe_parts.strip(store, line, asked)
-    probe_parts.steering(curve, line, asked)
+    parts.strip(store, line, asked)
+    parts.steering(curve, line, asked)
 
 
 def _asked(store: Store) -> Asked | None:
@@ -172,5 +172,5 @@ def _quality(curve: ProbeCurve, line: ProbeLine, asked: Asked) -> None:
     code = asked.code("from workbench.probe_plots import probe_calibration")
     code += (f"score = curve.at({str(line.site)!r}).score\n"
              "figure = probe_calibration(score.reliability, score.ece, score.confusion, curve.classes)")  # fmt: skip
-    panel(figure, key="calibration", code=code, data=lambda: probe_parts.confusion_frame(curve, line),
+    panel(figure, key="calibration", code=code, data=lambda: parts.confusion_frame(curve, line),
           remark=f"{line.site}: accuracy {score.accuracy}, AUROC {score.auroc}, Brier score {score.brier}")  # fmt: skip

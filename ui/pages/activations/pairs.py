@@ -8,8 +8,8 @@ import streamlit as st
 
 from probes.projection import Projection, project_rows
 from ui import text
-from ui.activations.projection import colours
-from ui.activations.tokens import CONFIG, selected, spread, token_table
+from ui.pages.activations.projection import colours
+from ui.pages.activations.tokens import CONFIG, selected, spread, token_table
 from ui.held import open_store, rows_of
 from ui.opened import choose, choose_site, contents, pick, stamp
 from ui.panels import panel

@@ -10,7 +10,7 @@ from probes.transport_job import command_of, job_of
 from probes.transport_results import PARTS, TransportResults, load_transport
 from ui import held, text
 from ui.opened import choose, contents, pick_run
-from ui.pages.transport_parts import causal, efficiency, features, shortcuts, snippet
+from ui.pages.transport.parts import causal, efficiency, features, shortcuts, snippet
 from ui.panels import lines, panel, take_pair
 from ui.settings import settings
 from workbench.catalogue import Entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from ui import text
-from ui.activations import overview, pairs, projection
+from ui.pages.activations import overview, pairs, projection
 from ui.opened import choose, pick_store
 
 VIEWS = {"overview": overview.view, "projection": projection.view, "two models": pairs.view}

@@ -10,7 +10,7 @@ import streamlit as st
 
 from ui import held, text
 from ui.opened import choose, contents, pick_run
-from ui.pages.converter_parts import against, asked_for, captured, forecasts, snippet, spectra
+from ui.pages.converters.parts import against, asked_for, captured, forecasts, snippet, spectra
 from ui.panels import panel, take_pair
 from ui.settings import settings
 from workbench.catalogue import Entry

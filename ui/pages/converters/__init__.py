@@ -1,0 +1,1 @@
+"""The page of converters: its frame, and the panels of one pair of layers."""
