@@ -102,6 +102,39 @@ def test_a_damaged_adapter_is_an_entry_that_says_so(tmp_path, text):
     assert entry.note.startswith("adapter.json cannot be read: ")
 
 
+def test_lenses_of_tuned_lens_are_told_from_other_folders_with_its_names(tmp_path):
+    config = {
+        "base_model_name_or_path": "org/m",
+        "d_model": 4,
+        "num_hidden_layers": 2,
+        "lens_type": "linear_tuned_lens",
+    }
+    for name, about, params in (("tuned", config, "params.pt"), ("ours", config, "params.safetensors"),
+                                ("model", {"d_model": 4}, "params.pt"), ("cut", "{", "params.pt")):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(about if isinstance(about, str) else json.dumps(about))
+        (tmp_path / name / params).write_bytes(b"")
+    found = catalogue(tmp_path)
+    assert {entry.name: (entry.kind, entry.state) for entry in found.entries} == {
+        "ours": ("lens", "whole"), "tuned": ("lens", "whole")}  # fmt: skip
+    assert found.get("tuned").facts["base"] == {"name": "org/m"}
+
+
+def test_saved_probes_are_listed_in_their_run_and_alone(tmp_path):
+    header = {"base": {"name": "m"}, "site": "resid_post.1", "label": "l", "classes": ["a", "b"]}
+    run_folder(tmp_path / "run", "probe.toml", done=True)
+    for name, text in (("run/probes/all/resid_post.1", json.dumps(header)), ("alone", json.dumps(header)), ("cut", "{"),
+                       ("odd", '{"base": 3}')):  # fmt: skip
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "probe.json").write_text(text)
+    found = catalogue(tmp_path)
+    assert {entry.name: (entry.kind, entry.state) for entry in found.entries} == {
+        "alone": ("saved probe", "whole"), "cut": ("saved probe", "damaged"), "odd": ("saved probe", "damaged"),
+        "run": ("probe", "done"), "run/probes/all/resid_post.1": ("saved probe", "whole")}  # fmt: skip
+    assert found.get("alone").facts["site"] == "resid_post.1"
+    assert found.get("cut").note.startswith("probe.json cannot be read: ")
+
+
 def test_damaged_stores_are_entries_that_say_so(tmp_path):
     for name in ("cut", "nested", "shard", "bare"):
         made_store(tmp_path / name, LAYERS, TEXTS)

@@ -18,8 +18,10 @@ from .store.locks import is_locked
 
 MOST_FOLDERS = 20_000
 """folders that are looked at: a folder that holds more is no folder of work, and nobody waits for its end"""
-LENS, LENS_KEY = {"config.json", "params.safetensors"}, "workbench"
-"""the files of a fitted lens (`probes.lens_files`), and the key of its config.json that is ours"""
+LENS, LENS_KEY = "config.json", "workbench"
+"""the file that tells of a fitted lens, ours or tuned-lens's (`probes.lens_files`), and the key in it that is ours"""
+PROBE = "probe.json"
+"""of a saved probe (`probes.probe`)"""
 RUN_KINDS = {
     "job.toml": "run", "transport.toml": "transport", "probe.toml": "probe", "similarity.toml": "similarity",
     "geometry.toml": "geometry", "depth.toml": "depth",
@@ -31,8 +33,8 @@ class Entry:
     """One artefact of `catalogue`."""
 
     kind: str
-    """run (a transfer job), transport, probe, similarity, geometry, depth, store, moments, unfinished (a store), adapter or
-    lens"""
+    """run (a transfer job), transport, probe (a run of probes), similarity, geometry, depth, saved probe, store, moments,
+    unfinished (a store), adapter or lens"""
     name: str
     """its path from the folder, with slashes"""
     path: Path
@@ -97,8 +99,10 @@ def _entries(root: Path, path: Path, names: set[str]) -> Iterator[Entry]:
             yield _run(kind, name, path, path / marker)
     if ADAPTER in names:
         yield _adapter(name, path)
-    if names >= LENS:
+    if LENS in names and ("params.safetensors" in names or ("params.pt" in names and _is_tuned_lens(path / LENS))):
         yield _lens(name, path)
+    if PROBE in names:
+        yield _probe(name, path)
     if (listed := listed_at(path, names)) is not None:
         kind = "store" if listed.state in ("whole", "damaged") else listed.state
         facts = {"model": listed.model, "prompts": listed.prompts, "rows": listed.rows, "sites": listed.sites,
@@ -133,17 +137,38 @@ def _adapter(name: str, path: Path) -> Entry:
 
 def _lens(name: str, path: Path) -> Entry:
     """A fitted lens; its own key holds what tuned-lens's config does not know, the fingerprint of its model say."""
-    file = path / "config.json"
+    file = path / LENS
     try:
         about = read_json(file)
         own = about.get(LENS_KEY) or {}
         base = own.get("base") or {"name": about["base_model_name_or_path"]}
         base = {str(key): str(value) for key, value in base.items()}
-        facts = {"model": base.get("name", ""), "lens": str(about["lens_type"]), "base": base,
+        facts = {"model": base.get("name", ""), "lens": str(about.get("lens_type", "linear_tuned_lens")), "base": base,
                  "layers": about["num_hidden_layers"]}  # fmt: skip
         return Entry("lens", name, path, "whole", age=_age([file]), facts=facts)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as err:
-        return Entry("lens", name, path, "damaged", f"config.json cannot be read: {err}")
+        return Entry("lens", name, path, "damaged", f"{LENS} cannot be read: {err}")
+
+
+def _is_tuned_lens(config: Path) -> bool:
+    """Whether the config.json beside a params.pt is that of tuned-lens: other programs use both names too."""
+    try:
+        about = read_json(config)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and {"base_model_name_or_path", "d_model", "num_hidden_layers"} <= set(about)
+
+
+def _probe(name: str, path: Path) -> Entry:
+    file = path / PROBE
+    try:
+        about = read_json(file)
+        base = {str(key): str(value) for key, value in about["base"].items()}
+        facts = {"model": base.get("name", ""), "base": base, "site": str(about["site"]), "label": str(about["label"]),
+                 "classes": [str(one) for one in about["classes"]]}  # fmt: skip
+        return Entry("saved probe", name, path, "whole", age=_age([file]), facts=facts)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as err:
+        return Entry("saved probe", name, path, "damaged", f"{PROBE} cannot be read: {err}")
 
 
 def _age(files: Iterable[Path]) -> float:
