@@ -84,6 +84,21 @@ class Probe:
         scores = rows.float() @ self.weight.to(rows.device) + self.bias.to(rows.device)
         return scores[..., 0] if scores.shape[-1] == 1 else scores
 
+    def log_odds(self, rows: Float[Tensor, "*batch d_in"], target: str | None = None) -> Float[Tensor, "*batch"]:
+        """Log-odds of `target`, the last class unless given, against all others, in nats, [...]; or the quantity.
+
+        Raises UserError for a class that is not there and rows of another width.
+
+        >>> probe = Probe(torch.tensor([[2.0], [0.0]]), torch.zeros(1), ("no", "yes"), Site(3))
+        >>> probe.log_odds(torch.tensor([[1.5, 7.0]]), "no").tolist()
+        [-3.0]
+        """
+        number, scores = self.target_number(target), self.score(rows).float()
+        if len(self.classes) > 2:
+            others = [j for j in range(len(self.classes)) if j != number]
+            return scores[..., number] - scores[..., others].logsumexp(-1)
+        return -scores if self.classes and number == 0 else scores
+
     def probabilities(self, rows: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch k"]:
         """The probability of each class, [..., k]; UserError for the probe of a quantity."""
         if not self.classes:

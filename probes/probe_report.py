@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import probe_plots as plots
+from workbench.errors import UserError
 from workbench.report_page import cell, facts, flat, page, section, table
+from workbench.small_files import read_json
 from workbench.summary import plain
 
 if TYPE_CHECKING:
@@ -32,19 +35,48 @@ SAYS = {
 
 def render_probe(metrics: Mapping[str, Any], lines: pd.DataFrame, name: str) -> str:
     """The report as HTML; the same metrics give the same bytes."""
-    job, best = metrics["job"], metrics["best"]
+    job = metrics["job"]
+    what = f"{len(metrics['classes'])} classes" if metrics["classes"] else "a quantity"
+    about = f"{metrics['kind']} probes of {metrics['label']} ({what}) in {job['store']}, model {metrics['settings']['model']}"
+    return page(title=name, subtitle=about, headlines=_heads(metrics), warnings=list(metrics["warnings"]),
+                sections=list(_sections(metrics, lines)), footer=FOOTER)  # fmt: skip
+
+
+def _heads(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """A sentence on the best probe and one on its control, each with what follows it."""
+    best, score = metrics["best"], str(metrics["score"])
     top = next(x for x in metrics["lines"] if (x["site"], x["positions"]) == (best["site"], best["positions"]))
-    score = str(metrics["score"])
-    word = plots.SCORE_WORDS[score]
-    heads = [[f"Best {word} {plain(top[score])} at {best['site']}, positions {best['positions']}",
+    heads = [[f"Best {plots.SCORE_WORDS[score]} {plain(top[score])} at {best['site']}, positions {best['positions']}",
               f"95 % interval {plain(top[f'{score}_low'])} to {plain(top[f'{score}_high'])}; {top['n_held_out']:,} rows of "
               f"{top['prompts_held_out']:,} prompts"]]  # fmt: skip
     if top.get("selectivity") is not None:
         heads.append([f"Selectivity {plain(top['selectivity'])}", f"over the control task ({plain(top['control'])})"])
-    what = f"{len(metrics['classes'])} classes" if metrics["classes"] else "a quantity"
-    about = f"{metrics['kind']} probes of {metrics['label']} ({what}) in {job['store']}, model {metrics['settings']['model']}"
-    return page(title=name, subtitle=about, headlines=heads, warnings=list(metrics["warnings"]),
-                sections=list(_sections(metrics, lines)), footer=FOOTER)  # fmt: skip
+    return heads
+
+
+def probe_headlines(run: str | Path) -> list[str]:
+    """What a finished run of probes found, in sentences. Raises UserError where it has no figures that can be read."""
+    metrics = _metrics_of(run)
+    return [f"{metrics['kind']} probes of {metrics['label']}: {'; '.join('; '.join(head) for head in _heads(metrics))}"]
+
+
+def render_probe_run(run: str | Path) -> str:
+    """`render_probe` of a finished run folder, from its numbers; UserError as `probe_headlines`."""
+    import pandas as pd
+
+    try:
+        lines = pd.read_parquet(Path(run) / "probes.parquet")
+    except (OSError, ValueError) as err:
+        raise UserError(f"{run}: its probes.parquet cannot be read; run the probes again") from err
+    return render_probe(_metrics_of(run), lines, Path(run).name)
+
+
+def _metrics_of(run: str | Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(Path(run) / "metrics.json")
+    except (OSError, ValueError) as err:
+        raise UserError(f"{run}: its metrics.json cannot be read; run the probes again") from err
+    return found
 
 
 def _sections(metrics: Mapping[str, Any], lines: pd.DataFrame) -> Iterable[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,19 +82,6 @@ def score_text(
     prompts = PromptSet.load([text], chat=chat)
     with profile_model(model, prompts, sites=[probe.site], tokens="all+special") as store:
         table, rows = store.rows(["position", "text"]), store.read(probe.site).clone()
-    scores = probe.score(rows)
-    if len(probe.classes) > 2:
-        scores = as_target(scores, number)
-    elif probe.classes and number == 0:
-        scores = -scores
     said = probe.classes[number] if probe.classes else ""
-    return TokenScores(probe, said, tuple(map(str, table["text"])), scores.float(), tuple(map(int, table["position"])))
-
-
-def as_target(scores: Float[Tensor, "n k"], number: int) -> Float[Tensor, " n"]:
-    """Log-odds of one of k classes against all others.
-
-    >>> as_target(torch.zeros(1, 3), 0).exp().item()
-    0.5
-    """
-    return scores[:, number] - torch.cat([scores[:, :number], scores[:, number + 1 :]], 1).logsumexp(1)
+    scores = probe.log_odds(rows, target)
+    return TokenScores(probe, said, tuple(map(str, table["text"])), scores, tuple(map(int, table["position"])))
