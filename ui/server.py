@@ -15,7 +15,8 @@ def command(address: str, port: int) -> list[str]:
     """The command line of the server."""
     flags = {
         "server.address": address, "server.port": port, "server.headless": "true", "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false", "client.toolbarMode": "minimal", "client.showErrorDetails": "type",
+        "browser.gatherUsageStats": "false", "client.toolbarMode": "viewer", "client.showErrorDetails": "type",
+        "client.showErrorLinks": "false",  # no search engine is asked about an error here
         "server.maxUploadSize": 1, "server.enableStaticServing": "false", "runner.fastReruns": "true",
         "runner.postScriptGC": "false",  # a whole collection takes a quarter of a second with torch loaded, after every click
         "global.disableWidgetStateDuplicationWarning": "true",  # a click in a figure sets the pick of a widget
