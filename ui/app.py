@@ -41,12 +41,14 @@ def sidebar() -> None:
 def _memory() -> None:
     used = held.memory()
     st.caption("Memory of the explorer")
-    st.text(f"{used['process'] / 2**20:,.0f} MiB")
+    st.text("not told by this system" if used["process"] is None else f"{used['process'] / 2**20:,.0f} MiB")
     if "device" in used:
         st.text(f"{text.shown(used['device'], 40)}: {used['used'] / 2**30:.1f} of {used['whole'] / 2**30:.1f} GiB")
     else:
         st.text("activations: memory-mapped, no GPU")
-    if st.button("Release", help="Lets go of open stores, activations on the device, and models."):
+    if st.button(
+        "Release", help="Lets go of open stores, activations on the device, models, and the results that were kept."
+    ):
         held.release()
 
 

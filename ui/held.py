@@ -15,6 +15,7 @@ from workbench.store import Store
 from workbench.store.resident import ResidentRows
 
 from .settings import settings
+from .stamps import Stamp, fits_stamp, store_stamp
 
 if TYPE_CHECKING:
     from workbench.convert import ConverterFits
@@ -45,23 +46,13 @@ class HeldFits:
             self._fits.recipient.close()
 
 
-def stamp(*files: Path) -> tuple[int, ...]:
-    """When files were written last, 0 for one that is not there: what a cache of what was read from them is keyed by."""
-    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
-
-
-def fits_stamp(run: Path) -> tuple[int, ...]:
-    """Changes when a run's converters would."""
-    return stamp(run / "job.toml", *(run / "profiles" / side / "manifest.json" for side in ("donor", "recipient")))
-
-
 def held_fits(run: Path) -> HeldFits:
     """The fits between the two profiles of a transfer run, once for all sessions; UserError as `fits_of_run`."""
     return _fits(str(run), fits_stamp(run))
 
 
 @st.cache_resource(max_entries=MOST_FITS, show_spinner=False, on_release=lambda held: held.close())
-def _fits(run: str, stamp: tuple[int, ...]) -> HeldFits:
+def _fits(run: str, stamp: Stamp) -> HeldFits:
     from workbench.run_fits import fits_of_run
 
     return HeldFits(fits_of_run(run))
@@ -73,6 +64,15 @@ class HeldModel:
     def __init__(self, model: Model) -> None:
         self.model: Model | None = model
         self._lock = threading.RLock()
+        self._fingerprint: dict[str, str] | None = None
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the model; taken once, and from then on without waiting for whoever runs it."""
+        if self._fingerprint is None:
+            with self.alone() as model:
+                self._fingerprint = dict(model.fingerprint)
+        return self._fingerprint
 
     @contextmanager
     def alone(self, waiting: Callable[[], None] | None = None) -> Iterator[Model]:
@@ -114,20 +114,11 @@ def open_store(path: str | Path) -> Store:
 def rows_of(path: str | Path) -> ResidentRows:
     """The rows of a store: on the device while they are looked at, memory-mapped where there is no GPU."""
     path = Path(path)
-    stamp = stamp_of(path / "manifest.json")  # Store.open says what is wrong with it
-    return _rows(str(path), stamp, settings().device)
-
-
-def stamp_of(file: Path) -> int:
-    """When a file was last written to, for caches of what is in it; 0 where it is not there."""
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return 0
+    return _rows(str(path), store_stamp(path), settings().device)  # Store.open says what is wrong with it
 
 
 @st.cache_resource(max_entries=MOST_STORES, show_spinner=False, on_release=lambda rows: rows.close())
-def _rows(path: str, stamp: int, device: str) -> ResidentRows:
+def _rows(path: str, stamp: Stamp, device: str) -> ResidentRows:
     return ResidentRows(Store.open(path), device or None)
 
 
@@ -167,14 +158,16 @@ def _free(held: HeldModel) -> None:
 
 
 def release() -> None:
-    """Lets go of every store, row, fit and model."""
-    _rows.clear()
-    _fits.clear()
-    _model.clear()
+    """Lets go of all that is held: stores, rows, fits and models, and every result and figure that was kept."""
+    import gc
+
+    st.cache_data.clear()
+    st.cache_resource.clear()  # each tells what it held to close
+    gc.collect()
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of this process, and of the device where it is a GPU."""
+    """Bytes of this process, None where the system does not tell; and of the device where it is a GPU."""
     import torch
 
     found: dict[str, Any] = {"process": _resident_bytes()}
@@ -184,10 +177,10 @@ def memory() -> dict[str, Any]:
     return found
 
 
-def _resident_bytes() -> int:
+def _resident_bytes() -> int | None:
     """Anonymous memory of this process: mapped files, which the system takes back at will, do not count."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
-    except (OSError, StopIteration) as err:
-        raise UserError("this system does not tell how much memory a process uses") from err
+    except (OSError, StopIteration):  # no Linux
+        return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import streamlit as st
 
@@ -12,6 +14,7 @@ from workbench.store import Store
 
 from . import text
 from .held import open_store
+from .picks import choice
 from .settings import settings
 
 PROFILE = "workbench profile bundled:recipient --prompts bundled:profile --out {folder}/store"
@@ -37,53 +40,18 @@ def pick(label: str, entries: list[Entry], key: str) -> Entry | None:
 
     A name in the address that is not one of them (a path that leads out, say) is refused in so many words.
     """
-    names = [entry.name for entry in entries]
-    asked = st.query_params.get(key)
-    if asked is not None and asked not in {text.shown(name, 120) for name in names}:  # an address holds what is shown
-        text.problem(f"the link asks for {key} {asked!r}, which is not in the opened folder; it was refused")
-    if not names:
+    named = {entry.name: entry for entry in entries}
+    if not named:
+        if (asked := st.query_params.get(key)) is not None:
+            text.problem(f"the link asks for {key} {asked[:200]!r}, which is not there; it was refused")
         return None
-    name = st.selectbox(label, names, key=key, bind="query-params", format_func=lambda n: text.shown(n, 120))
-    return next(entry for entry in entries if entry.name == name)
+    return named[choice(label, named.keys(), key)]
 
 
-def choose(
-    label: str,
-    names: Sequence[str],
-    key: str,
-    *,
-    default: str = "",
-    index: int = 0,
-    known: Collection[str] = (),
-    shown: Mapping[str, str] | None = None,
-    help: str | None = None,
-) -> str:
-    """A choice among names, in the page's address as `key`; at least one name is given.
-
-    A name in the address that is not one of them is refused in so many words, unless it is one of `known`: those that
-    other picks of the page leave no room for, which give way to `default`, or to the name at `index`. shown: how names of
-    our own are told; others are shown as text.
-    """
-    words = {name: (shown or {}).get(name) or text.shown(name, 120) for name in (*names, *known)}
-    asked = st.query_params.get(key)
-    if asked is not None and asked not in words.values():
-        text.problem(f"the link asks for {key} {asked!r:.200}, which is not there; it was refused")
-    return st.selectbox(label, names, index=names.index(default) if default in names else index, key=key,
-                        bind="query-params", format_func=lambda name: words[name], help=help)  # fmt: skip
-
-
-def choose_site(store: Store, key: str = "site", *, label: str = "Site") -> str:
+def pick_site(store: Store, key: str = "site", *, label: str = "Site") -> str:
     """A site of a store, the last unless another is asked for."""
     names = [str(site) for site in store.sites]
-    return choose(label, names, key, index=len(names) - 1)
-
-
-def stamp(store: Store) -> int:
-    """When the store at this path was last written: what is kept of it is kept by this."""
-    try:
-        return (store.path / "manifest.json").stat().st_mtime_ns
-    except OSError:
-        return 0
+    return str(choice(label, names, key, names[-1]))
 
 
 def pick_store(key: str = "store") -> Store | None:
@@ -105,3 +73,15 @@ def pick_run(kind: str, command: str, what: str, key: str = "run") -> Entry | No
     if entry is None:
         text.missing(what, command)
     return entry
+
+
+@contextmanager
+def read_from(file: Path) -> Iterator[None]:
+    """Around what reads figures of a file: where it lacks one, or has another kind of value there, is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
+        raise UserError(f"{file} does not hold what is shown of it ({type(err).__name__}: {str(err)[:80]}); run it again, or "
+                        "restore the file from a copy") from err  # fmt: skip

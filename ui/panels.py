@@ -16,6 +16,7 @@ from workbench.errors import UserError
 from workbench.plots import on_dark
 
 from . import text
+from .picks import take
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,7 @@ def take_pair(
     pair = picked_of(key)
     if pair is not None and len(pair) == 2:
         for name, value in zip(names, made(*pair), strict=True):
-            st.session_state[name] = value
+            take(name, value)
 
 
 def lines(table: Any, key: str, *, wide: str = "") -> None:

@@ -7,12 +7,15 @@ do not. Whatever was not written in this package goes through here, or through o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
 
 import streamlit as st
 
 from workbench.errors import UserError
 from workbench.visible_text import visible
 
+P = ParamSpec("P")
 LONGEST = 400
 """characters of one piece of text that are shown"""
 
@@ -86,12 +89,13 @@ def escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:&\"'@/=^%;?," else c for c in text)
 
 
-def told(page: Callable[[], None]) -> Callable[[], None]:
-    """The page; an error of the user's input is one line on it."""
+def told(page: Callable[P, None]) -> Callable[P, None]:
+    """The page, or a part that runs by itself; an error of the user's input is one line on it."""
 
-    def run() -> None:
+    @wraps(page)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            page()
+            page(*args, **kwargs)
         except UserError as err:
             problem(err)
 

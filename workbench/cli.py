@@ -180,11 +180,9 @@ def job(
         return typer.echo(text(), nl=False)
     if path is None:
         raise UserError("no job file given; give one to check, or --reference for every key that it may have")
-    import tomli_w
-
     from .job_options import open_job
 
-    typer.echo(tomli_w.dumps(open_job(path).model_dump(exclude_none=True)), nl=False)
+    typer.echo(open_job(path).text, nl=False)
 
 
 app.command()(profile)

@@ -7,8 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomli_w
-
 from .errors import UserError
 from .jobs import Job
 
@@ -26,17 +24,12 @@ class Started:
     pid: int
 
 
-def job_text(job: Job) -> str:
-    """The job as the text of a job file."""
-    return tomli_w.dumps(job.model_dump(exclude_none=True))
-
-
 def write_job(job: Job, folder: str | Path) -> Path:
     """Writes NAME.toml into a folder and returns its path; UserError where it is there: nothing is overwritten."""
     file = Path(folder) / f"{job.name}.toml"
     try:
         with file.open("x", encoding="utf-8") as handle:
-            handle.write(job_text(job))
+            handle.write(job.text)
     except FileExistsError:
         raise UserError(f"{file} is there already; give the job another name") from None
     except OSError as err:

@@ -228,6 +228,11 @@ class Job(_Table):
     def folder(self) -> Path:
         return Path(self.out).expanduser() / self.name
 
+    @property
+    def text(self) -> str:
+        """The job as the text of a job file, its defaults filled in."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
 
 def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
     """The table of the schema that a location in a job file lies in."""
@@ -255,12 +260,11 @@ def run_job(job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | P
         job = Job.parse(job) if isinstance(job, Mapping) else Job.load(job)
     check_job(job)
     run = Run(job.folder, like)
-    text = tomli_w.dumps(job.model_dump(exclude_none=True))
     with run.alone(), run.logging():
-        if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_text() != text:
+        if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_text() != job.text:
             for stale in ("metrics.json", "report.html"):  # of another job: its results are not this one's
                 (run.folder / stale).unlink(missing_ok=True)
-        write_text(run.folder / "job.toml", text)
+        write_text(run.folder / "job.toml", job.text)
         metrics = transfer(job, run)
         write_json(run.folder / "environment.json", metrics["environment"])
         write_json(run.folder / "metrics.json", metrics)

@@ -6,8 +6,9 @@ import streamlit as st
 
 from ui import text
 from ui.held import open_store
-from ui.opened import choose_site, stamp
+from ui.opened import pick_site
 from ui.panels import panel
+from ui.stamps import Stamp, store_stamp
 from workbench.store import Store
 from workbench.store.overview import RULES, StoreOverview, store_overview
 from workbench.store_plots import norms_by_layer, norms_by_position, outlier_dimensions
@@ -26,10 +27,10 @@ figure = {figure}(overview{site})
 def view(store: Store) -> None:
     """What the store holds, and four panels of numbers from a sample of it."""
     rows = rows_of_sample(store)
-    found = _overview(str(store.path), stamp(store), rows)
+    found = _overview(str(store.path), store_stamp(store), rows)
     _facts(found)
     with st.columns(3)[0]:
-        site = choose_site(store)
+        site = pick_site(store)
 
     def code(figure: str, named: bool) -> str:
         return HEAD.format(figure=figure, path=str(store.path), rows=rows, site=f", {site!r}" if named else "")
@@ -60,7 +61,7 @@ def rows_of_sample(store: Store) -> int:
 
 
 @st.cache_data(max_entries=8, show_spinner="Reading a sample of rows …")
-def _overview(path: str, stamp: int, rows: int) -> StoreOverview:
+def _overview(path: str, stamp: Stamp, rows: int) -> StoreOverview:
     return store_overview(open_store(path), rows)
 
 

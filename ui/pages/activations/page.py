@@ -5,8 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from ui import text
+from ui.opened import pick_store
 from ui.pages.activations import overview, pairs, projection
-from ui.opened import choose, pick_store
+from ui.picks import choice
 
 VIEWS = {"overview": overview.view, "projection": projection.view, "two models": pairs.view}
 
@@ -19,6 +20,6 @@ def page() -> None:
     if store is None:
         return
     with right:
-        name = choose("View", list(VIEWS), "view")
+        name = choice("View", VIEWS.keys(), "view")
     text.write(f"{store.name} · {store.n_rows:,} rows · {len(store.sites)} sites · {store.dtype}", 300)
     VIEWS[name](store)

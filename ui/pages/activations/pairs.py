@@ -8,12 +8,14 @@ import streamlit as st
 
 from probes.projection import Projection, project_rows
 from ui import text
+from ui.held import open_store, rows_of
+from ui.opened import contents, pick, pick_site
 from ui.pages.activations.projection import colours
 from ui.pages.activations.tokens import CONFIG, selected, spread, token_table
-from ui.held import open_store, rows_of
-from ui.opened import choose, choose_site, contents, pick, stamp
 from ui.panels import panel
+from ui.picks import choice
 from ui.settings import settings
+from ui.stamps import Stamp, store_stamp
 from workbench.alignment import pair_rows
 from workbench.catalogue import Entry
 from workbench.errors import UserError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SIZES = ("50", "100", "200", "500", "1000")
+MOST_POINTS = 100_000
+"""pairs of tokens that are drawn; of more, some that are spread evenly over them"""
 MOST_STORES = 50
 """stores that are looked at for one that pairs"""
 CODE = """from probes.projection import project_rows
@@ -35,7 +39,7 @@ from workbench.store.context import row_frame
 from workbench.store_plots import paired_scatter
 
 a, b = Store.open({a!r}), Store.open({b!r})
-rows_a, rows_b = pair_rows(a, b, range(0, {count}, {step}))
+rows_a, rows_b = (rows[::{thin}] for rows in pair_rows(a, b, range(0, {count}, {step})))
 planes = [project_rows(a, {site_a!r}, rows_a), project_rows(b, {site_b!r}, rows_b)]
 tables = [row_frame(a, rows_a), row_frame(b, rows_b)]
 figure = paired_scatter(planes, tables, [a.name, b.name], {colour!r})
@@ -52,13 +56,13 @@ def view(store: Store) -> None:
         return
     columns = st.columns(3)
     with columns[0]:
-        site = choose_site(store)
+        site = pick_site(store)
     with columns[1]:
         entry = pick("Second store", partners, "second")
     assert entry is not None
     other = open_store(entry.path)
     with columns[2]:
-        second = choose_site(other, "site2", label="Site of the second")
+        second = pick_site(other, "site2", label="Site of the second")
     _linked(str(store.path), str(other.path), site, second)
 
 
@@ -84,28 +88,29 @@ def _prompts(path: str, size: int) -> str:
 
 
 @st.fragment
+@text.told
 def _linked(path: str, other: str, site: str, second: str) -> None:
     a, b = open_store(path), open_store(other)
     count = int(a.manifest["prompts"]["count"])
     left, right, _ = st.columns(3)
     with left:
-        n = int(choose("Prompts", SIZES, "prompts", index=2))
+        n = int(choice("Prompts", SIZES, "prompts", "200"))
     step = max(1, count // n)
     try:
-        key = (path, stamp(a), other, stamp(b), count, step)
-        rows_a, rows_b, tables = _paired(*key)
+        key = (path, store_stamp(a), other, store_stamp(b), count, step)
+        rows_a, rows_b, tables, pairs, thin = _paired(*key)
     except UserError as err:
         text.problem(err)
         return
     with right:
-        colour = choose("Coloured by", [name for name in colours(tables[0]) if name != "norm"], "colour")
+        colour = choice("Coloured by", [name for name in colours(tables[0]) if name != "norm"], "colour")
     figure = _figure(*key, site, second, colour)
-    code = CODE.format(a=path, b=other, count=count, step=step, site_a=site, site_b=second, colour=colour)
+    code = CODE.format(a=path, b=other, count=count, step=step, thin=thin, site_a=site, site_b=second, colour=colour)
     prompts = f"{len(range(0, count, step)):,} of {count:,} prompts"
     event = panel(figure, key="models", code=code, select=("box", "lasso", "points"),
                   data=lambda: _table(a, b, rows_a.tolist(), rows_b.tolist()),
-                  remark=f"{len(rows_a):,} pairs of tokens that end at the same character, of {prompts}; a point of one "
-                         "plane is the same token in the other.")  # fmt: skip
+                  remark=f"{len(rows_a):,} of {pairs:,} pairs of tokens that end at the same character, of {prompts}; a point "
+                         "of one plane is the same token in the other.")  # fmt: skip
     chosen = [i for i in selected(event) if 0 <= i < len(rows_a)]
     shown = spread(chosen or list(range(len(rows_a))))
     st.subheader("The same tokens in both")
@@ -117,21 +122,24 @@ def _linked(path: str, other: str, site: str, second: str) -> None:
 
 @st.cache_data(max_entries=8, show_spinner="Aligning tokens …")
 def _paired(
-    path: str, stamp_a: int, other: str, stamp_b: int, count: int, step: int
-) -> tuple[Any, Any, list[pd.DataFrame]]:
+    path: str, stamp_a: Stamp, other: str, stamp_b: Stamp, count: int, step: int
+) -> tuple[Any, Any, list[pd.DataFrame], int, int]:
+    """Rows of both that are drawn, what is known of them, how many pairs there are, and every which of them is drawn."""
     a, b = open_store(path), open_store(other)
     rows_a, rows_b = pair_rows(a, b, range(0, count, step))
-    return rows_a, rows_b, [row_frame(a, rows_a), row_frame(b, rows_b)]
+    pairs, thin = len(rows_a), max(1, -(-len(rows_a) // MOST_POINTS))
+    rows_a, rows_b = rows_a[::thin], rows_b[::thin]
+    return rows_a, rows_b, [row_frame(a, rows_a), row_frame(b, rows_b)], pairs, thin
 
 
 @st.cache_data(max_entries=16, show_spinner="Projecting …")
-def _plane(path: str, stamp: int, site: str, key: tuple[Any, ...], side: int) -> Projection:
+def _plane(path: str, stamp: Stamp, site: str, key: tuple[Any, ...], side: int) -> Projection:
     return project_rows(rows_of(path), site, _paired(*key)[side])
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _figure(
-    path: str, stamp_a: int, other: str, stamp_b: int, count: int, step: int, site: str, second: str, colour: str
+    path: str, stamp_a: Stamp, other: str, stamp_b: Stamp, count: int, step: int, site: str, second: str, colour: str
 ) -> go.Figure:
     key = (path, stamp_a, other, stamp_b, count, step)
     planes = [_plane(path, stamp_a, site, key, 0), _plane(other, stamp_b, second, key, 1)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from ui import text
+from ui.picks import take
 from workbench.store import Store
 from workbench.store.context import rows_in_context
 
@@ -50,7 +51,7 @@ def pick_line(table: pd.DataFrame, key: str, target: str, column: str = "row", *
     def taken() -> None:
         lines = st.session_state[key].selection.rows
         if lines and lines[0] < len(table):
-            st.session_state[target] = int(table[column].iloc[lines[0]])
+            take(target, int(table[column].iloc[lines[0]]))
 
     st.dataframe(table, key=key, hide_index=True, width="stretch", height=height, column_config=CONFIG, on_select=taken,
                  selection_mode="single-row")  # fmt: skip

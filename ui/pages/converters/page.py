@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from ui import held, text
-from ui.opened import choose, contents, pick_run
+from ui.opened import contents, pick_run
 from ui.pages.converters.parts import against, asked_for, captured, forecasts, snippet, spectra
 from ui.panels import panel, take_pair
+from ui.picks import choice
 from ui.settings import settings
+from ui.stamps import Stamp, fits_stamp
 from workbench.catalogue import Entry
 from workbench.errors import UserError
 from workbench.layer_matching import BY_SCORE, MATCHES, layer_scores, matched_sites
@@ -67,22 +69,22 @@ def _pair(metrics: Metrics, donors: list[str], recipients: list[str]) -> tuple[s
     behaviours = list(get(metrics, "behaviours") or {})
     left, right, third = st.columns(3)
     with third:
-        behaviour = choose("Behaviour", behaviours, "behaviour") if behaviours else ""
+        behaviour = str(choice("Behaviour", behaviours, "behaviour")) if behaviours else ""
     chosen = get(metrics, "behaviours", behaviour, "forecast", "chosen") or {}
     with left:
-        donor = choose("Donor", donors, "donor", default=str(chosen.get("donor_site", "")))
+        donor = choice("Donor", donors, "donor", str(chosen.get("donor_site")))
     with right:
-        recipient = choose("Recipient", recipients, "recipient", default=str(chosen.get("recipient_site", "")))
+        recipient = choice("Recipient", recipients, "recipient", str(chosen.get("recipient_site")))
     return donor, recipient, behaviour
 
 
 def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipient: Site) -> None:
     left, right, _ = st.columns(3)
     with left:
-        by = choose("Score", list(SCORES), "score", help="; ".join(f"{name}: {what}" for name, what in SCORES.items()))
+        by = choice("Score", SCORES.keys(), "score", help="; ".join(f"{name}: {what}" for name, what in SCORES.items()))
     with right:
         offered = [name for name in MATCHINGS if name != "forecast" or forecast_matching(metrics, behaviour)]
-        match = choose("Matching drawn over it", offered, "match", known=MATCHINGS, help=(
+        match = choice("Matching drawn over it", offered, "match", help=(
             "forecast: what the run's forecast chose for the behaviour; nearest, floor, ends: by relative depth; cka, svcca, "
             "r2: the best of that score, one after the other"))  # fmt: skip
     with held.held_fits(entry.path).alone() as fits:
@@ -90,10 +92,10 @@ def _heatmap(entry: Entry, metrics: Metrics, behaviour: str, donor: Site, recipi
                            *((fits.donor.sites[0], r, 0) for r in fits.recipient.sites)])  # fmt: skip
     if not asked_for(work, entry.path, "score-all", "To score every pair of layers"):
         return
-    scores = _scores(str(entry.path), held.fits_stamp(entry.path), by, donor.point, recipient.point)
+    scores = _scores(str(entry.path), fits_stamp(entry.path), by, donor.point, recipient.point)
     matched = forecast_matching(metrics, behaviour) if match == "forecast" else None
     if match in MATCHES:
-        matched = _matched(str(entry.path), held.fits_stamp(entry.path), match, donor.point, recipient.point)
+        matched = _matched(str(entry.path), fits_stamp(entry.path), match, donor.point, recipient.point)
     picked = (donor.layer, recipient.layer)
     code = _code(entry, by, match, behaviour, donor, recipient)
     panel(correspondence(scores, matched, SCORES[by], picked=picked), key="layers", code=code, notes=entry.path,
@@ -125,7 +127,7 @@ def _take_layers(donor_point: str, recipient_point: str) -> None:
 
 
 @st.cache_data(max_entries=32, show_spinner="Scoring every pair of layers …")
-def _scores(path: str, stamp: tuple[int, ...], by: str, donor: str, recipient: str) -> dict[tuple[int, int], float]:
+def _scores(path: str, stamp: Stamp, by: str, donor: str, recipient: str) -> dict[tuple[int, int], float]:
     if by not in BY_SCORE:
         raise UserError(f"unknown score of layers {by!r}")
     with held.held_fits(Path(path)).alone() as fits:
@@ -137,7 +139,7 @@ def _scores(path: str, stamp: tuple[int, ...], by: str, donor: str, recipient: s
 
 
 @st.cache_data(max_entries=32, show_spinner="Matching the layers …")
-def _matched(path: str, stamp: tuple[int, ...], match: str, donor: str, recipient: str) -> dict[int, int]:
+def _matched(path: str, stamp: Stamp, match: str, donor: str, recipient: str) -> dict[int, int]:
     with held.held_fits(Path(path)).alone() as fits:
         mine, theirs = (
             [s for s in fits.donor.sites if s.point == donor],

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from ui import held, text
-from ui.opened import choose, contents
+from ui.opened import contents
 from ui.panels import lines, panel
+from ui.picks import choice
+from ui.stamps import Stamp, adapter_stamp, fits_stamp
 from workbench.adapters.adapter import Adapter
 from workbench.captures import MapCapture, capture_of_maps
 from workbench.catalogue import Entry
@@ -65,7 +67,7 @@ def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipien
     """The pick of a converter, its quality and the spectra of its maps; returns its spec, empty where it is not fitted."""
     chosen = get(metrics, "behaviours", behaviour, "forecast", "chosen") or {}
     used = f"ridge:{chosen['alpha']:g}" if chosen.get("method") == "ridge" else str(chosen.get("method", ""))
-    spec = choose("Converter", list(dict.fromkeys([*([used] if used else []), *SPECS])), "converter", default=used)
+    spec = str(choice("Converter", list(dict.fromkeys([*([used] if used else []), *SPECS])), "converter", used))
     with held.held_fits(entry.path).alone() as fits:
         work = fits.flops([(Site.parse(donor), Site.parse(recipient), 0)])
     if not asked_for(work, entry.path, "fit", "To fit the converter of the pair"):
@@ -85,9 +87,9 @@ def spectra(entry: Entry, metrics: Metrics, behaviour: str, donor: str, recipien
 def against(entry: Entry, donor: str, recipient: str, spec: str) -> None:
     """Predicted against actual, of the prompts that were held out."""
     st.subheader("Predicted against actual")
-    way = choose("Map", WAYS, "way", help="to_donor: what an adapter is read through; to_recipient: the way back")
+    way = choice("Map", WAYS, "way", help="to_donor: what an adapter is read through; to_recipient: the way back")
     try:
-        found = _agreement(str(entry.path), held.fits_stamp(entry.path), donor, recipient, spec, way)
+        found = _agreement(str(entry.path), fits_stamp(entry.path), donor, recipient, spec, way)
     except UserError as err:
         text.problem(err)
         return
@@ -113,7 +115,7 @@ def captured(entry: Entry, behaviour: str, donor: str, recipient: str, spec: str
                      f"workbench run {entry.path}/job.toml")  # fmt: skip
         return
     try:
-        terms = _adapter(str(path), held.stamp(path / "adapter.json", path / "adapter.safetensors")).split()
+        terms = _adapter(str(path), adapter_stamp(path)).split()
     except UserError as err:
         text.problem(err)
         return
@@ -188,17 +190,17 @@ def quality_table(converters: list[Converter]) -> pd.DataFrame:
 
 def converter(run: Path, donor: str, recipient: str, spec: str) -> Converter:
     """The converter of a pair, fitted once for all sessions."""
-    return _converter(str(run), held.fits_stamp(run), donor, recipient, spec)
+    return _converter(str(run), fits_stamp(run), donor, recipient, spec)
 
 
 @st.cache_resource(max_entries=32, show_spinner="Fitting the converter …")
-def _converter(path: str, stamp: tuple[int, ...], donor: str, recipient: str, spec: str) -> Converter:
+def _converter(path: str, stamp: Stamp, donor: str, recipient: str, spec: str) -> Converter:
     with held.held_fits(Path(path)).alone() as fits:
         return fits.converter(Site.parse(donor), Site.parse(recipient), spec)
 
 
 @st.cache_data(max_entries=32, show_spinner="Counting the held-out rows …")
-def _agreement(path: str, stamp: tuple[int, ...], donor: str, recipient: str, spec: str, way: str) -> Agreement:
+def _agreement(path: str, stamp: Stamp, donor: str, recipient: str, spec: str, way: str) -> Agreement:
     made = converter(Path(path), donor, recipient, spec)
     with held.held_fits(Path(path)).alone() as fits:
         rows = [
@@ -209,7 +211,7 @@ def _agreement(path: str, stamp: tuple[int, ...], donor: str, recipient: str, sp
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _adapter(path: str, stamp: tuple[int, ...]) -> Adapter:
+def _adapter(path: str, stamp: Stamp) -> Adapter:
     return Adapter.load(path)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,14 @@ from probes.lens import Lens, site_word
 from probes.lens_scores import saved_scores
 from probes.lens_table import LensTable, lens_table
 from ui import text
-from ui.held import held_model, open_store
-from ui.opened import contents
+from ui.held import held_model
+from ui.pages.lens.picked import TOP, Picks, picked
 from ui.panels import panel, picked_of
-from ui.picks import choice
-from ui.settings import settings
+from ui.picks import choice, take
+from ui.stamps import Stamp, adapter_stamp, lens_stamp
 from workbench.adapters.adapter import Adapter
-from workbench.catalogue import Entry
-from workbench.fingerprint import difference_of
 from workbench.lens_plots import (
     MOST_TOKENS,
-    VALUES,
     lens_curves,
     lens_difference,
     lens_heatmap,
@@ -36,48 +31,14 @@ from workbench.lens_plots import (
 )
 from workbench.sites import Site
 
-BUNDLED = ("bundled:recipient", "bundled:donor")
-EXAMPLE = "i want to break the chair of the baker ?"
-LOGIT, NOTHING, TYPED, BOTH = "logit lens", "none", "typed here", "pasted less plain"
-FIT = "workbench lens {model} --fit --prompts FILE --out {folder}/lens"
-MOST_PROMPTS, MOST_SIGNS, TOP, SIDE_BY_SIDE = 500, 20_000, 10, 12
-
-
-@dataclass(frozen=True)
-class Picks:
-    """What is looked at, and how."""
-
-    model: str
-    prompt: str
-    """a row of a prompt set, as JSON"""
-    lens: Path | None
-    paste: Path | None
-    strength: float
-    value: str
-
-    @property
-    def code(self) -> str:
-        """The tables of the page, in a notebook."""
-        device = f", device={settings().device!r}" if settings().device else ""
-        lens = "Lens()" if self.lens is None else f"Lens.load({str(self.lens)!r})"
-        lines = [
-            "import json", "", "from probes.lens import Lens", "from probes.lens_table import lens_table",
-            "from workbench import lens_plots", "from workbench.adapters.adapter import Adapter",
-            "from workbench.models import load", "", f"model, lens = load({self.model!r}{device}), {lens}",
-            f"prompt = json.loads({self.prompt!r})",
-        ]  # fmt: skip
-        plain = f"lens_table(model, prompt, lens, last={MOST_TOKENS}, top={TOP}"
-        if self.paste is None:
-            return "\n".join([*lines, f"plain = {plain})", ""])
-        adapter = f"Adapter.load({str(self.paste)!r}) * {self.strength!r}"
-        return "\n".join(
-            [*lines, f"pasted = {plain}, adapter={adapter})", f"plain = {plain}, answers=pasted.answers)", ""]
-        )
+BOTH = "pasted less plain"
+SIDE_BY_SIDE = 12
+"""tokens up to which two tables stand beside one another"""
 
 
 def page() -> None:
     st.title("Lens")
-    picks = _picks()
+    picks = picked()
     if picks is None:
         return
     tables = _tables(picks)
@@ -93,92 +54,16 @@ def page() -> None:
         _worth(picks.lens)
 
 
-def _picks() -> Picks | None:
-    """The picks in the page's address; None, and a word on what is missing, where there is no prompt."""
-    first, second, third, fourth = st.columns(4)
-    with first:
-        model = _among("Model", dict.fromkeys([*BUNDLED, *settings().models]), "model")
-    mine = held_model(model).model.fingerprint
-    with second:
-        lens = _of_model("Lens", "lens", LOGIT, mine)
-    with third:
-        paste = _of_model("With an adapter or paste", "adapter", NOTHING, mine)
-    with fourth:
-        value = choice("Colour", VALUES, "colour")
-    if lens is None:
-        with st.expander("A tuned lens reads the early layers more truly; none is picked. How to fit one"):
-            st.code(FIT.format(model=model, folder=settings().folder), language="bash")
-    prompt = _prompt(model)
-    if prompt is None:
-        return None
-    strength = 1.0
-    if paste is not None:
-        strength = st.slider("Strength, as a factor on the adapter's own", 0.0, 3.0, 1.0, 0.1, key="strength",
-                             bind="query-params")  # fmt: skip
-    return Picks(model, prompt, lens and lens.path, paste and paste.path, strength, value)
-
-
-def _among(label: str, names: Iterable[str], key: str) -> str:
-    """A pick among names."""
-    return str(choice(label, {name: name for name in names}, key))
-
-
-def _of_model(label: str, kind: str, none: str, fingerprint: dict[str, str]) -> Entry | None:
-    """A lens or an adapter of the opened folder that belongs to the model; None for the first option."""
-    found = contents().of(kind)
-    for entry in found:
-        if entry.state == "damaged":
-            text.problem(f"{entry.name}: {entry.note}")
-    bases = {e.name: e.facts.get("base") or e.facts.get("about", {}).get("base") or {} for e in found}
-    bases = {name: {str(key): str(value) for key, value in base.items()} for name, base in bases.items()}
-    fit = {e.name: e for e in found if bases[e.name] and difference_of(bases[e.name], fingerprint) is None}
-    picked = _among(label, [none, *fit], kind)
-    if not fit:
-        text.remark(f"No {kind} in the opened folder belongs to this model.")
-    return fit.get(picked)
-
-
-def _prompt(model: str) -> str | None:
-    """What is read: typed, or one of a store's prompts; as JSON."""
-    stores = [entry for entry in contents().of("store") if entry.state != "damaged"]
-    source = _among("Prompt", [TYPED, *(entry.name for entry in stores)], "from")
-    if source != TYPED:
-        rows = _prompts(next(str(entry.path) for entry in stores if entry.name == source))
-        number = int(_among(f"Prompt of the store (the first {len(rows)})", map(str, range(len(rows))), "prompt"))
-        text.write(rows[number], 2000)
-        return rows[number]
-    left, right = st.columns([5, 1])
-    typed = left.text_area("Text", EXAMPLE if model in BUNDLED else "", key="text", bind="query-params", height=80,
-                           max_chars=MOST_SIGNS)  # fmt: skip
-    plain = right.toggle("as it stands", key="plain", bind="query-params", help="Without the model's chat template.")
-    if not typed.strip():
-        text.missing("No prompt: type one above, or pick one of a store's.", f'workbench lens {model} --text "..."')
-        return None
-    return json.dumps({"text" if plain else "prompt": typed}, ensure_ascii=False)
-
-
-@st.cache_data(max_entries=4, show_spinner=False)
-def _prompts(store: str) -> list[str]:
-    """The first prompts of a store, as rows of JSON."""
-    read = open_store(store).prompt_set()[:MOST_PROMPTS]
-    return [json.dumps({"text" if p.messages is None else "messages": p.content}, ensure_ascii=False) for p in read]
-
-
-def _stamp(folder: Path | None) -> int:
-    """Changes where an artefact was replaced."""
-    return 0 if folder is None else max((p.stat().st_mtime_ns for p in folder.iterdir()), default=0)
-
-
 def _tables(picks: Picks) -> dict[str, LensTable]:
     """The plain model's and, with a paste, the pasted model's; ranks in both are then of the pasted model's answers."""
-    return _read(
-        picks.model, picks.prompt, picks.lens, _stamp(picks.lens), picks.paste, _stamp(picks.paste), picks.strength
-    )
+    stamps = (None if picks.lens is None else lens_stamp(picks.lens),
+              None if picks.paste is None else adapter_stamp(picks.paste))  # fmt: skip
+    return _read(picks.model, picks.prompt, picks.lens, picks.paste, picks.strength, stamps)
 
 
 @st.cache_data(max_entries=16, show_spinner="Reading every layer …")
 def _read(
-    name: str, prompt: str, lens: Path | None, _lens: int, paste: Path | None, _paste: int, strength: float
+    name: str, prompt: str, lens: Path | None, paste: Path | None, strength: float, stamps: tuple[Stamp | None, ...]
 ) -> dict[str, LensTable]:
     options: dict[str, Any] = {"last": MOST_TOKENS, "top": TOP}
     used = Lens() if lens is None else Lens.load(lens)
@@ -194,7 +79,8 @@ def _take(key: str) -> None:
     """Makes the cell of a table that was clicked the picked one."""
     cell = picked_of(key)
     if cell is not None:
-        st.session_state["layer"], st.session_state["at"] = site_word(Site.parse(str(cell[0]))), str(cell[1])
+        take("layer", site_word(Site.parse(str(cell[0]))))
+        take("at", str(cell[1]))
 
 
 def _overview(picks: Picks, tables: dict[str, LensTable]) -> None:
@@ -232,9 +118,9 @@ def _cell(table: LensTable) -> tuple[str, int]:
     words = {site_word(site): str(site) for site in table.sites}
     left, middle, right = st.columns(3)
     with left:
-        layer = _among("After layer", reversed(words), "layer")
+        layer = choice("After layer", reversed(words), "layer")
     with middle:
-        at = int(_among("Token, by its place", map(str, reversed(table.positions.tolist())), "at"))
+        at = int(choice("Token, by its place", map(str, reversed(table.positions.tolist())), "at"))
     with right:
         st.caption("The token")
         text.write(table.texts[int(table.ids[table.positions.tolist().index(at)])], 100)

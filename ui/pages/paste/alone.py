@@ -8,10 +8,11 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from ui import text
-from ui.held import held_model, may_load, stamp_of
+from ui.held import held_model, may_load
 from ui.opened import contents, pick
 from ui.panels import panel
 from ui.settings import settings
+from ui.stamps import Stamp, adapter_stamp
 from workbench.adapters import Adapter
 from workbench.errors import UserError
 from workbench.evaluate.token_changes import TokenChanges, token_changes
@@ -55,7 +56,7 @@ def show() -> None:
         return
     _strip(entry.path, model, strength, prompt)
     if st.button("Answer", type="primary"):
-        said = _answers(model, entry.path, stamp_of(entry.path / "adapter.safetensors"), strength, prompt)
+        said = _answers(model, entry.path, adapter_stamp(entry.path), strength, prompt)
         for place, title, answer in zip(st.columns(2), ("without it", "with it"), said, strict=True):
             with place:
                 text.remark(title)
@@ -63,7 +64,7 @@ def show() -> None:
 
 
 def _strip(folder: Path, model: str, strength: float, prompt: str) -> None:
-    changes = _changes(model, folder, stamp_of(folder / "adapter.safetensors"), strength, prompt)
+    changes = _changes(model, folder, adapter_stamp(folder), strength, prompt)
     device = f", device={settings().device!r}" if settings().device else ""
     code = "\n".join([
         "import workbench", "from workbench.evaluate.token_changes import token_changes",
@@ -78,14 +79,14 @@ def _strip(folder: Path, model: str, strength: float, prompt: str) -> None:
 
 
 @st.cache_resource(max_entries=16, show_spinner="Running the prompt without and with it …")
-def _changes(name: str, folder: Path, stamp: int, strength: float, prompt: str) -> TokenChanges:
+def _changes(name: str, folder: Path, stamp: Stamp, strength: float, prompt: str) -> TokenChanges:
     adapter = strength * Adapter.load(folder)
     with held_model(name).alone() as model:
         return token_changes(model, prompt, adapter)
 
 
 @st.cache_data(max_entries=32, show_spinner="Answering …")
-def _answers(name: str, folder: Path, stamp: int, strength: float, prompt: str) -> tuple[str, str]:
+def _answers(name: str, folder: Path, stamp: Stamp, strength: float, prompt: str) -> tuple[str, str]:
     adapter = strength * Adapter.load(folder)
     with held_model(name).alone() as model:
         plain, edited = (

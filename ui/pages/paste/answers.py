@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from ui import text
-from ui.held import drawing, held_model, may_load, stamp_of
+from ui.held import drawing, held_model, may_load
+from ui.stamps import adapter_stamp
 from workbench.adapters import Adapter, Blend
 from workbench.errors import UserError
 from workbench.generation import Decoding, check_room
@@ -60,7 +61,7 @@ def key_of(tried: Tried, arm: str) -> tuple[Any, ...]:
     settings = repr(tried.settings) if arm == "paste" else ""
     return (
         str(folder),
-        stamp_of(folder / "adapter.json"),
+        adapter_stamp(folder),
         tried.model(SIDES[arm]),
         tried.prompt,
         settings,
@@ -74,15 +75,16 @@ def show(tried: Tried, can_run: bool) -> dict[str, str]:
     left, middle, _ = st.columns([1, 1, 4])
     asked = left.button("Answer", key="answer", type="primary", width="stretch",
                         disabled=not can_run or not tried.prompt.strip())  # fmt: skip
-    # any click ends the run of the page that is going on, at the next word: this button need do nothing
-    middle.button("Stop", key="stop", width="stretch", disabled=not can_run)
+    # any click ends the run of the page that is going on, at the next word. A click that comes before that run has begun
+    # arrives with it, and then both buttons were pressed: the later, which can only be this one, is what counts
+    stopped = middle.button("Stop", key="stop", width="stretch", disabled=not can_run)
     if can_run and not tried.prompt.strip():
         text.remark("Type a prompt, or pick one of the run's.")
     kept: dict[str, Said] = st.session_state.setdefault(KEPT, {})
     there = [arm for arm in ARMS if arm not in FOLDERS or tried.adapter(FOLDERS[arm]).exists()]
     places = dict(zip(there, st.columns(len(there)), strict=True))
     boxes = {arm: _column(tried, arm, place, kept) for arm, place in places.items()}
-    if asked:
+    if asked and not stopped:
         for arm, box in boxes.items():
             if may_load(tried.model(SIDES[arm])):
                 _answer(tried, arm, box, kept)

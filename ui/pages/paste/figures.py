@@ -9,11 +9,12 @@ import pandas as pd
 import streamlit as st
 
 from ui import text
-from ui.held import held_model, may_load, stamp_of
+from ui.held import held_model, may_load
 from ui.pages.paste.answers import ARMS, SIDES, path_of
 from ui.panels import panel
-from ui.picks import choice
+from ui.picks import choice, take
 from ui.settings import settings as started
+from ui.stamps import Stamp, adapter_stamp
 from workbench.adapters import Adapter
 from workbench.evaluate.dose import PromptDose, prompt_dose
 from workbench.evaluate.token_changes import TokenChanges, token_changes
@@ -46,13 +47,13 @@ def _strip(tried: Tried, answers: dict[str, str]) -> None:
     with left:
         arm = choice("Without and with the adapter of", whose, "whose")
     with right:
-        said = choice("Over", over, "over", list(over).index("paste"))
+        said = choice("Over", over, "over", "paste")
     answer = answers.get(said, "")
     if said and not answer:
         text.remark("there is no such answer yet: this is the prompt alone")
     settings = tried.settings if arm == "paste" else PasteSettings()
     folder, model = path_of(tried, arm), tried.model(SIDES[arm])
-    changes = _changes(model, str(folder), stamp_of(folder / "adapter.json"), settings, tried.prompt, answer)
+    changes = _changes(model, str(folder), adapter_stamp(folder), settings, tried.prompt, answer)
     code = _code(model, str(folder), settings, "from workbench.evaluate.token_changes import token_changes")
     what = repr((tried.prompt, answer)) if answer else repr(tried.prompt)
     code += f"changes = token_changes(model, {what}, adapter)\n"
@@ -71,10 +72,10 @@ def _bars(tried: Tried, changes: TokenChanges, picked: Any, code: str) -> None:
     options = {p: f"{p}: {changes.tokens[p]!r}" for p in drawn}
     clicked = _clicked(picked)
     if clicked in options and clicked != st.session_state.get("paste-clicked"):
-        st.session_state["token"] = clicked  # the click is the newer pick, once
+        take("token", clicked)  # the click is the newer pick, once
     st.session_state["paste-clicked"] = clicked
     largest = max(drawn, key=lambda p: float(changes.kl[p]))
-    position = choice("After the token at position", options, "token", list(drawn).index(largest))
+    position = choice("After the token at position", options, "token", largest)
     panel(top_bars(changes, position), key="likeliest", data=lambda: changes.at(position), notes=tried.run,
           code=f"from workbench.paste_plots import top_bars\n{code}figure = top_bars(changes, {position})")  # fmt: skip
     if position + 1 < len(changes):
@@ -91,7 +92,7 @@ def _clicked(picked: Any) -> int | None:
 
 
 @st.cache_resource(max_entries=16, show_spinner="Running the text without and with the adapter …")
-def _changes(name: str, folder: str, stamp: int, settings: PasteSettings, prompt: str, answer: str) -> TokenChanges:
+def _changes(name: str, folder: str, stamp: Stamp, settings: PasteSettings, prompt: str, answer: str) -> TokenChanges:
     adapter = settings.of(Adapter.load(folder))
     with held_model(name).alone() as model:
         return token_changes(model, (prompt, answer) if answer else prompt, adapter)
@@ -129,7 +130,7 @@ def _dose(tried: Tried, curve: list[dict[str, Any]]) -> None:
     folder, model = path_of(tried, "paste"), tried.model("recipient")
     base = PasteSettings(1.0, tried.settings.layers, tried.settings.positions, tried.settings.schedule)
     openers = tuple(tried.table.openers)
-    found = _prompt_dose(model, str(folder), stamp_of(folder / "adapter.json"), base, tried.prompt, openers)
+    found = _prompt_dose(model, str(folder), adapter_stamp(folder), base, tried.prompt, openers)
     code = _code(model, str(folder), base, "from workbench.evaluate.dose import prompt_dose")
     code += f"dose = prompt_dose(model, {tried.prompt!r}, adapter, {STEPS!r}, {openers!r})\nfigure = prompt_dose_curve(dose)"
     panel(prompt_dose_curve(found), key="dose", code=f"from workbench.paste_plots import prompt_dose_curve\n{code}",
@@ -139,7 +140,7 @@ def _dose(tried: Tried, curve: list[dict[str, Any]]) -> None:
 
 @st.cache_resource(max_entries=16, show_spinner="Running the prompt at several strengths …")
 def _prompt_dose(
-    name: str, folder: str, stamp: int, settings: PasteSettings, prompt: str, openers: tuple[str, ...]
+    name: str, folder: str, stamp: Stamp, settings: PasteSettings, prompt: str, openers: tuple[str, ...]
 ) -> PromptDose:
     adapter = settings.of(Adapter.load(folder))
     with held_model(name).alone() as model:

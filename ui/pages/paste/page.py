@@ -11,17 +11,18 @@ from typing import Any
 import streamlit as st
 
 from ui import text
-from ui.held import may_load, stamp_of
+from ui.held import may_load
 from ui.opened import pick_run
 from ui.pages.paste import alone, answers, figures
 from ui.picks import choice
 from ui.settings import settings as started
+from ui.stamps import Stamp, stamp
 from workbench.adapters import Adapter
 from workbench.catalogue import Entry
 from workbench.errors import UserError
 from workbench.evaluate.answer_files import Answers, read_answers
 from workbench.generation import Decoding
-from workbench.job_start import job_text, write_job
+from workbench.job_start import write_job
 from workbench.jobs import BehaviourTable, Job
 from workbench.paste_settings import PasteSettings, job_of_settings
 from workbench.summary import arms_of, load_metrics
@@ -67,7 +68,7 @@ def page() -> None:
     job = Job.parse(entry.facts.get("job") or {}, str(entry.path / "job.toml"))
     metrics = _metrics(entry)
     with right:
-        name = choice("Behaviour", {table.name: table.name for table in job.behaviours}, "behaviour")
+        name = choice("Behaviour", [table.name for table in job.behaviours], "behaviour")
     table = next(one for one in job.behaviours if one.name == name)
     stored = _stored(entry.path, name, metrics)
     prompt = _prompt(stored)
@@ -94,14 +95,14 @@ def adapter_folder(run: Path, behaviour: str, arm: str) -> Path:
 
 def _metrics(entry: Entry) -> dict[str, Any]:
     try:
-        return _read_metrics(str(entry.path), stamp_of(entry.path / "metrics.json"))
+        return _read_metrics(str(entry.path), stamp(entry.path / "metrics.json"))
     except UserError as err:
         text.problem(err)
         return {}
 
 
 @st.cache_data(max_entries=8, show_spinner=False)
-def _read_metrics(run: str, stamp: int) -> dict[str, Any]:
+def _read_metrics(run: str, stamp: Stamp) -> dict[str, Any]:
     return load_metrics(run)
 
 
@@ -113,14 +114,14 @@ def _stored(run: Path, behaviour: str, metrics: Mapping[str, Any]) -> Answers | 
     if not wanted or not file.is_file() or not file.resolve().is_relative_to(started().folder):
         return None
     try:
-        return _read_stored(str(file), wanted, stamp_of(file))
+        return _read_stored(str(file), wanted, stamp(file))
     except UserError as err:
         text.problem(err)
         return None
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _read_stored(file: str, arms: tuple[str, ...], stamp: int) -> Answers:
+def _read_stored(file: str, arms: tuple[str, ...], stamp: Stamp) -> Answers:
     return read_answers(file, arms)
 
 
@@ -143,7 +144,7 @@ def _prompt(stored: Answers | None) -> str:
     asked = stored.prompts[:MOST_PROMPTS] if stored else ()
     options = {-1: TYPED} | {i: f"{i}: {prompt.user}" for i, prompt in enumerate(asked)}
     with left:
-        i = choice("Prompt", options, "ask", 1 if asked else 0)
+        i = choice("Prompt", options, "ask", 0)
         if stored and len(stored.prompts) > MOST_PROMPTS:
             text.remark(f"the first {MOST_PROMPTS} of {len(stored.prompts)} evaluation prompts")
     with right:
@@ -164,8 +165,9 @@ def _settings(adapter: Adapter | None, behaviour: str) -> PasteSettings:
     with c:
         words = {name: f"{OWN} ({own})" if name == OWN else name for name in named}
         positions = choice("Positions", words, "positions", disabled=adapter is not None and bool(adapter.terms))
-    schedule = d.selectbox("Over generated tokens", ["constant", "linear", "first"], key="schedule", bind="query-params",
-                           help="linear: falls to nothing over n generated tokens; first: ends after n")  # fmt: skip
+    with d:
+        schedule = choice("Over generated tokens", ("constant", "linear", "first"), "schedule",
+                          help="linear: falls to nothing over n generated tokens; first: ends after n")  # fmt: skip
     if schedule != "constant":
         schedule = f"{schedule}:{d.number_input('n tokens', 1, MOST_TOKENS, 16, key='n', bind='query-params')}"
     made = PasteSettings(
@@ -224,7 +226,7 @@ def _send(tried: Tried) -> None:
     if tried.decoding.sampled:
         text.remark("left out: the sampling: a job answers greedily")
     with st.expander("The job file"):
-        st.code(job_text(job), language="toml")
+        st.code(job.text, language="toml")
     st.caption("It would be written to")
     text.write(folder / f"{job.name}.toml", 1000)
     if st.button("Write the job file", key="write"):

@@ -13,12 +13,13 @@ from probes.linear import train_probes
 from probes.probe_curve import ProbeCurve, ProbeLine
 from probes.solvers import KINDS, OF_QUANTITIES
 from ui import text
-from ui.held import rows_of, stamp_of
+from ui.held import rows_of
 from ui.opened import pick_store
 from ui.pages.probes import parts
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
+from ui.stamps import Stamp, store_stamp
 from workbench.probe_plots import SCORE_WORDS, probe_calibration, probe_layers
 from workbench.store import Store
 
@@ -37,7 +38,7 @@ class Asked:
     """What is trained: the store, and the arguments of `train_probes`."""
 
     path: Path
-    stamp: int
+    stamp: Stamp
     label: str
     kind: str
     positions: str
@@ -84,14 +85,14 @@ def _asked(store: Store) -> Asked | None:
     columns = label_columns(store)
     a, b, c, d, e = st.columns(5)
     with a:
-        label = choice("Label", {name: name for name in columns} | {ONE_OF: ONE_OF}, "label")
+        label = str(choice("Label", [*columns, ONE_OF], "label"))
     if label == ONE_OF:
         said = b.text_input("Tokens, with commas between them", key="tokens", bind="query-params", max_chars=400)
         if not said.strip(" ,"):
             text.remark("Type the tokens that are told from all others, such as plus, minus.")
             return None
         label = TOKENS + said
-    stamp = stamp_of(store.path / "manifest.json")
+    stamp = store_stamp(store)
     quantity: bool | None = None
     classes: tuple[str, ...] = ()
     counts = _counts(str(store.path), stamp, label)
@@ -111,7 +112,7 @@ def _asked(store: Store) -> Asked | None:
     with d:
         positions = choice("Rows", POSITIONS, "rows")
     with e:
-        most = choice("At most", {n: f"{n:,} rows" for n in ROWS}, "most", 1)
+        most = choice("At most", {n: f"{n:,} rows" for n in ROWS}, "most", 5_000)
     return Asked(store.path, stamp, label, kind, positions, classes, quantity, most)
 
 
@@ -134,7 +135,7 @@ def _trained(asked: Asked, device: str) -> ProbeCurve:
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _counts(path: str, stamp: int, label: str) -> dict[str, int]:
+def _counts(path: str, stamp: Stamp, label: str) -> dict[str, int]:
     return class_counts(rows_of(path).store, label)
 
 
@@ -147,8 +148,8 @@ def _curve(curve: ProbeCurve, asked: Asked) -> ProbeLine:
         score = choice("Figure", names, "figure")
     best = curve.best
     with right:
-        places = {str(site): str(site) for site in curve.sites}
-        site = choice("Probe at", places, "site", list(places).index(str(best.site)))
+        places = [str(site) for site in curve.sites]
+        site = str(choice("Probe at", places, "site", str(best.site)))
     controls = {"token": "a label drawn for each token type", "prompt": "a label drawn for each prompt"}[
         curve.control_of
     ]

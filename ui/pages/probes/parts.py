@@ -71,8 +71,7 @@ def _strip(store: Store, line: ProbeLine, asked: Asked) -> None:
 def _target(probe: Probe, label: str, key: str) -> str | None:
     if not probe.classes:
         return None
-    names = {name: name for name in reversed(probe.classes)}
-    return str(choice(label, names, key))
+    return str(choice(label, reversed(probe.classes), key))
 
 
 def _first_prompt(store: Store) -> tuple[str, bool]:

@@ -9,16 +9,19 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from probes.probe_report import probe_headlines, render_probe_run
 from probes.transport_report import render_transport, run_headlines
 from ui import text
 from ui.held import may_load
-from ui.opened import contents
+from ui.opened import contents, read_from
 from ui.panels import panel
+from ui.picks import choice
 from ui.settings import settings
+from ui.stamps import Stamp, stamp
 from workbench.catalogue import Entry
 from workbench.errors import UserError
 from workbench.job_options import open_job
-from workbench.job_start import job_text, start_job
+from workbench.job_start import start_job
 from workbench.report import render
 from workbench.run_comparison import compare_runs
 from workbench.run_plots import VALUES, runs_compared
@@ -26,21 +29,21 @@ from workbench.run_progress import run_progress
 from workbench.summary import headline, load_metrics
 
 DEMO = "workbench demo --out {folder}"
-ARMS = ("base", "paste", "native", "donor_adapter")
+KINDS = {"run": "transfer", "transport": "transport", "probe": "probe"}
 
 
 def page() -> None:
     st.title("Runs")
     found = contents()
-    runs = found.of("run", "transport")
+    runs = found.of(*KINDS)
     if not runs:
         text.missing("No run in the opened folder. The demo takes some minutes.", DEMO.format(folder=found.folder))
     else:
         listing(runs)
         _going_on()
         headlines([run for run in runs if run.state == "done"])
-        compare([run for run in runs if run.kind == "run" and run.state in ("done", "running")])
-        report([run for run in runs if run.state == "done"])
+        text.told(compare)([run for run in runs if run.kind == "run" and run.state in ("done", "running")])
+        text.told(report)([run for run in runs if run.state == "done"])
     start()
 
 
@@ -49,7 +52,7 @@ def listing(runs: Sequence[Entry]) -> None:
     table = pd.DataFrame(
         {
             "run": [text.shown(r.name, 120) for r in runs],
-            "kind": ["transfer" if r.kind == "run" else r.kind for r in runs],
+            "kind": [KINDS[r.kind] for r in runs],
             "state": [r.state for r in runs],
             "age": [age(r.age) for r in runs],
             "models": [text.shown(_models(r), 120) for r in runs],
@@ -62,7 +65,7 @@ def listing(runs: Sequence[Entry]) -> None:
 def _models(run: Entry) -> str:
     job = run.facts.get("job", {})
     sides = [job[side].get("model", "") for side in ("donor", "recipient") if isinstance(job.get(side), dict)]
-    return " to ".join(map(str, sides)) or str(job.get("model", ""))
+    return " to ".join(map(str, sides)) or str(job.get("model", job.get("store", "")))
 
 
 def age(seconds: float) -> str:
@@ -78,18 +81,14 @@ def age(seconds: float) -> str:
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _headlines(kind: str, folder: str, stamp: int) -> list[str]:
-    metrics = load_metrics(folder) if kind == "run" else None
-    if metrics is None:
-        return run_headlines(folder)
-    return [headline(name, behaviour) for name, behaviour in (metrics.get("behaviours") or {}).items()]
-
-
-def _stamp(run: Entry) -> int:
-    try:
-        return (run.path / "metrics.json").stat().st_mtime_ns
-    except OSError:
-        return 0
+def _headlines(kind: str, folder: str, stamp: Stamp) -> list[str]:
+    with read_from(Path(folder) / "metrics.json"):
+        if kind == "probe":
+            return probe_headlines(folder)
+        if kind == "transport":
+            return run_headlines(folder)
+        behaviours = load_metrics(folder).get("behaviours") or {}
+        return [headline(name, behaviour) for name, behaviour in behaviours.items()]
 
 
 def headlines(runs: Sequence[Entry]) -> None:
@@ -101,7 +100,7 @@ def headlines(runs: Sequence[Entry]) -> None:
         with st.container(border=True):
             st.code(text.shown(run.name, 120), language=None)
             try:
-                for line in _headlines(run.kind, str(run.path), _stamp(run)):
+                for line in _headlines(run.kind, str(run.path), stamp(run.path / "metrics.json")):
                     text.write(line, 1200)
             except UserError as err:
                 text.problem(err)
@@ -119,11 +118,16 @@ def compare(runs: Sequence[Entry]) -> None:
     left, right = st.columns([3, 1])
     chosen = left.multiselect("Transfer runs", names, default=names[:2], key="runs", bind="query-params",
                               format_func=lambda n: text.shown(n, 80))  # fmt: skip
-    value = right.selectbox("Value", list(VALUES), key="value", bind="query-params", format_func=lambda v: VALUES[v][0])
+    with right:
+        value = choice("Value", {name: words for name, (words, *_) in VALUES.items()}, "value")
     paths = {run.name: str(run.path) for run in runs if run.name in chosen}
     if not paths:
         return text.remark("choose at least one run")
-    table = compare_runs(paths)
+    tables = []
+    for name, path in paths.items():
+        with read_from(Path(path) / "metrics.json"):
+            tables.append(compare_runs({name: path}))
+    table = pd.concat(tables, ignore_index=True)
     code = f"""
 from workbench.run_comparison import compare_runs
 from workbench.run_plots import runs_compared
@@ -141,33 +145,37 @@ def report(runs: Sequence[Entry]) -> None:
     if not names:
         return
     st.subheader("Report")
-    name = st.selectbox(
-        "Of the run", names, key="report", bind="query-params", format_func=lambda n: text.shown(n, 120)
-    )
+    name = choice("Of the run", names, "report")
     run = next(r for r in runs if r.name == name)
     shown = st.toggle("Show it here", key="open", bind="query-params")
-    html = _report(run.kind, str(run.path), _stamp(run)) if shown else ""
+    html = _report(run.kind, str(run.path), stamp(run.path / "metrics.json")) if shown else ""
     if shown:
         st.iframe(html, height=900)
         st.download_button("Download", html.encode(), "report.html", "text/html", on_click="ignore")
 
 
 @st.cache_data(max_entries=2, show_spinner="Writing the report …")
-def _report(kind: str, folder: str, stamp: int) -> str:
-    return render(load_metrics(folder)) if kind == "run" else render_transport(Path(folder))
+def _report(kind: str, folder: str, stamp: Stamp) -> str:
+    with read_from(Path(folder) / "metrics.json"):
+        if kind == "probe":
+            return render_probe_run(folder)
+        return render(load_metrics(folder)) if kind == "run" else render_transport(Path(folder))
 
 
 @st.fragment(run_every=2)
+@text.told
 def _going_on() -> None:
     """Runs that a process is writing, as far as they have come."""
-    for run in contents().of("run", "transport"):
+    for run in contents().of(*KINDS):
         if run.state != "running":
             continue
         with st.container(border=True):
             st.code(text.shown(run.name, 120), language=None)
             told = run_progress(run.path, run.facts.get("job"))
             if told.share is not None:
-                st.progress(told.share, text=f"{len(told.done)} of {len(told.done) + len(told.to_come)} steps")
+                st.progress(told.share, text=f"{len(told.done):d} of {told.steps:d} steps")
+            elif told.done:
+                text.write(f"{len(told.done)} steps done")
             st.code("\n".join(text.shown(line, 300) for line in told.log) or "no log yet", language=None)
 
 
@@ -192,7 +200,7 @@ def start() -> None:
     kept = [b for b in job.behaviours if b.name in behaviours]
     changed: dict[str, Any] = {"name": name, "behaviours": kept, "out": str(settings().folder)}
     job = type(job).parse(job.model_copy(update=changed).model_dump(exclude_none=True), "this form")
-    st.code(job_text(job), language="toml")
+    st.code(job.text, language="toml")
     if wants_run:
         made = start_job(job, settings().folder)
         st.success("It runs, in a process of its own; its steps are shown above.")

@@ -8,11 +8,13 @@ import streamlit as st
 
 from probes.transport_job import command_of, job_of
 from probes.transport_results import PARTS, TransportResults, load_transport
-from ui import held, text
-from ui.opened import choose, contents, pick_run
+from ui import text
+from ui.opened import contents, pick_run, read_from
 from ui.pages.transport.parts import causal, efficiency, features, shortcuts, snippet
 from ui.panels import lines, panel, take_pair
+from ui.picks import choice
 from ui.settings import settings
+from ui.stamps import Stamp, stamp
 from workbench.catalogue import Entry
 from workbench.transport_pair_plots import dimension_frame, r2_by_dimension
 from workbench.transport_plots import METRIC_WORDS, grid_heatmap, pair_title
@@ -40,22 +42,23 @@ def page() -> None:
     st.header("The pair", divider="gray")
     text.write(pair_title(source, target))
     _dimensions(run, entry, source, target)
-    efficiency(run, entry, source, target)
-    features(run, entry, source, target)
-    causal(run, entry, source, target)
-    st.header("The whole run", divider="gray")
-    shortcuts(run, entry)
+    with read_from(entry.path / "metrics.json"):
+        efficiency(run, entry, source, target)
+        features(run, entry, source, target)
+        causal(run, entry, source, target)
+        st.header("The whole run", divider="gray")
+        shortcuts(run, entry)
 
 
 def opened(entry: Entry) -> TransportResults:
     """The results of a run, read once for all sessions; read anew where one of its files is."""
     files = [entry.path / "grid" / "grid.json", entry.path / "metrics.json",
              *(entry.path / f"{part}.parquet" for part in PARTS)]  # fmt: skip
-    return _opened(str(entry.path), held.stamp(*files))
+    return _opened(str(entry.path), stamp(*files))
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the run …")
-def _opened(path: str, stamp: tuple[int, ...]) -> TransportResults:
+def _opened(path: str, stamp: Stamp) -> TransportResults:
     return load_transport(path)
 
 
@@ -63,15 +66,15 @@ def _grid(run: TransportResults, entry: Entry) -> tuple[str, str]:
     """The heatmap and its picks; returns the pair."""
     left, right, third, fourth = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
     pairs = [(str(a), str(b)) for a, b in run.grid.pairs]
-    sources, targets = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
+    sources = list(dict.fromkeys(source for source, _ in pairs))
     with left:
-        source = choose("Source", sources, "source")
+        source = choice("Source", sources, "source")
     reached = [b for a, b in pairs if a == source]
     with right:
-        target = choose("Target", reached, "target", default=reached[-1], known=targets)
+        target = choice("Target", reached, "target", reached[-1])
     with third:
         words = "; ".join(f"{name}: {what}" for name, what in METRIC_WORDS.items())
-        metric = choose("R²", list(METRIC_WORDS), "metric", help=words)
+        metric = choice("R²", METRIC_WORDS.keys(), "metric", help=words)
     with fourth:
         bos = st.toggle("With BOS", key="bos", bind="query-params", disabled=not run.grid.has_bos,
                         help="With the rows at position 0, which are nearly alike in every prompt and lift R² whatever the "

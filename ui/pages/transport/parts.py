@@ -59,6 +59,7 @@ def features(run: TransportResults, entry: Entry, source: str, target: str) -> N
 
 
 @st.fragment
+@text.told
 def _verdicts(table: pd.DataFrame, entry: Entry, source: str, target: str) -> None:
     try:
         limits = _thresholds()
