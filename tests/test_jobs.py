@@ -76,14 +76,14 @@ def test_to_toml_and_back(tmp_path):
         evaluate={"dose": [], "limit": 5}, behaviours=[{**BEHAVIOUR, "grader_args": {"openers": ["no"]}}],
     )  # fmt: skip
     job = Job.parse(given)
-    written = tomli_w.dumps(job.model_dump(exclude_none=True))
+    written = job.text
     assert Job.load(job_file(tmp_path, written)) == job
     assert Job.parse(tomllib.loads(written)).paste.strength == 2.0
 
 
 def test_what_is_turned_off_stays_off_through_toml(tmp_path):
     job = Job.parse(changed(evaluate={"neutral_text": "", "validation_text": "", "native": False}))
-    back = Job.load(job_file(tmp_path, tomli_w.dumps(job.model_dump(exclude_none=True))))
+    back = Job.load(job_file(tmp_path, job.text))
     assert not back.evaluate.neutral_text
     assert not back.evaluate.validation_text
 

@@ -87,3 +87,54 @@ def settled(page: Any) -> None:
     for selector in SETTLED:
         page.wait_for_selector(selector)
     page.wait_for_function("() => !document.querySelector('[data-testid=stSkeleton]')")
+
+
+def drawn(page: Any) -> None:
+    """Waits until the script has ended and a figure is there."""
+    page.wait_for_selector("[data-testid=stPlotlyChart] .main-svg")
+    settled(page)
+
+
+CELL = """([key, x, y]) => {
+  const plot = document.querySelector(`.st-key-${key} .js-plotly-plot`), at = plot.getBoundingClientRect();
+  const [a, b] = [plot._fullLayout.xaxis, plot._fullLayout.yaxis];
+  return [at.left + a._offset + a.c2p(a.d2c(x)), at.top + b._offset + b.c2p(b.d2c(y))];
+}"""
+
+
+def click_cell(page: Any, key: str, x: str, y: str) -> None:
+    """A click a little beside the middle of a cell of a panel's heatmap."""
+    page.locator(f".st-key-{key} .js-plotly-plot .heatmaplayer").first.wait_for()
+    page.wait_for_function(
+        "(key) => document.querySelector(`.st-key-${key} .js-plotly-plot`)._fullLayout.xaxis._categories", arg=key
+    )
+    page.wait_for_timeout(1000)  # the figure takes its width
+    left, top = page.evaluate(CELL, [key, x, y])
+    page.mouse.move(left + 12, top + 6)
+    page.mouse.click(left + 12, top + 6)
+
+
+INSIDE = """(key) => {
+  const plot = document.querySelector(`.st-key-${key} .js-plotly-plot`), box = plot._fullLayout.selections[0], found = [];
+  const [[x0, x1], [y0, y1]] = [[box.x0, box.x1], [box.y0, box.y1]].map(ends => ends.sort((one, other) => one - other));
+  for (const trace of plot._fullData) for (let i = 0; i < trace.x.length; i++)
+    if (x0 < trace.x[i] && trace.x[i] < x1 && y0 < trace.y[i] && trace.y[i] < y1) found.push(Number(trace.customdata[i]));
+  return found.sort((one, other) => one - other);
+}"""
+
+
+def drag_box(page: Any, key: str, start: tuple[float, float], end: tuple[float, float]) -> list[int]:
+    """Draws a box in the figure of a panel, from a share of its width and height to another; returns the customdata of the
+    points in it, by what plotly holds."""
+    page.wait_for_timeout(1000)  # the figure takes its width
+    figure = page.locator(f".st-key-{key} .js-plotly-plot")
+    figure.locator(".modebar-btn[data-attr=dragmode][data-val=select]").evaluate("button => button.click()")
+    at = figure.locator(".nsewdrag").first.bounding_box()
+    (x0, y0), (x1, y1) = ((at["x"] + at["width"] * x, at["y"] + at["height"] * y) for x, y in (start, end))
+    page.mouse.move(x0, y0)
+    page.mouse.down()
+    page.mouse.move(x1, y1, steps=5)
+    page.mouse.up()
+    page.wait_for_function("(key) => document.querySelector(`.st-key-${key} .js-plotly-plot`)._fullLayout.selections.length",
+                           arg=key)  # fmt: skip
+    return [int(one) for one in page.evaluate(INSIDE, key)]

@@ -12,30 +12,25 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from probes import projection
+from probes.probe import Probe
 from tests.store.made import made_store, noise
+from ui import held
 from ui.pages.activations import tokens
 from ui.pages.activations.tokens import selected, spread
 from workbench.sites import Site
 from workbench.store import Store
 
-from . import conftest
+from .conftest import fine, plain_words
+from .word_stores import TEXTS, N, word_store
 
-TEXTS = [" ".join(["start", *(f"word{(7 * i + j) % 23}" for j in range(1, 12 + i % 4))]) for i in range(40)]
-N = sum(len(one.split()) for one in TEXTS)
 Opener = Callable[..., AppTest]
-
-
-def fill(path: Path, seed: int, model: str, tokenizer: str = "t") -> Store:
-    values = {Site(layer): noise(N, 12, 10 * seed + layer) * (1 + layer) for layer in range(2)}
-    return made_store(path, values, TEXTS, labels=["even", "odd"] * 20, metas=[{"topic": i % 3} for i in range(40)],
-                      model=model, tokenizer=tokenizer)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("work")
-    fill(made / "a", 0, "first-model")
-    fill(made / "b", 1, "second-model", "other")
+    word_store(made / "a")
+    word_store(made / "b", 1, "second-model", "other")
     return made
 
 
@@ -59,32 +54,14 @@ def drawn(monkeypatch) -> list[dict[str, Any]]:
     return found
 
 
-def words(test: AppTest) -> str:
-    """The text of a page; our own remarks are escaped for Markdown."""
-    return conftest.words(test).replace("\\", "")
-
-
-def fine(test: AppTest) -> AppTest:
-    assert not test.exception, [e.value for e in test.exception]
-    assert "could not be done" not in words(test)
-    return test
-
-
-def test_an_empty_folder_says_what_to_run(open_page: Opener, tmp_path):
-    test = open_page("activations", tmp_path)
-    assert not test.exception
-    assert "No store of activations in the opened folder." in words(test)
-    assert "workbench profile" in test.code[0].value
-
-
 def test_a_damaged_store_is_one_line(open_page: Opener, folder, tmp_path):
     shutil.copytree(folder / "a", tmp_path / "a")
     (tmp_path / "a" / "shards" / "00000.safetensors").write_bytes(b"short")
     test = open_page("activations", tmp_path)
     assert not test.exception
-    assert "This could not be done" in words(test)
-    assert "00000.safetensors has 5 bytes" in words(test)
-    assert "workbench stores verify" in words(test)
+    assert "This could not be done" in plain_words(test)
+    assert "00000.safetensors has 5 bytes" in plain_words(test)
+    assert "workbench stores verify" in plain_words(test)
 
 
 def test_the_first_view_is_the_store_at_a_glance(open_page: Opener, folder):
@@ -94,7 +71,7 @@ def test_the_first_view_is_the_store_at_a_glance(open_page: Opener, folder):
     facts = dict(test.dataframe[0].value.to_numpy().tolist())
     assert facts["model"] == "first-model (f, 2 layers)"
     assert facts["rows"] == f"{N} (tokens: all)"
-    assert "none in the sample" in words(test)
+    assert "none in the sample" in plain_words(test)
 
 
 @pytest.mark.parametrize("view", ["overview", "projection", "two models"])
@@ -127,7 +104,7 @@ def test_a_link_opens_the_same_picks(open_page: Opener, folder, drawn):
 def test_what_a_link_asks_for_and_is_not_there_is_refused(open_page: Opener, folder, key, value):
     test = open_page("activations", folder, **{"view": "projection", key: value})
     assert not test.exception
-    assert f"the link asks for {key} {value!r}" in words(test)
+    assert f"the link asks for {key} {value!r}" in plain_words(test)
     assert all(value not in str(one.value) for one in test.markdown)
 
 
@@ -138,7 +115,7 @@ def test_a_selection_is_shown_as_tokens_in_their_prompts(open_page: Opener, fold
     assert table["row"].tolist() == [3, 17, 200], "a row that was not drawn is none"
     whole = Store.open(folder / "a").rows()
     assert table["token"].tolist() == whole["text"].iloc[[3, 17, 200]].tolist()
-    assert "3 of 3 selected rows" in words(test)
+    assert "3 of 3 selected rows" in plain_words(test)
     line = table.iloc[0]
     assert f"{line['before']}{line['token']}{line['after']}" in " ".join(TEXTS)
 
@@ -151,11 +128,11 @@ def test_a_row_has_neighbours_over_the_whole_store(open_page: Opener, folder, dr
     x = Store.open(folder / "a").read(1).double()
     near = torch.nn.functional.cosine_similarity(x, x[77][None]).argsort(descending=True)[:6]
     assert table["row"].tolist() == near.tolist()
-    assert f"the nearest of {N - 1} rows at resid_post.1" in words(test)
+    assert f"the nearest of {N - 1} rows at resid_post.1" in plain_words(test)
     test.selectbox(key="metric").select("euclidean").run()
     test.checkbox(key="others").check().run()
     fine(test)
-    assert "Euclidean distance" in words(test)
+    assert "Euclidean distance" in plain_words(test)
     assert "other_prompts=True" in test.code[-1].value
     names: dict[str, Any] = {}
     exec(test.code[-1].value, names)
@@ -167,8 +144,8 @@ def test_without_umap_one_line_says_so(open_page: Opener, folder, monkeypatch):
 
     monkeypatch.setattr(ui.pages.activations.projection, "has_umap", lambda: False)
     test = fine(open_page("activations", folder, view="projection", method="umap"))
-    assert "UMAP needs the package umap-learn, which is not installed." in words(test)
-    assert "pip install umap-learn" in words(test)
+    assert "UMAP needs the package umap-learn, which is not installed." in plain_words(test)
+    assert "pip install umap-learn" in plain_words(test)
 
 
 def test_two_models_are_aligned_by_character(open_page: Opener, folder, drawn):
@@ -180,15 +157,78 @@ def test_two_models_are_aligned_by_character(open_page: Opener, folder, drawn):
     table = test.dataframe[0].value
     assert table["token"].tolist() == table["token of the second"].tolist()
     assert len(table) == 1
-    assert "1 of 1 selected pairs" in words(test)
+    assert "1 of 1 selected pairs" in plain_words(test)
+
+
+def test_of_many_pairs_some_are_drawn(open_page: Opener, folder, drawn, monkeypatch):
+    import ui.pages.activations.pairs as pairs
+
+    monkeypatch.setattr(pairs, "MOST_POINTS", 100)
+    held.release()
+    fine(open_page("activations", folder, view="two models", store="a", second="b"))
+    assert f"90 of {N} pairs of tokens" in drawn[0]["remark"]
+    names: dict[str, Any] = {}
+    exec(drawn[0]["code"], names)
+    assert len(names["rows_a"]) == len(names["rows_b"]) == 90 == sum(len(t.x) for t in drawn[0]["figure"].data) // 2
+    assert names["figure"].to_json() == drawn[0]["figure"].to_json()
+    held.release()
 
 
 def test_a_store_alone_says_how_to_get_a_second(open_page: Opener, folder, tmp_path):
     shutil.copytree(folder / "a", tmp_path / "a")
     made_store(tmp_path / "c", {Site(0): noise(4, 3)}, ["other words", "two more"])
     test = fine(open_page("activations", tmp_path, view="two models", store="a"))
-    assert "No other store of this folder holds the same prompts" in words(test)
-    assert "--tokens all" in words(test)
+    assert "No other store of this folder holds the same prompts" in plain_words(test)
+    assert "--tokens all" in plain_words(test)
+
+
+def test_points_take_the_colour_of_a_probe_that_is_trained_here(open_page: Opener, folder, drawn):
+    drawn.selection = [3, 17]
+    test = fine(
+        open_page("activations", folder, view="projection", colour="a probe's score", probe="trained here on label")
+    )
+    assert test.selectbox(key="class").options == ["odd", "even"]
+    assert drawn[0]["figure"].layout.coloraxis.colorbar.title.text == "label: odd (log-odds, nats)"
+    assert "Coloured by a logistic probe of label at resid_post.1; accuracy" in drawn[0]["remark"]
+    assert list(test.dataframe[0].value.columns[:2]) == ["score", "row"]
+    test.selectbox(key="class").set_value("even").run()
+    names: dict[str, Any] = {}
+    exec(drawn[-1]["code"], names)
+    assert names["figure"].to_json() == drawn[-1]["figure"].to_json()
+    odd, even = (one["data"]() for one in drawn)
+    assert (odd["label: odd (log-odds, nats)"] == -even["label: even (log-odds, nats)"]).all()
+
+
+def test_points_take_the_colour_of_a_saved_probe_of_the_site(open_page: Opener, folder, drawn, tmp_path):
+    shutil.copytree(folder / "a", tmp_path / "a")
+    store = Store.open(tmp_path / "a")
+    base = dict(store.fingerprint)
+    for layer in range(2):
+        one = Probe(torch.ones(12, 1), torch.zeros(1), ("no", HOSTILE[0]), Site(layer), "label", base=base)
+        one.save(tmp_path / "run" / "probes" / "all" / f"resid_post.{layer}")
+    Probe(torch.ones(12, 1), torch.zeros(1), ("no", "yes"), Site(1), base={"tokenizer": "t", "name": "x"}).save(
+        tmp_path / "p"
+    )
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "probe.json").write_text("{")
+    asked = {"view": "projection", "colour": "a probe's score", "probe": "run/probes/all (label)"}
+    test = fine(open_page("activations", tmp_path, **asked))
+    assert test.selectbox(key="probe").value == ("saved", "run/probes/all")
+    assert "broken" not in " ".join(test.selectbox(key="probe").options)
+    rows = drawn[0]["data"]()
+    want = Store.open(tmp_path / "a").read(1, torch.tensor(rows["row"].to_numpy())).sum(1)
+    torch.testing.assert_close(torch.tensor(rows.iloc[:, -1].to_numpy()), want)
+    assert "&lt;script&gt;" in drawn[0]["figure"].layout.coloraxis.colorbar.title.text
+    test.selectbox(key="site").set_value("resid_post.0").run()
+    assert test.selectbox(key="probe").value == ("saved", "run/probes/all"), "another site takes that of the same run"
+    assert "resid_post.0'" in drawn[-1]["code"]
+    for one in (drawn[0], drawn[-1]):
+        names: dict[str, Any] = {}
+        exec(one["code"], names)
+        assert names["figure"].to_json() == one["figure"].to_json()
+    (tmp_path / "run" / "probes" / "all" / "resid_post.0" / "probe.safetensors").write_bytes(b"no")
+    test.run()
+    assert "probe.safetensors" in plain_words(test)
 
 
 HOSTILE = ("<script>alert(1)</script>", "[x](javascript:1)", "**b**", "a\u202eb\u2066c", "y" * 10_000)
@@ -222,7 +262,7 @@ def test_text_of_others_is_shown_as_text(open_page: Opener, tmp_path, drawn, vie
 def test_rows_that_are_all_first_are_said_to_be(open_page: Opener, tmp_path):
     made_store(tmp_path / "s", {Site(0): noise(5, 4)}, ["one", "two", "three", "four", "five"])
     test = fine(open_page("activations", tmp_path, view="projection"))
-    assert "No two rows are left to draw" in words(test)
+    assert "No two rows are left to draw" in plain_words(test)
     assert fine(open_page("activations", tmp_path)).subheader
 
 
@@ -230,7 +270,7 @@ def test_a_large_selection_is_shown_in_part(open_page: Opener, folder, drawn):
     drawn.selection = list(range(N))
     test = fine(open_page("activations", folder, view="projection", first="true"))
     assert len(test.dataframe[0].value) == tokens.MOST
-    assert f"100 of {N} selected rows" in words(test)
+    assert f"100 of {N} selected rows" in plain_words(test)
     assert spread([1, 2]) == [1, 2]
 
 

@@ -16,7 +16,7 @@ from workbench.models import Model, load
 from workbench.sites import Site
 
 from ..metrics_example import EVIL
-from .conftest import run_snippets, words
+from .conftest import as_markup, charts, run_snippets, words
 
 MODEL = "bundled:recipient"
 PROMPT = "the toy of the queen"
@@ -42,10 +42,6 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def charts(page) -> list[str]:
-    return [one.proto.id for one in page.get("plotly_chart")]
-
-
 def options(page, key: str) -> list[str]:
     return next(list(one.options) for one in page.selectbox if one.key == key)
 
@@ -67,6 +63,26 @@ def test_a_tuned_lens_and_a_paste_of_the_model_are_offered_and_compared(open_pag
     assert options(page, "adapter") == ["none", "mine"]
     assert "refused" not in words(page)
     assert run_snippets(page) == 7
+
+
+def test_a_folder_of_tuned_lens_is_offered_for_the_model_that_it_names(open_page, model, tmp_path):
+    """Its params.pt is an archive of tensors, of which tensors alone are read."""
+    width = model.width
+    config = {"base_model_name_or_path": MODEL, "d_model": width, "num_hidden_layers": model.n_layers, "bias": True}
+    for name, base in (("tuned", MODEL), ("elsewhere", f"somebody/{EVIL}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        params = {f"{i}.{part}": torch.zeros((width, width) if part == "weight" else width)
+                  for i in range(model.n_layers) for part in ("weight", "bias")}  # fmt: skip
+        torch.save(params, tmp_path / name / "params.pt")
+    page = open_page("lens", tmp_path, model=MODEL, lens="tuned", text=PROMPT)
+    assert not page.exception
+    assert options(page, "lens") == ["logit lens", "tuned"]
+    assert f"Left out: 1 of somebody/{EVIL}" in words(page).replace("\\", "")
+    assert not as_markup(page, EVIL)
+    assert f"Lens.load({str(tmp_path / 'tuned')!r})" in words(page)
+    assert len(charts(page)) == 4
+    assert "saved without figures of its own" in words(page).replace("\\", "")
 
 
 def test_a_link_that_asks_for_what_is_not_there_is_refused_in_words(open_page, folder):
@@ -124,10 +140,7 @@ def test_a_prompt_that_is_too_long_is_one_line(open_page, tmp_path):
 def test_text_of_others_is_no_markup(open_page, tmp_path, evil):
     page = open_page("lens", tmp_path, model=MODEL, text=evil[:200])
     assert not page.exception
-    marked = [str(one.value) for one in [*page.markdown, *page.caption, *page.error]]
-    for word in ("<script>", "javascript:1)", "<b>", "**b**"):
-        assert not any(word in one for one in marked)
-        assert not any(word in one.proto.spec for one in page.get("plotly_chart"))
+    assert not as_markup(page, "<script>", "javascript:1)", "<b>", "**b**")
 
 
 def test_a_prompt_of_a_store_is_read(open_page, model, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,65 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
-from streamlit.testing.v1 import AppTest
 
 from ui.held import HeldModel
 from ui.pages.paste import answers
 from workbench.adapters import Adapter, vector
 from workbench.errors import UserError
-from workbench.job_options import open_job
 from workbench.jobs import Job
 from workbench.models import load
 from workbench.sites import Site
 
 from ..conftest import make_model
-from ..metrics_example import cell, metrics
-from .conftest import run_snippets, words
+from .conftest import as_markup, charts, run_snippets, words
+from .paste_runs import PROMPT, paste_run, write_run
 
 EVIL = ("<script>alert(1)</script>", "[x](javascript:1)", "**b**", "a\u202eb", "x" * 10_000)
-PROMPT = "tell me 2 minus 4 plus 0 plus 6 ?"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_work(tmp_path_factory.mktemp("work"))
-
-
-def make_work(folder: Path) -> Path:
-    """A folder with one finished run of the bundled pair, two behaviours, adapters that are quick to make."""
-    recipient = load("bundled:recipient", device="cpu")
-    push = torch.randn(recipient.width, generator=torch.Generator().manual_seed(0))
-    adapters = {
-        "paste": replace(vector(Site(2), 0.5 * push) + vector(Site(3), 0.5 * push), base=recipient.fingerprint),
-        "native": replace(vector(Site(3), -push), base=recipient.fingerprint),
-        "donor": Adapter.load("bundled:reasoning"),
-    }
-    job = open_job("bundled:demo")
-    job = job.model_copy(update={"name": "first", "out": str(folder), "behaviours": job.behaviours[:2]})
-    write_run(folder / "first", job, adapters)
-    return folder
-
-
-def write_run(run: Path, job: Job, adapters: dict[str, Adapter], prompts: tuple[str, ...] = (PROMPT, "w")) -> None:
-    (run / "answers").mkdir(parents=True)
-    (run / "job.toml").write_text(tomli_w.dumps(job.model_dump(exclude_none=True)))
-    found = metrics()
-    behaviour = found["behaviours"]["reasoning"]
-    behaviour["dose"] = [{"strength": s, "log_odds": cell(s)} for s in (0.0, 1.0, 2.0)]
-    behaviour["forecast"]["chosen"] = {"strength": 1.5, "method": "ridge", "alpha": 0.1}
-    found["behaviours"] = {table.name: behaviour for table in job.behaviours}
-    (run / "metrics.json").write_text(json.dumps(found))
-    for table in job.behaviours:
-        of = "" if table.name == "reasoning" else f"{table.name} "
-        lines = [
-            {"id": str(i), "prompt": of + prompt, "base": f"kept base {i}", "paste": f"kept paste {i}", "native": "n",
-             "donor_adapter": "d"} for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        (run / "answers" / f"{table.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for arm, adapter in adapters.items():
-            adapter.save(run / "adapters" / table.name / arm)
+    return paste_run(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture
@@ -79,17 +39,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "work"))
 
 
-def shown_as_text(page: AppTest, piece: str) -> bool:
-    return not any(piece in str(m.value) for m in (*page.markdown, *page.caption, *page.error, *page.success))
-
-
 # -- states ---------------------------------------------------------------------------------------------------------------
-
-
-def test_an_empty_folder_says_what_to_run(open_page, tmp_path):
-    page = open_page("paste", tmp_path)
-    assert not page.exception
-    assert f"workbench demo --out {tmp_path}" in words(page)
 
 
 def test_a_finished_run_is_shown_with_its_stored_answers_and_all_its_figures(open_page, made):
@@ -253,7 +203,7 @@ def test_with_no_layer_nothing_is_pasted(open_page, made):
     page = open_page("paste", made, ask="type one", say=PROMPT)
     page.multiselect(key="layers-reasoning").set_value([]).run()
     assert not page.exception
-    spec = json.loads(page.get("plotly_chart")[0].proto.spec)
+    spec = charts(page)[0]
     assert set(spec["data"][0]["marker"]["color"]) == {0.0}
     assert "exactly 0" in str(spec["layout"]["annotations"])
 
@@ -344,7 +294,7 @@ def test_prompts_answers_and_names_are_text(open_page, tmp_path, made, monkeypat
     page = open_page("paste", tmp_path)
     page.button(key="answer").click().run()
     assert not page.exception
-    assert shown_as_text(page, evil[:200])
+    assert not as_markup(page, evil[:200])
     assert evil[:200].replace("\u202e", "⟨U+202E⟩") in words(page)
     for chart in page.get("plotly_chart"):
         assert "<script" not in chart.proto.spec

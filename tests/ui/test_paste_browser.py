@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from .browser import CHROMIUM, WHY_NOT, chromium, opened, served, settled
-from .test_paste import PROMPT, make_work
+from .browser import CHROMIUM, WHY_NOT, opened, settled
+from .paste_runs import PROMPT
 
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT), pytest.mark.slow]
+RUN = "run=pasted/first"
+LONG = RUN + "&sample=true&temperature=5.0&tokens=230"
+"""answers that take as long as there is room for"""
 CELLS = ".js-plotly-plot .points .point path"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = make_work(tmp_path_factory.mktemp("work"))
-    with served(folder, folder / "server.log") as (found, _):
-        yield found
-    assert "Traceback" not in (folder / "server.log").read_text(errors="replace")
-
-
-def paste(browser: Any, address: str, query: str = "", **options: Any) -> Any:
+def paste(browser: Any, address: str, query: str = RUN, **options: Any) -> Any:
     page = opened(browser, f"{address}/", **options)
     page.goto(f"{address}/paste?{query}")
     page.locator(CELLS).first.wait_for()
@@ -44,35 +36,64 @@ def click_cell(page: Any, position: int) -> None:
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
 
-def test_a_token_is_clicked_and_a_link_opens_the_same(browser, address):
-    page = paste(browser, address, "strength=2.0")
+def test_a_token_is_clicked_and_a_link_opens_the_same(browser, explorer):
+    page = paste(browser, explorer.address, RUN + "&strength=2.0")
     click_cell(page, 3)
     page.wait_for_url("**token=*")
     page.get_by_text("after position 3,").wait_for()
     click_cell(page, 5)
     page.get_by_text("after position 5,").wait_for()
-    again = paste(browser, address, page.url.partition("?")[2])
+    again = paste(browser, explorer.address, page.url.partition("?")[2])
     again.get_by_text("after position 5,").wait_for()
     assert "strength=2" in again.url
     assert again.get_by_text("it was refused").count() == 0
 
 
+@contextmanager
+def held_still(pid: int) -> Iterator[None]:
+    """A process that does nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1920, True)])
-def test_four_answers_come_and_are_stopped(browser, address, width, dark):
-    page = paste(browser, address, "sample=true&temperature=5.0&tokens=250", width=width, dark=dark)
+def test_four_answers_come_and_are_stopped(browser, explorer, width, dark):
+    page = paste(browser, explorer.address, LONG, width=width, dark=dark)
     page.get_by_role("button", name="Answer", exact=True).click()
-    page.get_by_role("button", name="Stop", exact=True).click()
-    page.get_by_text("stopped here").or_(page.get_by_text("not answered yet")).first.wait_for()
+    page.get_by_text("▌").first.wait_for()  # a first word has come
+    with held_still(explorer.pid):  # the answers cannot end by themselves before the click is there
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.wait_for_timeout(200)
+    page.get_by_text("stopped here").first.wait_for()
     settled(page)
-    page.goto(f"{address}/paste?tokens=4")
+    assert page.get_by_text("could not be done").count() == 0
+
+    page.goto(f"{explorer.address}/paste?{RUN}&tokens=4")
     page.get_by_role("button", name="Answer", exact=True).click()
     page.locator("[data-testid=stCode]").nth(4).wait_for()
     settled(page)
     assert page.get_by_text("could not be done").count() == 0
+    page.context.close()
 
 
-def test_another_behaviour_keeps_the_page_whole(browser, address):
-    page = paste(browser, address)
+def test_a_stop_that_comes_with_the_answer_it_stops_wins(browser, explorer):
+    page = paste(browser, explorer.address, LONG)
+    with held_still(explorer.pid):  # both clicks lie there before the page runs
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.wait_for_timeout(200)
+    page.wait_for_timeout(3000)  # in which an answer would have begun
+    settled(page)
+    assert page.get_by_text("not answered yet").count() == 4
+    assert page.get_by_text("stopped here").count() == 0
+    page.context.close()
+
+
+def test_another_behaviour_keeps_the_page_whole(browser, explorer):
+    page = paste(browser, explorer.address)
     click_cell(page, 2)
     page.wait_for_url("**token=*")
     box = page.locator("[data-testid=stSelectbox]", has_text="Behaviour").locator("input")

@@ -16,9 +16,10 @@ from workbench.prompts import PromptSet
 from workbench.sites import Site
 
 from ..probes.labelled import planted, write_labelled
-from .conftest import run_snippets, words
+from .conftest import as_markup, run_snippets, words
 
 OF_FOLDER = "an adapter of the folder"
+MARKUP = ("script>", "](java", "**b**")
 EVIL = "<script>alert(1)</script> [x](javascript:1) **b** \u202eabc"
 
 
@@ -47,18 +48,6 @@ def recipient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def unsafe(page) -> list[str]:
-    """Pieces of Markdown on a page that hold what was fed."""
-    shown = [*page.markdown, *page.caption, *page.error, *page.title, *page.subheader]
-    return [one.value for one in shown if "script>" in one.value or "](java" in one.value or "**b**" in one.value]
-
-
-def test_an_empty_folder_says_what_to_run(open_page, tmp_path):
-    page = open_page("probes", tmp_path)
-    assert not page.exception
-    assert f"workbench profile bundled:recipient --prompts bundled:profile --out {tmp_path}/store" in words(page)
-
-
 def test_a_damaged_store_is_one_line(open_page, tmp_path, folder):
     import shutil
 
@@ -77,7 +66,7 @@ def test_a_probe_is_trained_and_every_figure_has_its_code(open_page, folder):
     assert run_snippets(page) == 2
     assert "which the explorer was not told to load" in words(page)
     assert f"workbench ui {folder} --model m" in words(page)
-    assert not unsafe(page)
+    assert not as_markup(page, *MARKUP)
     figures = [one.proto.spec for one in page.get("plotly_chart")]
     assert not [spec for spec in figures if "<script>" in spec]
 
@@ -110,7 +99,7 @@ def test_tokens_are_a_label(open_page, folder):
     assert run_snippets(page) == 2
     page.text_input(key="tokens").set_value(EVIL).run()
     assert not page.exception
-    assert not unsafe(page)
+    assert not as_markup(page, *MARKUP)
 
 
 def test_a_quantity_has_its_kinds(open_page, folder):
@@ -125,7 +114,7 @@ def test_a_label_that_cannot_be_probed_is_one_line(open_page, folder):
     page = open_page("probes", folder, label=r"[m](javascript:1)")
     assert not page.exception
     assert "is 'a' in every row; a probe needs two classes" in words(page)
-    assert not unsafe(page)
+    assert not as_markup(page, *MARKUP)
     page = open_page("probes", folder, label="token_id")
     assert "a probe needs" in words(page)
 
@@ -152,7 +141,7 @@ def test_the_tokens_of_a_text_are_scored(open_page, recipient):
     drawn = page.get("plotly_chart")[2].proto.spec
     assert "<script>" not in drawn
     assert "\\u202e" not in drawn
-    assert not unsafe(page)
+    assert not as_markup(page, *MARKUP)
     page.text_area(key="say").set_value(" ").run()
     assert "Type a text" in words(page)
 
@@ -204,11 +193,11 @@ def test_the_link_of_a_saved_direction_opens_it_on_the_page_of_pastes(open_page,
     assert not page.exception
     plain, edited = [code.value for code in page.code][-2:]
     assert plain != edited
-    assert not unsafe(page)
+    assert not as_markup(page, *MARKUP)
     assert "which the explorer was not told to load" in words(
         open_page("paste", tmp_path, what=OF_FOLDER, adapter="other")
     )
-    assert "the link asks for adapter '../x', which is not in the opened folder" in words(
+    assert "the link asks for adapter '../x', which is not there; it was refused" in words(
         open_page("paste", tmp_path, what=OF_FOLDER, adapter="../x")
     )
     (tmp_path / "mine" / "adapter.safetensors").write_bytes(b"x")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-from pathlib import Path
 
 import pytest
 
@@ -17,51 +16,33 @@ from workbench.run_comparison import compare_runs
 from workbench.run_plots import runs_compared
 from workbench.run_progress import run_progress
 
-from ..metrics_example import EVIL, metrics
-from .conftest import run_snippets, words
-
-JOB = 'name = "{name}"\n[donor]\nmodel = "bundled:donor"\n[recipient]\nmodel = "{recipient}"\n[[behaviours]]\nname = "b"\n'
-
-
-def a_run(folder: Path, name: str = "first", done: bool = True, recipient: str = "bundled:recipient") -> Path:
-    run = folder / name
-    (run / "steps").mkdir(parents=True)
-    (run / "job.toml").write_text(JOB.format(name=name, recipient=recipient))
-    (run / "steps" / "profile-donor.json").write_text(json.dumps({"seconds": 1.5, "result": 0, "key": ""}))
-    (run / "log.txt").write_text("2026-01-01 INFO step profile-donor\n")
-    if done:
-        (run / "metrics.json").write_text(json.dumps(metrics()))
-    return run
-
-
-def test_an_empty_folder_says_what_to_run(open_page, tmp_path):
-    page = open_page("runs", tmp_path)
-    assert not page.exception
-    assert f"workbench demo --out {tmp_path}" in words(page)
+from ..metrics_example import EVIL
+from .conftest import as_markup, run_snippets, words
+from .job_runs import job_run
 
 
 def test_finished_runs_are_told_and_compared_and_nothing_of_theirs_is_markup(open_page, tmp_path):
     for name in ("first", "second"):
-        a_run(tmp_path, name, recipient=EVIL)
+        job_run(tmp_path, name, recipient=EVIL)
     page = open_page("runs", tmp_path, open="true")
     assert not page.exception
     assert list(page.dataframe[0].value["state"]) == ["done", "done"]
     assert EVIL in next(iter(page.dataframe[0].value["models"]))
     assert "reasoning: the paste reached" in words(page)
-    assert not [m for m in (*page.markdown, *page.caption, *page.error) if EVIL in m.value]
+    assert not as_markup(page, EVIL)
     run_snippets(page)
 
 
 def test_a_link_opens_the_same_comparison(open_page, tmp_path):
     for name in ("first", "second", "third"):
-        a_run(tmp_path, name)
+        job_run(tmp_path, name)
     page = open_page("runs", tmp_path, runs=["third"], value="log-odds (nats)")
     assert page.multiselect(key="runs").value == ["third"]
     assert page.selectbox(key="value").value == "log_odds"
 
 
 def test_a_run_that_goes_on_shows_its_steps_and_its_log(open_page, tmp_path):
-    run = a_run(tmp_path, done=False)
+    run = job_run(tmp_path, done=False)
     with (run / "lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         page = open_page("runs", tmp_path)
@@ -71,9 +52,9 @@ def test_a_run_that_goes_on_shows_its_steps_and_its_log(open_page, tmp_path):
 
 
 def test_a_damaged_run_is_a_line_and_the_others_are_shown(open_page, tmp_path):
-    a_run(tmp_path)
-    (a_run(tmp_path, "broken") / "metrics.json").write_text("{")
-    (a_run(tmp_path, "torn") / "job.toml").write_text("[")
+    job_run(tmp_path)
+    (job_run(tmp_path, "broken") / "metrics.json").write_text("{")
+    (job_run(tmp_path, "torn") / "job.toml").write_text("[")
     page = open_page("runs", tmp_path)
     assert not page.exception
     assert "is not whole JSON" in words(page)
@@ -81,15 +62,25 @@ def test_a_damaged_run_is_a_line_and_the_others_are_shown(open_page, tmp_path):
 
 
 def test_progress_counts_the_steps_that_a_job_tells(tmp_path):
-    run = a_run(tmp_path, done=False)
+    run = job_run(tmp_path, done=False)
     told = run_progress(run, catalogue(tmp_path).get("first").facts["job"])
     assert (dict(told.done), len(told.to_come)) == ({"profile-donor": 1.5}, 6)
     assert told.share == pytest.approx(1 / 7)
     assert run_progress(tmp_path / "none").share is None
 
 
+def test_progress_of_a_run_whose_steps_nobody_tells_is_not_known(tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "grid.json").write_text(json.dumps({"seconds": 2.0}))
+    told = run_progress(tmp_path, {"model": "m", "prompts": "p"})
+    assert dict(told.done) == {"grid": 2.0}
+    assert (told.to_come, told.steps, told.share) == (None, None, None)
+    for damaged in ({"behaviours": 3}, {"behaviours": [3]}, {}):
+        assert run_progress(tmp_path, damaged).share is None
+
+
 def test_a_comparison_holds_every_run_and_arm(tmp_path):
-    table = compare_runs({"one": a_run(tmp_path), "two": a_run(tmp_path, "second")})
+    table = compare_runs({"one": job_run(tmp_path), "two": job_run(tmp_path, "second")})
     assert sorted(set(table["run"])) == ["one", "two"]
     figure = runs_compared(table, "share_log_odds")
     assert {trace.name for trace in figure.data} >= {"paste", "control: mean delta"}

@@ -50,7 +50,7 @@ def _pair(table: pd.DataFrame) -> pd.DataFrame:
 def _size() -> dict[str, Any]:
     return {"source": "resid_post.0", "target": "resid_post.2", "sum_rho2": 5.5, "sum_rho2_null": 0.5, "wachter_count": 7,
             "wachter_edge": 0.1, "held_out_sum": 5.0, "held_out_count": 6, "dim_lin": 6.5, "dim_lin_null": 6.0, "rank_x": 8,
-            "rank_y": 8, "n": 1200}  # fmt: skip
+            "efficiency": 0.93, "rank_y": 8, "n": 1200}  # fmt: skip
 
 
 def _efficiency() -> pd.DataFrame:
