@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..ui.browser import ARGUMENTS, CHROMIUM, PATIENCE, SETTLED, chromium, opened, served, settled
+from ..ui.browser import ARGUMENTS, CHROMIUM, PATIENCE, SETTLED, chromium, drawn, opened, served
 from .explorer_store import make_explorer_store
 
 PAGES = ("runs", "activations", "transport", "converters", "paste", "probes", "lens")
@@ -88,12 +88,6 @@ def large_store(
             "change_s": statistics.median(changes), "first_change_s": changes[0],
             "selection_s": statistics.median(selections), "turns": turns, "memory_bytes": peak.bytes - before,
         }  # fmt: skip
-
-
-def drawn(page: Any) -> None:
-    """Until the script has ended and a figure is there."""
-    page.wait_for_selector("[data-testid=stPlotlyChart] .main-svg")
-    settled(page)
 
 
 WATCH = """() => {
