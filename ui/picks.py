@@ -29,9 +29,10 @@ def choice(
     if not kept:
         st.session_state[refused] = asked if asked not in entries else None
     elif (
-        st.session_state.get(of) != entries and st.session_state[key] not in shown
-    ):  # other picks changed what there is
-        st.session_state[key] = values[first]
+        st.session_state.get(of) != entries
+    ):  # other picks changed what there is, or how it is shown: the browser is told
+        value = st.session_state[key]
+        st.session_state[key] = value if value in shown else values[first]
     st.session_state[of] = entries
     if st.session_state.get(refused) is not None:
         text.problem(f"the link asks for {key} {st.session_state[refused][:200]!r}, which is not there; it was refused")
