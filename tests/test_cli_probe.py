@@ -62,7 +62,7 @@ def test_a_run_folder_holds_probes_directions_an_eraser_and_a_report(store, tmp_
     assert "<h2>Eraser</h2>" in page
     (entry, *others) = catalogue(tmp_path).entries
     assert (entry.kind, entry.name, entry.state) == ("probe", "run", "done")
-    assert {e.kind for e in others} == {"adapter"}
+    assert {e.kind for e in others} == {"adapter", "saved probe"}
     told(workbench("probe", store, "--label", "label", "--out", run), "exists already")
     good("probe", store, "--label", "label", "--out", run, "--overwrite", "--no-controls")
     assert not (run / "adapters").exists()

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..backends import NAMES
 from ..errors import UserError
 from ..models import Model
 from ..prompts import Prompt, PromptSet
@@ -106,7 +105,7 @@ def score(model: Model, sequences: Sequences, arms: Mapping[str, Run], *, batch_
     """
     if "untouched" in arms:
         raise UserError("an arm may not be called 'untouched': that is the plain model; choose another name")
-    head = Head.under_edits(model)
+    head = Head.of(model)
     out = {name: torch.zeros(len(sequences), 3, dtype=torch.float64) for name in ("untouched", *arms)}
     with torch.inference_mode():
         for rows in sequences.batches(batch_size):
@@ -175,9 +174,7 @@ class Head:
             return self.model.logits(ids, mask)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        out = self.model.backend.call(
-            self.model, "decoder", options
-        )  # by it: nnsight edits the passes that it runs itself
+        out = self.model.backend.call(self.model, "decoder", options)  # nnsight edits the passes that it runs itself
         return out[0] if isinstance(out, tuple) else out.last_hidden_state
 
     def logits(self, states: Float[Tensor, "n _w"]) -> Float[Tensor, "n v"]:
@@ -186,13 +183,6 @@ class Head:
         head = self.model.module.get_output_embeddings()
         found = head(states.to(head.weight.device)) * self.scale
         return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
-
-    @classmethod
-    def under_edits(cls, model: Model) -> Head:
-        """As `of`, for passes that are edited: not alone on another backend than plain hooks, which knows its own way through
-        the model, head and all. nnsight's edits are part of the calls that it makes, and a decoder that is called past it runs
-        without them."""
-        return cls.of(model) if model.backend.name == NAMES[0] else cls(model, False)
 
     @classmethod
     def of(cls, model: Model) -> Head:

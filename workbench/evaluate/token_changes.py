@@ -134,7 +134,7 @@ def token_changes(model: Model, text: Any, adapter: Adapter | Blend, top: int = 
     if top < 1:
         raise UserError(f"top {top} is out of range: at least one token must be kept at each position")
     ids, prompt_length = _encoded(model, text)
-    head = Head.under_edits(model)
+    head = Head.of(model)
     row = torch.tensor([ids])
     mask = torch.ones_like(row)
     with torch.inference_mode():

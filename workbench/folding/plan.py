@@ -72,7 +72,7 @@ def linear_schedule(theta: float, n_layers: int) -> tuple[float, ...]:
     """The paper's schedule: theta rises from 2 theta - 1 (at least 0), its mean about theta, and the last layer is dense.
 
     >>> linear_schedule(0.5, 4)
-    (0.0, 0.495, 0.99, 0.0)
+    (0.0, 0.5, 0.99, 0.0)
     """
     idle_count(theta, 1)
     first, last = max(0.0, 2 * theta - 1), min(1.0, 2 * theta)
