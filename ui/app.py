@@ -56,6 +56,7 @@ def main() -> None:
     st.set_page_config("Workbench", page_icon=":material/swap_calls:", layout="wide")
     door.enter()
     settings()
+    held.keep_tidy()
     pages = [
         st.Page(text.told(module.page), title=title, icon=icon, default=module is runs,
                 url_path="home" if module is runs else title.lower())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from workbench.models import Model
 
 MOST_STORES, MOST_MODELS, MOST_FITS = 4, 3, 2
+TIDY, EVERY = "gives memory back", 60.0
 PATIENCE = 0.25
 """seconds from one word to a session that waits for a model to the next"""
 
@@ -146,24 +151,40 @@ def _model(name: str, device: str) -> HeldModel:
 
 def _free(held: HeldModel) -> None:
     """Gives the memory of a model back, after whoever runs it is done."""
-    import gc
-
     import torch
 
     with held.alone():
         held.model = None
-    gc.collect()
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def release() -> None:
     """Lets go of all that is held: stores, rows, fits and models, and every result and figure that was kept."""
-    import gc
-
     st.cache_data.clear()
     st.cache_resource.clear()  # each tells what it held to close
+    give_back()
+
+
+def keep_tidy() -> None:
+    """Gives memory back every minute, from a thread of its own: Streamlit would collect all garbage after every run of a
+    script, while the reader waits for it."""
+    if not any(thread.name == TIDY for thread in threading.enumerate()):
+        threading.Thread(target=_tidy, name=TIDY, daemon=True).start()
+
+
+def _tidy() -> None:
+    while True:
+        time.sleep(EVERY)
+        give_back()
+
+
+def give_back() -> None:
+    """Collects garbage, and returns what is free to the system: glibc keeps it, above all that of threads which are gone."""
     gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def memory() -> dict[str, Any]:

@@ -136,7 +136,7 @@ def sessions(
     """Readers at once, each with a store of its own in view, who click at random for so long.
 
     `foreign`: pages that showed what belongs to another reader's store. `exceptions`: of a page, or in the log.
-    `before_bytes` and `after_bytes`: the server's own memory after one reader had seen every page and left, and after all
+    `before_bytes` and `after_bytes`: the server's own memory after one reader had clicked as long and left, and after all
     of them had, each `wait` seconds later: Streamlit keeps the session of a reader who left for two minutes.
     """
     rows = {f"store{i}": 1013 + 97 * i for i in range(count)}
@@ -144,14 +144,13 @@ def sessions(
         make_explorer_store(folder / name, n, 64, 3).close()
     log, found = folder / "server.log", [dict.fromkeys(("clicks", "foreign", "exceptions"), 0) for _ in range(count)]
     with served(folder, log) as (address, pid):
-        with chromium() as browser:
-            for name in PAGES:
-                opened(browser, f"{address}/{name}?store=store0").context.close()
+        alone = [dict.fromkeys(("clicks", "foreign", "exceptions"), 0)]
+        asyncio.run(_readers(address, rows, seconds, seed + 1, alone))
         before = _settled_bytes(pid, wait)
         asyncio.run(_readers(address, rows, seconds, seed, found))
         after = _settled_bytes(pid, wait)
     total = {key: sum(one[key] for one in found) for key in found[0]}
-    total["exceptions"] += log.read_text(errors="replace").count("Traceback")
+    total["exceptions"] += alone[0]["exceptions"] + log.read_text(errors="replace").count("Traceback")
     return {"count": count, "seconds": seconds, **total, "before_bytes": before, "after_bytes": after}
 
 

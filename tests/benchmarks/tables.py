@@ -357,7 +357,7 @@ def _tell_explorer(found: dict[str, Any]) -> str:
             f"The server held at most {large['memory_bytes'] / 2**20:,.0f} MiB more than before the store was opened.",
             f"{many['count']} readers at once, each clicking at random for {many['seconds']:.0f} s: {many['clicks']} clicks, "
             f"**{many['exceptions']}** exceptions, **{many['foreign']}** pages of another reader's store; the server's "
-            f"own memory was {many['before_bytes'] / 2**20:,.0f} MiB after one reader had seen every page and left, and "
+            f"own memory was {many['before_bytes'] / 2**20:,.0f} MiB after one reader had clicked as long alone and left, and "
             f"{many['after_bytes'] / 2**20:,.0f} MiB after all of them had.",
         ]
     )

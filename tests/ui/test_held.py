@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_release_lets_go_of_stores_results_and_figures(open_page, folder, monkey
     assert any(one is rows for one in closed)
     assert not page.run().exception, "the page reads anew what it shows"
     assert held.rows_of(folder / "a") is not rows
+
+
+def test_garbage_is_given_back_by_one_thread_alone(monkeypatch):
+    given = threading.Event()
+    monkeypatch.setattr(held, "EVERY", 0.01)
+    monkeypatch.setattr(held, "TIDY", "gives memory back in a test")
+    monkeypatch.setattr(held, "give_back", given.set)
+    held.keep_tidy()
+    held.keep_tidy()
+    assert sum(thread.name == held.TIDY for thread in threading.enumerate()) == 1
+    assert given.wait(10)
+    monkeypatch.setattr(held, "EVERY", 1e6)
 
 
 def test_a_stamp_changes_with_any_of_its_files(tmp_path):
