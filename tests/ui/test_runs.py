@@ -122,3 +122,14 @@ def test_nothing_is_overwritten_by_a_job_that_is_started(tmp_path):
 @pytest.mark.parametrize(("seconds", "said"), [(5, "5 s"), (61, "1 min"), (90_000, "1 day")])
 def test_ages_are_told_in_their_largest_unit(seconds, said):
     assert runs.age(seconds) == said
+
+
+def test_runs_that_are_told_by_their_own_reports_are_listed(open_page, tmp_path):
+    for kind in ("similarity", "depth", "geometry"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{kind}.toml").write_text("")
+        (tmp_path / kind / "metrics.json").write_text("{}")
+    page = open_page("runs", tmp_path)
+    assert not page.exception
+    assert set(page.dataframe[0].value["kind"]) == {"similarity", "depth", "geometry"}
+    assert "are told by the report" in words(page)

@@ -29,7 +29,9 @@ from workbench.run_progress import run_progress
 from workbench.summary import headline, load_metrics
 
 DEMO = "workbench demo --out {folder}"
-KINDS = {"run": "transfer", "transport": "transport", "probe": "probe"}
+TOLD = {"run": "transfer", "transport": "transport", "probe": "probe"}
+"""runs whose numbers and report are shown here"""
+KINDS = {**TOLD, "similarity": "similarity", "depth": "depth", "geometry": "geometry"}
 
 
 def page() -> None:
@@ -41,9 +43,12 @@ def page() -> None:
     else:
         listing(runs)
         _going_on()
-        headlines([run for run in runs if run.state == "done"])
+        done = [run for run in runs if run.state == "done"]
+        headlines([run for run in done if run.kind in TOLD])
         text.told(compare)([run for run in runs if run.kind == "run" and run.state in ("done", "running")])
-        text.told(report)([run for run in runs if run.state == "done"])
+        text.told(report)([run for run in done if run.kind in TOLD])
+        if any(run.kind not in TOLD for run in done):
+            text.remark("Runs of similarity, depth and geometry are told by the report.html in their folders.")
     start()
 
 
