@@ -92,9 +92,8 @@ def fold_gram(part: LowRank, x: Float[Tensor, "n d_R"], y: Float[Tensor, "m d_D"
 def _pinv_times(x: Tensor, y: Tensor, u: Tensor | None = None) -> Tensor:
     """pinv(x) @ y, or u @ pinv(x) @ y, in float64; pinv(x) = x' (x x')^-1 where the rows are independent."""
     # Two thirds of the time of a fold are its two symmetric products, at the rate that the processor has for float64.
-    # Tried and slower: eigenvectors in place of the Cholesky factor, the products a stretch of columns at a time, conjugate
-    # gradients. In float32 they take half of the time, and the condition of a real profile, squared in x x', leaves nothing
-    # of the 1e-5 that the fold has to keep.
+    # Tried and no faster: eigenvectors in place of the Cholesky factor, and the products a stretch of columns at a time. In
+    # float32 they take half of the time, but x x' squares the condition of a profile, and 1e-5 has to be kept.
     if len(x) < x.shape[1]:
         products = gram(x.T)
         factor, failed = torch.linalg.cholesky_ex(products)
