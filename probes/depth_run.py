@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from workbench.atomic import check_free, staged_folder
+from workbench.atomic import check_free
 from workbench.errors import UserError
 from workbench.evaluate.scoring import Sequences
 from workbench.models import Model
@@ -26,6 +24,7 @@ from .depth import DepthCurves, depth_curves
 from .depth_report import render_depth
 from .depth_score import depth_score, depth_scores
 from .layer_grid import LayerGrid, layer_grid
+from .run_folder import json_values, run_folder
 from .skip_effects import BATCH_TOKENS, SkipEffects, layer_effects
 
 log = logging.getLogger("workbench")
@@ -145,7 +144,7 @@ def _metrics(
         "kinds": _kinds(few, effects), "grid": None if grid is None else _grid_metrics(grid),
         "warnings": [f"{name}: {note}" for name, c in curves.items() for note in c.notes], "environment": environment(),
     }  # fmt: skip
-    return dict(_finite(found))
+    return dict(json_values(found))
 
 
 def _halves(effects: Mapping[tuple[str, str], SkipEffects]) -> list[dict[str, Any]]:
@@ -204,32 +203,17 @@ def _grid_metrics(grid: LayerGrid) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finite(value: Any) -> Any:
-    """The same as JSON values, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write(
     out: Path, job: DepthJob, curves: Mapping[str, DepthCurves], effects: Mapping[tuple[str, str], SkipEffects],
     grid: LayerGrid | None, metrics: Mapping[str, Any], overwrite: bool,
 ) -> None:  # fmt: skip
     import pandas as pd
-    import tomli_w
 
-    with staged_folder(out, marker=MARKER, overwrite=overwrite) as folder:
-        asked = {k: v for k, v in asdict(job).items() if v is not None}
-        (folder / MARKER).write_text(tomli_w.dumps(asked), encoding="utf-8")
-        text = json.dumps(metrics, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        tables = [c.frame().assign(model=name) for name, c in curves.items()]
-        pd.concat(tables).to_parquet(folder / "curves.parquet", index=False)
-        if effects:
-            parts = [found.frame().assign(model=name, effect=effect) for (name, effect), found in effects.items()]
-            pd.concat(parts).to_parquet(folder / "effects.parquet", index=False)
-        if grid is not None:
-            grid.frame().to_parquet(folder / "grid.parquet", index=False)
-        (folder / "report.html").write_text(render_depth(metrics, out.name or "depth"), encoding="utf-8")
+    tables = {"curves": pd.concat([c.frame().assign(model=name) for name, c in curves.items()])}
+    if effects:
+        parts = [found.frame().assign(model=name, effect=effect) for (name, effect), found in effects.items()]
+        tables["effects"] = pd.concat(parts)
+    if grid is not None:
+        tables["grid"] = grid.frame()
+    with run_folder(out, MARKER, job, metrics, tables, render_depth(metrics, out.name or "depth"), overwrite=overwrite):
+        pass

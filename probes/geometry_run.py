@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import geometry_plots as plots
-from workbench.atomic import check_free, staged_folder
+from workbench.atomic import check_free
 from workbench.models import Model
 from workbench.prompts import PromptSet
 from workbench.report_page import cell, facts, flat, page, section, table
@@ -18,6 +16,7 @@ from workbench.runs import environment
 from workbench.summary import plain
 
 from .geometry import WriteGeometry, write_geometry
+from .run_folder import json_values, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +83,9 @@ def run_geometry(
     frames = frames_of(result)
     metrics = _metrics(job, result, frames, model)
     if out is not None:
-        _write(Path(out), job, frames, metrics, overwrite)
+        report = render_geometry(metrics, frames, Path(out).name or "geometry")
+        with run_folder(Path(out), MARKER, job, metrics, frames, report, overwrite=overwrite):
+            pass
     return GeometryRun(result, metrics, None if out is None else Path(out))
 
 
@@ -101,39 +102,13 @@ def _metrics(
     for layer in sorted({layer for layer, _, _ in result.parts}):
         found = result.difference(layer)
         differences.append({"layer": layer, "value": found.value, "low": found.low, "high": found.high})
-    return _finite({
+    return json_values({
         "format": FORMAT, "version": 1, "job": asdict(job), "model": model.name, "family": model.family,
         "parallel_blocks": bool(model.anatomy[0].parallel), "sequences": len(result.predicted),
         "tokens": int(result.predicted.sum()), "orthogonal_less_parallel": differences,
         **{name: frame.to_dict("records") for name, frame in frames.items()}, "warnings": list(result.notes),
         "environment": environment(),
     })  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """The same as JSON values, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(
-    out: Path, job: GeometryJob, frames: Mapping[str, pd.DataFrame], metrics: Mapping[str, Any], overwrite: bool
-) -> None:
-    import tomli_w
-
-    with staged_folder(out, marker=MARKER, overwrite=overwrite) as folder:
-        asked = {key: value for key, value in asdict(job).items() if value is not None}
-        (folder / MARKER).write_text(tomli_w.dumps(asked), encoding="utf-8")
-        text = json.dumps(metrics, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        for name, frame in frames.items():
-            frame.to_parquet(folder / f"{name}.parquet", index=False)
-        report = render_geometry(metrics, frames, out.name or "geometry")
-        (folder / "report.html").write_text(report, encoding="utf-8")
 
 
 def render_geometry(metrics: Mapping[str, Any], frames: Mapping[str, pd.DataFrame], name: str) -> str:

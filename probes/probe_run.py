@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.atomic import staged_folder
 from workbench.errors import UserError
 from workbench.runs import environment
 from workbench.store import Store
@@ -20,6 +17,7 @@ from .erasers import Erasure, erase_label
 from .linear import MOST_ROWS, train_probes
 from .probe_curve import ProbeCurve
 from .probe_report import render_probe
+from .run_folder import json_values, run_folder
 
 FORMAT = "workbench.probe_run"
 MARKER = "probe.toml"
@@ -108,41 +106,23 @@ def _metrics(
         found["erasure"] = {"site": str(erasure.site), "rank": erasure.eraser.rank, "before": erasure.before.line(),
                             "after": erasure.after.line(), "chance": erasure.after.chance, "changed": erasure.changed,
                             "covariance": erasure.covariance}  # fmt: skip
-    return dict(_finite(found))
-
-
-def _finite(value: Any) -> Any:
-    """The same as JSON values, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return dict(json_values(found))
 
 
 def _write(
     out: Path, job: ProbeJob, curve: ProbeCurve, directions: DirectionSet | None, erasure: Erasure | None,
     metrics: Mapping[str, Any], overwrite: bool,
 ) -> None:  # fmt: skip
-    import tomli_w
-
-    with staged_folder(out, marker=MARKER, overwrite=overwrite) as folder:
-        asked = {k: v for k, v in asdict(job).items() if v is not None}
-        (folder / MARKER).write_text(tomli_w.dumps(asked), encoding="utf-8")
-        text = json.dumps(metrics, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        curve.frame().to_parquet(folder / "probes.parquet", index=False)
+    lines = curve.frame()
+    tables = {"probes": lines} | ({} if directions is None else {"directions": directions.frame()})
+    report = render_probe(metrics, lines, out.name or "probes")
+    with run_folder(out, MARKER, job, metrics, tables, report, overwrite=overwrite) as folder:
         for line in curve.lines:
             line.probe.save(folder / "probes" / _plain(line.positions) / str(line.site))
-        if directions is not None:
-            directions.frame().to_parquet(folder / "directions.parquet", index=False)
-            for one in directions:
-                one.adapter().save(folder / "adapters" / f"{one.method}.{one.site}")
+        for one in directions or ():
+            one.adapter().save(folder / "adapters" / f"{one.method}.{one.site}")
         if erasure is not None:
             erasure.adapter().save(folder / "adapters" / f"eraser.{erasure.site}")
-        (folder / "report.html").write_text(
-            render_probe(metrics, curve.frame(), out.name or "probes"), encoding="utf-8"
-        )
 
 
 def _plain(name: str) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import similarity_plots as plots
-from workbench.atomic import check_free, staged_folder
+from workbench.atomic import check_free
 from workbench.report_page import cell, facts, flat, page, section, table
 from workbench.runs import environment
 from workbench.store import Store
 from workbench.summary import plain
 
+from .run_folder import json_values, run_folder
 from .similarity import LayerSimilarity, layer_similarity
 from .similarity_measures import WORDS
 
@@ -86,39 +85,19 @@ def run_similarity(job: SimilarityJob, out: str | Path | None = None, *, overwri
     )  # fmt: skip
     metrics = _metrics(job, result)
     if out is not None:
-        _write(Path(out), job, result, metrics, overwrite)
+        frame = result.frame()
+        report = render_similarity(metrics, frame, Path(out).name or "similarity")
+        with run_folder(Path(out), MARKER, job, metrics, {"similarity": frame}, report, overwrite=overwrite):
+            pass
     return SimilarityRun(result, metrics, None if out is None else Path(out))
 
 
 def _metrics(job: SimilarityJob, result: LayerSimilarity) -> dict[str, Any]:
-    return _finite({
+    return json_values({
         "format": FORMAT, "version": 1, "job": asdict(job), "a": result.a, "b": result.b, "rows": result.rows,
         "prompts": result.prompts, "summary": result.summary, "best": result.best().to_dict("records"),
         "warnings": list(result.notes), "settings": dict(result.settings), "environment": environment(),
     })  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """The same as JSON values, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(out: Path, job: SimilarityJob, result: LayerSimilarity, metrics: Mapping[str, Any], overwrite: bool) -> None:
-    import tomli_w
-
-    with staged_folder(out, marker=MARKER, overwrite=overwrite) as folder:
-        (folder / MARKER).write_text(tomli_w.dumps(asdict(job)), encoding="utf-8")
-        text = json.dumps(metrics, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        frame = result.frame()
-        frame.to_parquet(folder / "similarity.parquet", index=False)
-        report = render_similarity(metrics, frame, out.name or "similarity")
-        (folder / "report.html").write_text(report, encoding="utf-8")
 
 
 def render_similarity(metrics: Mapping[str, Any], frame: pd.DataFrame, name: str) -> str:

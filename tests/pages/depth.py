@@ -23,7 +23,7 @@ from workbench.prompts import PromptSet
 from workbench.summary import plain
 
 from ..benchmarks.tables import table
-from .transport import _rounded as rounded
+from .transport import rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT, PAGE = ROOT / "docs" / "depth.json", ROOT / "docs" / "depth.md"

@@ -21,7 +21,7 @@ from workbench.models import load
 from workbench.prompts import PromptSet
 
 from ..benchmarks.tables import table
-from .transport import _rounded
+from .transport import rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT, PAGE = ROOT / "docs" / "fold.json", ROOT / "docs" / "fold.md"
@@ -38,7 +38,7 @@ def measure(_folder: Path | None = None, *, steps: int = 400) -> dict[str, Any]:
     donor = load("bundled:donor", dtype="float32", device="cpu")
     gated = linearity(donor, PromptSet.load(TEXT))
     chats = PromptSet.load(CHATS, limit=LIMIT, seed=0)
-    return _rounded({
+    return rounded({
         "linearity": found.frame().to_dict("records"), "rows": found.n_held_out,
         "channels": found.channel_frame()[["layer", "r2"]].to_dict("list"),
         "donor_linearity": gated.frame().to_dict("records"),

@@ -21,7 +21,7 @@ from workbench.models import load
 from workbench.prompts import PromptSet
 
 from ..benchmarks.tables import table
-from .transport import _rounded
+from .transport import rounded
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 KEPT, PAGE = DOCS / "geometry.json", DOCS / "geometry.md"
@@ -40,7 +40,7 @@ def measure(folder: Path) -> Line:
         ).metrics
         keys = ("tokens", "sequences", "costs", "sizes", "runs", "lengths", "orthogonal_less_parallel")
         found[_short(name)] = {key: metrics[key] for key in keys}
-    return _rounded(found)
+    return rounded(found)
 
 
 def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:

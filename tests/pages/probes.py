@@ -31,6 +31,7 @@ from workbench.prompts import PromptSet
 from workbench.store import Store
 
 from ..benchmarks.tables import table
+from .transport import rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT, PAGE = ROOT / "docs" / "probes.json", ROOT / "docs" / "probes.md"
@@ -61,7 +62,7 @@ def measure(_folder: Path | None = None) -> dict[str, Any]:
     stores = {side: profile_model(model, prompts, tokens="all") for side, model in models.items()}
     last = {side: profile_model(model, prompts) for side, model in models.items()}
     curves = {side: _curves(stores[side], last[side]) for side in SIDES}
-    return _rounded({
+    return rounded({
         "prompts": len(prompts), "curves": curves,
         "steering": {side: _steering(models[side], last[side], LAYER[side]) for side in SIDES},
         "pasted": _pasted(models, last), "erased": {side: _erased(models[side], stores[side], LAYER[side]) for side in SIDES},
@@ -132,19 +133,6 @@ def _erased(model: Model, store: Store, layer: int) -> Line:
 
 def _figures(name: str, found: Interval) -> Line:
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant figures: more would change from machine to machine."""
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(part) for part in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 def figures(_folder: Path | None, kept: Line) -> dict[str, go.Figure]:

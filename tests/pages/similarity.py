@@ -23,7 +23,7 @@ from workbench.prompts import PromptSet
 from workbench.summary import plain
 
 from ..benchmarks.tables import table
-from .transport import _rounded
+from .transport import rounded
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 KEPT, PAGE = DOCS / "similarity.json", DOCS / "similarity.md"
@@ -43,7 +43,7 @@ def measure(folder: Path) -> Line:
     donor, recipient = (str(folder / name.partition(":")[2]) for name in MODELS)
     metrics = run_similarity(SimilarityJob(donor, recipient), folder / "run").metrics
     own = run_similarity(SimilarityJob(donor, measures=("cka_debiased",), permutations=0)).result
-    return _rounded({
+    return rounded({
         **{key: metrics[key] for key in ("rows", "prompts", "summary", "best", "settings")},
         "own": own["cka_debiased"].value.tolist(), "versions": metrics["environment"]["versions"],
     })  # fmt: skip

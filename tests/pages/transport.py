@@ -7,6 +7,7 @@ says of them in words is asserted in tests/pages/test_transport_page.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def measure(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     grid = TransportGrid.load(folder / "grid")
     cells = [grid.cell(a, b) for a, b in grid.pairs]
-    return _rounded({
+    return rounded({
         "rows": {key: sorted({c[key] for c in cells}) for key in ("n_train", "n_held_out")},
         "prompts": metrics["job"]["n_prompts"], "shards": metrics["job"]["shards"], "alphas": grid.meta["alphas"],
         "grid": metrics["grid"]["lines"], "efficiency": _efficiency(folder, metrics), "features": _features(folder, metrics),
@@ -111,15 +112,17 @@ def _shift(model: Model, grid: TransportGrid) -> dict[str, Any]:
     return {"rows": stories.cell(0, 1)["n_train"], "pairs": lines}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six significant figures: more would change from machine to machine."""
     if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
+        return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(part) for part in value]
+        return [rounded(part) for part in value]
     if hasattr(value, "item"):  # of numpy
         value = value.item()
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def figures(folder: Path, _kept: Line) -> dict[str, go.Figure]:
