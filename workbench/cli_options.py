@@ -10,7 +10,6 @@ import typer
 ADAPTER_HELP = "adapter folder or file, of any format that is read, or bundled:NAME"
 MODEL_HELP = "hub id, local folder, or bundled:donor, bundled:recipient, bundled:outsider"
 PROMPTS_HELP = "bundled:NAME, hub:owner/name, or a .txt, .jsonl, .csv, .parquet file"
-ADAPTER_HELP = "adapter folder, ours or pyreft's, or bundled:NAME"
 
 Json = Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace --out where it exists")]

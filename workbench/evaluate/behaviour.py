@@ -143,8 +143,9 @@ def log_likelihood(
     demonstrations: prompts with a `response` each. The adapter acts where it would while the model gave that answer.
     Raises UserError for one without a response, or too long for the model.
     """
-    samples = encode_demonstrations(model, PromptSet.load(demonstrations))
-    check_positions(adapter, PromptSet.load(demonstrations), [ids for ids, _ in samples])
+    prompts = PromptSet.load(demonstrations)
+    samples = encode_demonstrations(model, prompts)
+    check_positions(adapter, prompts, [ids for ids, _ in samples])
     found = torch.empty(len(samples), dtype=torch.float64)
     with progress(total=len(samples), desc="log-likelihood", unit="prompt") as bar, torch.inference_mode():
         for rows in _by_length([p + a for p, a in samples], batch_size):
