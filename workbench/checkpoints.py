@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,34 @@ def folder_of(source: str, revision: str | None) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=TWINS))
-    except Exception as err:  # the hub client has dozens of errors; each means the same to the user
-        reason = _reason(err)
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise UserError(
-            f"model {source!r} is neither a local folder nor a model that the hub gave{offline}: {reason}; "
-            f"check the name, log in for a gated model, or use {PREFIX}donor or {PREFIX}recipient"
-        ) from err
+    except Exception as err:  # the hub client has dozens of errors; those that say what to do are told apart
+        raise UserError(_not_given(source, revision, err)) from err
+
+
+def _not_given(source: str, revision: str | None, err: Exception) -> str:
+    """Why the hub did not give a model, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(err, errors.GatedRepoError):  # first: it is a kind of RepositoryNotFoundError
+        return (f"model {source!r} is gated: the hub gives it only to those who accepted its conditions; accept them on the "
+                "page of the model, then log in with `hf auth login` or set HF_TOKEN")  # fmt: skip
+    if isinstance(err, errors.RevisionNotFoundError):
+        return f"model {source!r} has no revision {revision!r} on the hub; give a branch, a tag or a commit that it has"
+    if isinstance(err, errors.RepositoryNotFoundError):
+        return (f"model {source!r} is neither a local folder nor on the hub, or it is private; check the name, log in with "
+                f"`hf auth login` for a private one, or use {PREFIX}donor or {PREFIX}recipient")  # fmt: skip
+    if isinstance(err, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        if constants.HF_HUB_OFFLINE:
+            return (f"model {source!r} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set; unset it, "
+                    f"or fetch the model where there is a network: `hf download {source}`")  # fmt: skip
+        return (f"model {source!r} is neither a local folder nor in the hub's cache, and the hub cannot be reached "
+                f"({_reason(err)}); check the network, give a model folder, or use {PREFIX}donor or "
+                f"{PREFIX}recipient")  # fmt: skip
+    if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"model {source!r} does not fit the disk of the hub's cache ({constants.HF_HUB_CACHE}); make room, or set "
+                "HF_HOME to a folder that has some")  # fmt: skip
+    return (f"model {source!r} is neither a local folder nor a model that the hub gave: {_reason(err)}; check the name, or "
+            f"use {PREFIX}donor or {PREFIX}recipient")  # fmt: skip
 
 
 def quiet() -> None:

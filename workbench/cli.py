@@ -247,19 +247,24 @@ app.command()(grade)
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"a model to prove too: {MODEL_HELP}")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL | FOLDER]...", help=f"models to prove ({MODEL_HELP}), folders to look through"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Checks this machine, and a model.
+    """Checks this machine, models, and folders of stores, adapters and runs.
 
-    Versions, devices, memory and disk; of a model, that it loads and that every site is proved. Exit code 1 where
+    Versions and what they ask of one another, torch's build, devices, memory, disks, the hub; of a model, that it loads
+    and that every site is proved; of what lies in a folder, that it is whole, finished and of the model that it names.
+    With a model and a store, a few rows are computed again, which tells states in another basis. Exit code 1 where
     something is wrong.
     """
     from dataclasses import asdict
 
     from .doctor import diagnose
 
-    checks = diagnose(model)
+    checks = diagnose(*(what or []))
     if as_json:
         _json([asdict(c) for c in checks])
     else:
