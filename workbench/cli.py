@@ -29,6 +29,7 @@ from .cli_paste import paste
 from .cli_probe import probe
 from .cli_profile import profile
 from .cli_similarity import similarity
+from .cli_slurm import slurm
 from .cli_stores import stores
 from .cli_train import train
 from .cli_transport import transport
@@ -243,6 +244,7 @@ app.command()(paste)
 app.command()(generate)
 app.command()(chat)
 app.command()(grade)
+app.command()(slurm)
 
 
 @app.command()
