@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoints import TWINS
 from .errors import UserError
-from .hashes import file_hash, tensor_bytes
+from .hashes import tensor_bytes, weights_hash
 
 if TYPE_CHECKING:
     from .models import Model
@@ -47,7 +47,7 @@ def fingerprint_of(model: Model) -> dict[str, str]:
 def _weights(model: Model) -> str:
     files = sorted(model.folder.glob("*.safetensors")) if model.folder else []
     if files:
-        return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()
+        return hashlib.sha256("".join(weights_hash(f) for f in files).encode()).hexdigest()
     offloaded = any(hasattr(m, "_hf_hook") for m in model.module.modules())  # by accelerate: they are on this machine
     if not offloaded and all(p.is_meta for p in model.module.parameters()):
         return _on_the_hub(model)

@@ -12,7 +12,7 @@ from ..bundled import PREFIX, located
 from ..catalogue import Entry, catalogue
 from ..errors import UserError
 from ..fingerprint import difference_of
-from ..hashes import file_hash
+from ..hashes import weights_hash
 from .check import Check, failed, size_text
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _weights_of(source: str, known: dict[str, str]) -> str:
         if n_bytes > HASHED:
             known[source] = f"!{size_text(n_bytes)}"
         else:
-            hashes = "".join(file_hash(file) for file in files)
+            hashes = "".join(weights_hash(file) for file in files)
             known[source] = hashlib.sha256(hashes.encode()).hexdigest() if files else ""
     return known[source]
 
