@@ -18,7 +18,7 @@ from torch import Tensor
 from workbench.atomic import make_parent, write_json, write_text
 from workbench.errors import UserError
 from workbench.maps.moments import Moments, total
-from workbench.runs import Run, environment
+from workbench.runs import Run, environment, failures_told
 from workbench.sites import Site
 from workbench.transport.grid import TransportGrid, transport_grid
 from workbench.transport.map_files import MapFolder
@@ -64,7 +64,7 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     choice = PairChoice.of(model, job)
     make_parent(run.folder / MARKER)
     text = tomli_w.dumps({key: value for key, value in asdict(job).items() if value not in ((), "")})
-    with run.alone(), run.logging():
+    with run.alone(), run.logging(), failures_told("", run.folder):
         if not _is_run(run.folder):
             write_text(run.folder / MARKER, text)
         steps = _Steps(run, model, prompts, job, choice)
@@ -82,7 +82,7 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
 def _clear_stale(folder: Path, text: str, job: TransportJob) -> None:
     """Results of another job are not this one's. What the grid's step made stands or falls with that step."""
     file = folder / MARKER
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    if file.exists() and file.read_bytes() != text.encode():
         of_grid = () if job.grid_only else (folder / "efficiency.parquet",)
         for stale in (*folder.glob("*.parquet"), folder / "metrics.json", folder / "report.html"):
             if stale not in of_grid:

@@ -1,14 +1,20 @@
-"""Writing so that a reader never meets a half: everything is written beside its place and renamed into it."""
+"""Writing so that a reader never meets a half: everything is written beside its place and renamed into it.
+
+What is being written has its writer's lock (`flock`, which the system lets go of however a process ends), so that the next
+writer of the same name tells what a killed one left from what another is busy with, and clears it away.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +67,8 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
     check_free(path, marker=marker, overwrite=overwrite)
     make_parent(path)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        clear_abandoned(path)
+        temporary, lock = _new_folder(path, "partial")
     except OSError as err:
         raise UserError(f"cannot write to {path.parent}: {_reason(err)}; choose another output folder") from err
     try:
@@ -77,6 +84,50 @@ def staged_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> 
                         "folder and run again") from err  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _new_folder(path: Path, what: str) -> tuple[Path, int]:
+    """A hidden folder beside `path` with its writer's lock: a handle to be closed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{what}-", dir=path.parent))
+        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        if _locked(lock, folder):
+            return folder, lock
+        os.close(lock)  # cleared away in the instant before it had its lock
+
+
+def _locked(handle: int, path: Path) -> bool:
+    """Takes the lock of a new file or folder, where the file system has locks; False where it is gone already."""
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def clear_abandoned(path: Path) -> None:
+    """Removes what writers of `path` that were killed had left beside it; one that is busy holds the lock of its own.
+
+    Where a writer was killed between taking the old away and putting the new there, the old is put back.
+    """
+    made = re.compile(re.escape(f".{path.name}.") + r"(partial|old)-[a-z0-9_]{8}")
+    for name in [entry.name for entry in os.scandir(path.parent) if made.fullmatch(entry.name)]:
+        left = path.parent / name
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # gone, a link, or another user's: it cannot be told, so it is left alone
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (left / "was").exists() and not path.exists():
+                os.rename(left / "was", path)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        except OSError:
+            continue  # being written
+        finally:
+            os.close(handle)
 
 
 def _replace(new: Path, path: Path) -> None:
@@ -86,7 +137,7 @@ def _replace(new: Path, path: Path) -> None:
         return
     if exchange(new, path):
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    old, lock = _new_folder(path, "old")
     os.rename(path, old / "was")
     try:
         os.rename(new, path)
@@ -96,6 +147,7 @@ def _replace(new: Path, path: Path) -> None:
     finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -111,17 +163,30 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     make_parent(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+        clear_abandoned(path)
+        handle, temporary = _new_file(path)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as err:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except BaseException as err:  # a Ctrl-C too leaves nothing behind
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+        if not isinstance(err, OSError):
+            raise
         raise UserError(f"cannot write {path}: {_reason(err)}; make room or choose another folder") from err
+
+
+def _new_file(path: Path) -> tuple[int, str]:
+    """A hidden file beside `path`, open and with its writer's lock."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+        if _locked(handle, Path(name)):
+            return handle, name
+        os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

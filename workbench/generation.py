@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UserError
+from .memory import batches_that_fit
 from .progress import progress
 from .prompts import PromptSet, encode, pad
 
@@ -98,21 +99,21 @@ def generate(
     size = batch_size if on_text is None else 1
     answers: dict[int, str] = {}
     with progress(total=len(encoded), desc=desc, unit="prompt") if on_text is None else nullcontext() as bar:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-            call = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device),
-                    "generation_config": config}  # fmt: skip
-            if on_text is not None:
-                call["streamer"] = _streamer(model.tokenizer, on_text)
-            edited = nullcontext() if adapter is None else adapter.on(model, prompt_lengths=mask.sum(1))
-            with torch.inference_mode(), edited:
-                out = model.backend.call(model, "generate", call)
-            texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
-            step = len(texts) // len(rows)  # several samples a prompt: the first is kept
-            answers.update(zip(rows, texts[::step], strict=True))
-            if bar is not None:  # none beside text that comes word by word
-                bar.update(len(rows))
+        for batch in batches_that_fit(order[start : start + size] for start in range(0, len(order), size)):
+            with batch as rows:
+                ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
+                call = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device),
+                        "generation_config": config}  # fmt: skip
+                if on_text is not None:
+                    call["streamer"] = _streamer(model.tokenizer, on_text)
+                edited = nullcontext() if adapter is None else adapter.on(model, prompt_lengths=mask.sum(1))
+                with torch.inference_mode(), edited:
+                    out = model.backend.call(model, "generate", call)
+                texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+                step = len(texts) // len(rows)  # several samples a prompt: the first is kept
+                answers.update(zip(rows, texts[::step], strict=True))
+                if bar is not None:  # none beside text that comes word by word
+                    bar.update(len(rows))
     return [answers[i] for i in range(len(encoded))]
 
 

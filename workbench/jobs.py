@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .atomic import write_json, write_text
 from .converter_specs import ConverterSpec
 from .errors import UserError
-from .runs import Run
+from .runs import Run, failures_told
 
 log = logging.getLogger("workbench")
 
@@ -260,8 +260,8 @@ def run_job(job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | P
         job = Job.parse(job) if isinstance(job, Mapping) else Job.load(job)
     check_job(job)
     run = Run(job.folder, like)
-    with run.alone(), run.logging():
-        if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_text() != job.text:
+    with run.alone(), run.logging(), failures_told("", run.folder):
+        if not (run.folder / "job.toml").exists() or (run.folder / "job.toml").read_bytes() != job.text.encode():
             for stale in ("metrics.json", "report.html"):  # of another job: its results are not this one's
                 (run.folder / stale).unlink(missing_ok=True)
         write_text(run.folder / "job.toml", job.text)

@@ -17,6 +17,7 @@ from .adapters.train import frozen
 from .backends.torch_hooks import Where
 from .errors import UserError
 from .evaluate.behaviour import set_log_odds
+from .memory import batches_that_fit
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad
 from .sites import POINTS, Site
@@ -177,19 +178,21 @@ def _backward(
     grads: dict[Site, list[Tensor]] = {s: [] for s in sites}
     leaf = {sites[0]: lambda h, _: h.detach().requires_grad_()}  # nothing before it is differentiated
     with frozen(model), torch.enable_grad(), progress(total=len(order), desc=desc, unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            with model.edit(leaf), model.read(sites) as seen:
-                out = scalar(rows)
-            slopes = torch.autograd.grad(out.sum(), [seen[s] for s in sites])
-            value[rows] = out.detach().float().cpu()
-            which = chosen(rows)
-            owner.append(torch.tensor(rows)[which.nonzero()[:, 0]])
-            for site, g in zip(sites, slopes, strict=True):
-                here = which.to(g.device)
-                states[site].append(seen[site].detach()[here].float().cpu())
-                grads[site].append(g[here].float().cpu())
-            bar.update(len(rows))
+        for batch in batches_that_fit(order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            with batch as rows:
+                with model.edit(leaf), model.read(sites) as seen:
+                    out = scalar(rows)
+                slopes = torch.autograd.grad(out.sum(), [seen[s] for s in sites])
+                which = chosen(rows)
+                here = [which.to(g.device) for g in slopes]
+                at = [seen[site].detach()[w].float().cpu() for site, w in zip(sites, here, strict=True)]
+                slope = [g[w].float().cpu() for g, w in zip(slopes, here, strict=True)]
+                value[rows] = out.detach().float().cpu()
+                owner.append(torch.tensor(rows)[which.nonzero()[:, 0]])
+                for site, h, g in zip(sites, at, slope, strict=True):
+                    states[site].append(h)
+                    grads[site].append(g)
+                bar.update(len(rows))
     owners = torch.cat(owner)
     by_prompt = owners.argsort(stable=True)
     kept, found = ({s: torch.cat(listed)[by_prompt] for s, listed in each.items()} for each in (states, grads))

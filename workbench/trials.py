@@ -20,6 +20,7 @@ from .adapters.adapter import Adapter
 from .convert import ConverterFits
 from .evaluate.behaviour import set_log_odds
 from .forecast import Candidate, Forecast, paste_candidate
+from .memory import batches_that_fit
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad
 
@@ -95,9 +96,11 @@ class TrialSets:
         """Of the token that follows each prompt and each half of a text."""
         made = []
         with torch.inference_mode(), nullcontext() if adapter is None else adapter.on(self.model):
-            for start in range(0, len(self._encoded), batch_size):
-                ids, mask = pad(self._encoded[start : start + batch_size], self.model.pad_id, "left")
-                made.append(self.model.logits(ids, mask, last_only=True)[:, -1].float().cpu())
+            every = range(len(self._encoded))
+            for batch in batches_that_fit(every[start : start + batch_size] for start in every[::batch_size]):
+                with batch as rows:
+                    ids, mask = pad([self._encoded[i] for i in rows], self.model.pad_id, "left")
+                    made.append(self.model.logits(ids, mask, last_only=True)[:, -1].float().cpu())
         return torch.cat(made)
 
     def _odds(self, logits: Float[Tensor, "n v"]) -> Iterator[Float[Tensor, " m"]]:

@@ -19,6 +19,7 @@ from ..backends import torch_hooks
 from ..errors import UserError
 from ..hashes import json_hash
 from ..interrupts import Asked, Stopped, first_interrupt_noted
+from ..memory import out_of_memory
 from ..progress import progress
 from ..prompts import PromptSet
 from ..sites import Site
@@ -264,7 +265,15 @@ def _train(
     with bar:
         while not plan.over(state):
             began = time.perf_counter()
-            _step(state, objective, plan, next(stream))
+            batch = next(stream)
+            try:
+                _step(state, objective, plan, batch)
+            except (MemoryError, RuntimeError) as err:
+                if not out_of_memory(err):
+                    raise
+                raise UserError(f"step {state.step} of the training runs out of memory with {len(batch)} demonstrations at "
+                                "once; give a smaller batch_size, shorter demonstrations or another device, and run "
+                                "again") from err  # fmt: skip
             if judged and (state.step % plan.every == 0 or state.step == plan.steps):
                 state.validated(objective.mean(judged))
             state.seconds += time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..atomic import write_bytes
 from ..errors import UserError
+from ..hashes import tensor_bytes
 from ..maps.linear_map import read_safetensors
 
 log = logging.getLogger("workbench")
@@ -74,8 +76,10 @@ class TrainingState:
         for i, kept in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{name}": value for name, value in kept.items()}
         said = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "curve", "validation")}
-        header = {"format": FORMAT, "key": key, "state": json.dumps(said)}
-        write_bytes(path, to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, header))
+        tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+        text = json.dumps(said)
+        header = {"format": FORMAT, "key": key, "state": text, "sha256": _seal(tensors, text)}
+        write_bytes(path, to_bytes(tensors, header))
 
     def resume(self, path: Path, key: str) -> bool:
         """Takes up the checkpoint at `path`; False, with a line in the log, where it is damaged or of another training."""
@@ -84,6 +88,8 @@ class TrainingState:
             if header.get("format") != FORMAT or header.get("key") != key:
                 log.info("%s is of another training; this one begins anew", path)
                 return False
+            if header["sha256"] != _seal(tensors, header["state"]):
+                raise UserError("it is not what was written")
             self._take(tensors, json.loads(header["state"]))
         except (UserError, ValueError, KeyError, TypeError, RuntimeError) as err:
             log.warning("%s cannot be taken up (%s); the training begins anew", path, " ".join(str(err).split())[:200])
@@ -113,3 +119,13 @@ class TrainingState:
                 p.copy_(groups["parameter"][name])
         self.best = {name: t.to(self.parameters[name].device) for name, t in groups["best"].items()}
         self.step, self.tokens, self.seconds, self.curve, self.validation = step, tokens, seconds, curve, validation
+
+
+def _seal(tensors: Mapping[str, Tensor], text: str) -> str:
+    """The hash of all that a checkpoint holds."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        for part in tensor_bytes(tensors[name]):
+            digest.update(part)
+    return digest.hexdigest()

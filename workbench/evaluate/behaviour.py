@@ -18,6 +18,7 @@ from ..adapters.blend import Blend
 from ..adapters.demonstrations import answer_log_probs, check_positions, encode_demonstrations
 from ..backends.torch_hooks import tokens_needed
 from ..errors import UserError
+from ..memory import batches_that_fit
 from ..models import Model
 from ..progress import progress
 from ..prompts import PromptSet, encode, opener_ids, pad
@@ -123,12 +124,13 @@ def log_odds(
     found = torch.empty(len(prompts), dtype=torch.float64)
     chosen = _first_tokens(model, prompts, openers)
     with progress(total=len(encoded), desc="log-odds", unit="prompt") as bar, torch.inference_mode():
-        for rows in _by_length(encoded, batch_size):
-            ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-            with adapter.on(model) if adapter is not None else nullcontext():
-                last = model.logits(ids, mask, last_only=True)[:, -1]
-            found[rows] = set_log_odds(last, chosen).cpu()
-            bar.update(len(rows))
+        for batch in batches_that_fit(_by_length(encoded, batch_size)):
+            with batch as rows:
+                ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
+                with adapter.on(model) if adapter is not None else nullcontext():
+                    last = model.logits(ids, mask, last_only=True)[:, -1]
+                found[rows] = set_log_odds(last, chosen).cpu()
+                bar.update(len(rows))
     return found
 
 
@@ -148,12 +150,13 @@ def log_likelihood(
     check_positions(adapter, prompts, [ids for ids, _ in samples])
     found = torch.empty(len(samples), dtype=torch.float64)
     with progress(total=len(samples), desc="log-likelihood", unit="prompt") as bar, torch.inference_mode():
-        for rows in _by_length([p + a for p, a in samples], batch_size):
-            batch = [samples[i] for i in rows]
-            lengths = torch.tensor([len(p) for p, _ in batch])
-            with adapter.on(model, prompt_lengths=lengths) if adapter is not None else nullcontext():
-                found[rows] = answer_log_probs(model, batch).double().cpu()
-            bar.update(len(rows))
+        for batch in batches_that_fit(_by_length([p + a for p, a in samples], batch_size)):
+            with batch as rows:
+                some = [samples[i] for i in rows]
+                lengths = torch.tensor([len(p) for p, _ in some])
+                with adapter.on(model, prompt_lengths=lengths) if adapter is not None else nullcontext():
+                    found[rows] = answer_log_probs(model, some).double().cpu()
+                bar.update(len(rows))
     return found
 
 
@@ -233,10 +236,11 @@ def kl_on_text(
     size = max(1, min(batch_size, LOGIT_BUDGET // widest))
     sums = torch.zeros(len(encoded), 4, dtype=torch.float64)  # kl, base loss, edited loss, tokens
     with progress(total=len(encoded), desc="neutral text", unit="text") as bar, torch.inference_mode():
-        for rows in _by_length(encoded, size):
-            cuts = [min(len(encoded[i]) - 1, max(needed, round(split * len(encoded[i])))) for i in rows]
-            sums[rows] = _shift_batch(model, [encoded[i] for i in rows], cuts, adapter)
-            bar.update(len(rows))
+        for batch in batches_that_fit(_by_length(encoded, size), "texts"):
+            with batch as rows:
+                cuts = [min(len(encoded[i]) - 1, max(needed, round(split * len(encoded[i])))) for i in rows]
+                sums[rows] = _shift_batch(model, [encoded[i] for i in rows], cuts, adapter)
+                bar.update(len(rows))
     kl, base, edited, tokens = sums.unbind(1)
     total = float(tokens.sum())
     per_text = kl / tokens
@@ -253,10 +257,11 @@ def shift_of_answers(
     """
     found = torch.empty(len(answers), dtype=torch.float64)
     with torch.inference_mode():
-        for rows in _by_length([p + a for p, a in answers], batch_size):
-            whole, cuts = [answers[i][0] + answers[i][1] for i in rows], [len(answers[i][0]) for i in rows]
-            kl, _, _, tokens = _shift_batch(model, whole, cuts, adapter).unbind(1)
-            found[rows] = kl / tokens
+        for batch in batches_that_fit(_by_length([p + a for p, a in answers], batch_size), "answers"):
+            with batch as rows:
+                whole, cuts = [answers[i][0] + answers[i][1] for i in rows], [len(answers[i][0]) for i in rows]
+                kl, _, _, tokens = _shift_batch(model, whole, cuts, adapter).unbind(1)
+                found[rows] = kl / tokens
     return found
 
 

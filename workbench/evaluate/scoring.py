@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import UserError
+from ..memory import batches_that_fit
 from ..models import Model
 from ..prompts import Prompt, PromptSet
 from ..rendering import Encoded, encode_spans, pad, render
@@ -108,25 +109,32 @@ def score(model: Model, sequences: Sequences, arms: Mapping[str, Run], *, batch_
     head = Head.of(model)
     out = {name: torch.zeros(len(sequences), 3, dtype=torch.float64) for name in ("untouched", *arms)}
     with torch.inference_mode():
-        for rows in sequences.batches(batch_size):
-            widest = len(sequences.ids[rows[0]])
-            size = len(rows) if head.alone else max(1, STATE_BUDGET // (widest * head.vocabulary * (len(arms) + 1)))
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                ids, mask = pad([sequences.ids[i] for i in part], model.pad_id, "right")
-                starts = torch.tensor([sequences.starts[i] for i in part])
-                counted = mask.bool() & (torch.arange(ids.shape[1]) >= starts[:, None])
-                plain = head.states(ids, mask)
-                group = max(1, HELD_BUDGET // plain.nbytes)
-                names = list(arms)
-                for first in range(0, max(1, len(names)), group):
-                    states = {"untouched": plain}
-                    for name in names[first : first + group]:
-                        with arms[name](ids, mask, part):
-                            states[name] = head.states(ids, mask)
-                    for name, sums in _sums(head, states, ids, counted).items():
-                        out[name][part] = sums
+        for batch in batches_that_fit(sequences.batches(batch_size), "sequences"):
+            with batch as rows:
+                widest = len(sequences.ids[rows[0]])
+                size = len(rows) if head.alone else max(1, STATE_BUDGET // (widest * head.vocabulary * (len(arms) + 1)))
+                for start in range(0, len(rows), size):
+                    for name, sums in _scored(model, head, sequences, arms, rows[start : start + size]):
+                        out[name][rows[start : start + size]] = sums
     return {name: Scores(*sums.unbind(1)) for name, sums in out.items()}
+
+
+def _scored(
+    model: Model, head: Head, sequences: Sequences, arms: Mapping[str, Run], part: list[int]
+) -> Iterator[tuple[str, Float[Tensor, "b 3"]]]:
+    """The sums of each arm on a batch, the plain model's with every group of arms that is held at once."""
+    ids, mask = pad([sequences.ids[i] for i in part], model.pad_id, "right")
+    starts = torch.tensor([sequences.starts[i] for i in part])
+    counted = mask.bool() & (torch.arange(ids.shape[1]) >= starts[:, None])
+    plain = head.states(ids, mask)
+    group = max(1, HELD_BUDGET // plain.nbytes)
+    names = list(arms)
+    for first in range(0, max(1, len(names)), group):
+        states = {"untouched": plain}
+        for name in names[first : first + group]:
+            with arms[name](ids, mask, part):
+                states[name] = head.states(ids, mask)
+        yield from _sums(head, states, ids, counted).items()
 
 
 def _sums(head: Head, states: Mapping[str, Tensor], ids: Tensor, counted: Bool[Tensor, "b t"]) -> dict[str, Tensor]:

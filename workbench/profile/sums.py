@@ -255,20 +255,25 @@ class _Saved:
         if not folder.exists():
             with staged_folder(folder, marker=MOMENTS) as new:
                 _write_folds(sums.folds, new)
-        write_json(self.folder / "now.json", {"key": self.key, "done": sums.done})
+        files = {file.name: file_hash(file) for file in sorted(folder.glob("fold-*.safetensors"))}
+        write_json(self.folder / "now.json", {"key": self.key, "done": sums.done, "files": files})
         self._clear(but=folder)
 
     def restore(self, sums: _Sums) -> None:
         """Takes up the sums of an earlier run with the same arguments; anything else is cleared away."""
         try:
             now = json.loads((self.folder / "now.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            now = {}
-        if now.get("key") != self.key:
+            if now["key"] != self.key:
+                return self._clear()
+            done = int(now["done"])
+            folder = self.folder / f"after-{done}"
+            files = [folder / f"fold-{i}.safetensors" for i in range(len(sums.folds))]
+            if {file.name: file_hash(file) for file in files} != now["files"] or done > len(sums.plan.blocks):
+                log.warning("%s is damaged; its moments are made anew", folder)
+                return self._clear()
+        except (OSError, ValueError, KeyError, TypeError):
             return self._clear()
-        folder = self.folder / f"after-{now['done']}"
-        loaded = [Moments.load(folder / f"fold-{i}.safetensors") for i in range(len(sums.folds))]
-        sums.folds, sums.done = [_going_on(sums, m) for m in loaded], now["done"]
+        sums.folds, sums.done = [_going_on(sums, Moments.load(file)) for file in files], done
         self._clear(but=folder)
         log.info("going on after %d of %d blocks", sums.done, len(sums.plan.blocks))
 

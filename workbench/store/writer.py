@@ -101,23 +101,22 @@ class StoreWriter:
         return blocks
 
     def _journalled(self, lines: list[str]) -> list[dict[str, Any]]:
-        # killed at the very end: what is in `store` may be the store that the new one had just changed places with
-        hashed = (self.store / MANIFEST).exists()
         blocks: list[dict[str, Any]] = []
         for line in lines:
             try:
                 block = json.loads(line)
             except ValueError:
                 break  # the line that was being written when the run was killed
-            if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks)), hashed):
+            if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks))):
                 break
             blocks.append(block)
         return blocks
 
-    def _whole(self, block: dict[str, Any], name: str, hashed: bool) -> bool:
+    def _whole(self, block: dict[str, Any], name: str) -> bool:
+        # what lies there may be of the store that the new one had just changed places with, or damaged since
         file = self.store / name
         same = block["file"] == name and file.is_file() and file.stat().st_size == block["bytes"]
-        return same and (not hashed or file_hash(file) == block["sha256"])
+        return same and file_hash(file) == block["sha256"]
 
     def _full(self, err: OSError, done: int) -> UserError:
         return UserError(f"cannot write {self.out}: {err.strerror or err}; {done} blocks are kept in "
