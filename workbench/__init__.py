@@ -66,6 +66,7 @@ _HOME = {
     "arms_frame": "evaluate.comparison",
     "dose_response": "evaluate.comparison",
     "measure_interference": "evaluate.interference",
+    "equality_of": "run_equality",
     "Job": "jobs",
     "run_job": "jobs",
     "store_overview": "store.overview",

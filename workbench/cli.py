@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_adapters import adapters
+from .cli_compare import compare
 from .cli_depth import depth
 from .cli_errors import FLAGS, guarded
 from .cli_fold import fold
@@ -245,6 +246,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(grade)
 app.command()(slurm)
+app.command()(compare)
 
 
 @app.command()
