@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import streamlit as st
 
 from workbench.catalogue import Catalogue, Entry, catalogue
@@ -73,15 +69,3 @@ def pick_run(kind: str, command: str, what: str, key: str = "run") -> Entry | No
     if entry is None:
         text.missing(what, command)
     return entry
-
-
-@contextmanager
-def read_from(file: Path) -> Iterator[None]:
-    """Around what reads figures of a file: where it lacks one, or has another kind of value there, is a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
-        raise UserError(f"{file} does not hold what is shown of it ({type(err).__name__}: {str(err)[:80]}); run it again, or "
-                        "restore the file from a copy") from err  # fmt: skip

@@ -6,9 +6,12 @@ import json
 import os
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 MOST = 16 << 20
 """bytes"""
@@ -42,3 +45,15 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
         return parse(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+@contextmanager
+def read_from(file: Path) -> Iterator[None]:
+    """Around what reads figures of a file: where it lacks one, or has another kind of value there, is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
+        raise UserError(f"{file} does not hold what is shown of it ({type(err).__name__}: {str(err)[:80]}); run it again, or "
+                        "restore the file from a copy") from err  # fmt: skip

@@ -13,7 +13,7 @@ from probes.probe_report import probe_headlines, render_probe_run
 from probes.transport_report import render_transport, run_headlines
 from ui import text
 from ui.held import may_load
-from ui.opened import contents, read_from
+from ui.opened import contents
 from ui.panels import panel
 from ui.picks import choice
 from ui.settings import settings
@@ -26,6 +26,7 @@ from workbench.report import render
 from workbench.run_comparison import compare_runs
 from workbench.run_plots import VALUES, runs_compared
 from workbench.run_progress import run_progress
+from workbench.small_files import read_from
 from workbench.summary import headline, load_metrics
 
 DEMO = "workbench demo --out {folder}"

@@ -9,13 +9,14 @@ import streamlit as st
 from probes.transport_job import command_of, job_of
 from probes.transport_results import PARTS, TransportResults, load_transport
 from ui import text
-from ui.opened import contents, pick_run, read_from
+from ui.opened import contents, pick_run
 from ui.pages.transport.parts import causal, efficiency, features, shortcuts, snippet
 from ui.panels import lines, panel, take_pair
 from ui.picks import choice
 from ui.settings import settings
 from ui.stamps import Stamp, stamp
 from workbench.catalogue import Entry
+from workbench.small_files import read_from
 from workbench.transport_pair_plots import dimension_frame, r2_by_dimension
 from workbench.transport_plots import METRIC_WORDS, grid_heatmap, pair_title
 
