@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from workbench.bundled import PREFIX, bundled_path
 from workbench.errors import UserError
 from workbench.maps.linear_map import read_safetensors
 from workbench.sites import Site
+from workbench.small_files import plain_file, read_json, reason
 
 if TYPE_CHECKING:
     from .dictionaries import Dictionary
@@ -53,7 +56,9 @@ def read_dictionary(path: str | Path, scale: float | None = None) -> Dictionary:
         raise UserError(f"scale is for SAELens dictionaries that leave it open; {found[0]} never does")
     if found[0] == SAELENS:
         return _saelens(folder, scale)
-    return _gemma(path if path.is_file() else folder / GEMMA) if found[0] == GEMMA else _learning(folder)
+    if found[0] == GEMMA:
+        return _gemma(path if path.is_file() else folder / GEMMA, path.is_file())
+    return _learning(folder)
 
 
 def write_saelens(dictionary: Dictionary, path: Path, *, overwrite: bool = False) -> None:
@@ -138,11 +143,11 @@ def _saelens_scale(folder: Path, normalise: str, cfg: Mapping[str, Any], scale: 
     return float(found)
 
 
-def _gemma(file: Path) -> Dictionary:
+def _gemma(file: Path, named: bool) -> Dictionary:
     """params.npz of Gemma Scope: JumpReLU, b_dec not subtracted, layer, kind and model in the folders' names."""
-    _check_archive(file, _npy_bytes)
+    _check_archive(file, _npy_bytes, named)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(plain_file(file, named=named), allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as err:
         raise UserError(
@@ -198,9 +203,10 @@ def _learning(folder: Path) -> Dictionary:
 
 
 def _learning_tensors(file: Path) -> dict[str, Tensor]:
-    _check_archive(file, None)
+    _check_archive(file, None, False)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's own, of a file that says another protocol or storage
+            state = torch.load(plain_file(file), map_location="cpu", weights_only=True)
     except Exception as err:  # its own unpickler raises a dozen kinds; each means that this is no plain state dict
         raise UserError(f"{file} is damaged, or holds more than tensors ({_line(err)}); only tensors are read") from err
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -257,25 +263,26 @@ def _make(
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except OSError as err:
         raise UserError(f"{file} cannot be read: {err.strerror or err}; fetch the complete folder") from err
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{file} is damaged: it cannot be read as JSON; fetch it again") from err
+    except ValueError as err:
+        raise UserError(f"{file} is damaged: it cannot be read as JSON ({reason(err)}); fetch it again") from err
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: it must hold a JSON object; fetch it again")
     return value
 
 
-def _check_archive(file: Path, member_bytes: Any) -> None:
+def _check_archive(file: Path, member_bytes: Any, named: bool) -> None:
     """UserError for a zip that would unpack to far more than it weighs, or whose arrays claim more than they hold."""
     limit = UNPACKED * file.stat().st_size + SLACK
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(plain_file(file, named=named)) as archive:
             total = sum(info.file_size for info in archive.infolist())
             if total <= limit and member_bytes is not None:
                 total = max(total, sum(member_bytes(archive, info) for info in archive.infolist()))
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as err:  # the last: its compression
+    # the last two: its compression, and a header that is no Python
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, TokenError) as err:
         raise UserError(f"{file} is not a zip archive that can be read ({_line(err)}); fetch it again") from err
     if total > limit:
         raise UserError(f"refused to read {file}: it would unpack to {total:,} bytes from {file.stat().st_size:,}, more "

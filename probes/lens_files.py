@@ -16,6 +16,7 @@ from workbench.errors import UserError
 from workbench.maps.headers import damaged, read_header
 from workbench.maps.linear_map import LinearMap, read_safetensors
 from workbench.sites import Site
+from workbench.small_files import read_json
 
 from .lens import Lens
 
@@ -126,13 +127,13 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a lens: it holds no {CONFIG} with {PARAMS} or {PICKLED}; fit one with `workbench "
                         "lens MODEL --fit`")  # fmt: skip
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
+        config = read_json(file)
+    except (OSError, ValueError) as err:
         raise UserError(f"{file} cannot be read as JSON; make the lens again or restore it from a copy") from err
     if not isinstance(config, dict):
         raise damaged(file, "it is no JSON object")
     config = {"bias": True, "lens_type": "linear_tuned_lens", **config}
-    if config["lens_type"] not in LENS_TYPES:
+    if not isinstance(config["lens_type"], str) or config["lens_type"] not in LENS_TYPES:
         raise UserError(f"{file} is a lens of type {str(config['lens_type'])[:80]!r}; read are {', '.join(LENS_TYPES)}")
     for name in ("d_model", "num_hidden_layers"):
         if type(config.get(name)) is not int or not 0 < config[name] < 1 << 20:

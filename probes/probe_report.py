@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from workbench import probe_plots as plots
 from workbench.errors import UserError
+from workbench.parquet_files import read_frame
 from workbench.report_page import cell, facts, flat, page, section, table
-from workbench.small_files import read_json
+from workbench.small_files import read_from, read_json
 from workbench.summary import plain
 
 if TYPE_CHECKING:
@@ -56,27 +57,29 @@ def _heads(metrics: Mapping[str, Any]) -> list[list[str]]:
 
 def probe_headlines(run: str | Path) -> list[str]:
     """What a finished run of probes found, in sentences. Raises UserError where it has no figures that can be read."""
-    metrics = _metrics_of(run)
-    return [f"{metrics['kind']} probes of {metrics['label']}: {'; '.join('; '.join(head) for head in _heads(metrics))}"]
+    with read_from(Path(run) / "metrics.json"):
+        metrics = _metrics_of(run)
+        return [
+            f"{metrics['kind']} probes of {metrics['label']}: {'; '.join('; '.join(head) for head in _heads(metrics))}"
+        ]
 
 
 def render_probe_run(run: str | Path) -> str:
     """`render_probe` of a finished run folder, from its numbers; UserError as `probe_headlines`."""
-    import pandas as pd
-
     try:
-        lines = pd.read_parquet(Path(run) / "probes.parquet")
+        lines = read_frame(Path(run) / "probes.parquet")
     except (OSError, ValueError) as err:
         raise UserError(f"{run}: its probes.parquet cannot be read; run the probes again") from err
-    return render_probe(_metrics_of(run), lines, Path(run).name)
+    with read_from(Path(run) / "metrics.json"):
+        return render_probe(_metrics_of(run), lines, Path(run).name)
 
 
 def _metrics_of(run: str | Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = read_json(Path(run) / "metrics.json")
+        found = read_json(Path(run) / "metrics.json")
     except (OSError, ValueError) as err:
         raise UserError(f"{run}: its metrics.json cannot be read; run the probes again") from err
-    return found
+    return dict(found)
 
 
 def _sections(metrics: Mapping[str, Any], lines: pd.DataFrame) -> Iterable[dict[str, Any]]:

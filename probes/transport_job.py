@@ -67,7 +67,22 @@ def job_of(data: Mapping[str, Any]) -> TransportJob:
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
     if not {"model", "prompts"} <= set(given):
         raise UserError("this transport.toml names no model and no prompts; run the transport again")
+    for field in fields(TransportJob):
+        if field.name in given and not _fits(given[field.name], field.default):
+            raise UserError(f"this transport.toml has {field.name} = {given[field.name]!r:.80}, which is of another kind; run "
+                            "the transport again")  # fmt: skip
     return TransportJob(**given)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default; that of `alpha` may be a number too."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if default == "cv":
+        return isinstance(value, str | int | float)
+    return isinstance(value, int | float if isinstance(default, float) else int if isinstance(default, int) else str)
 
 
 FLAGS = {"sites": "--sites", "tokens": "--tokens", "positions": "--positions", "alpha": "--alpha", "folds": "--folds",

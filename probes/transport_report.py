@@ -10,6 +10,7 @@ from workbench import transport_plots as plots
 from workbench.atomic import write_text
 from workbench.report_page import cell, facts, flat, page, section, table
 from workbench.sites import Site
+from workbench.small_files import read_from
 from workbench.summary import plain
 from workbench.transport.grid import TransportGrid
 
@@ -102,7 +103,8 @@ def run_headlines(run: str | Path) -> list[str]:
     """What a finished transport run found, a line for each part. Raises UserError where the run has no results."""
     folder = Path(run)
     grid, efficiency = TransportGrid.load(folder / "grid"), read_part(folder / "efficiency.parquet")
-    return [" ".join(head) for head in headlines(read_metrics(folder), grid, efficiency)]
+    with read_from(folder / "metrics.json"):
+        return [" ".join(head) for head in headlines(read_metrics(folder), grid, efficiency)]
 
 
 def _sections(folder: Path, metrics: Mapping[str, Any], grid: TransportGrid) -> Iterable[dict[str, Any]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
 from workbench.maps.scores import METRICS
+from workbench.parquet_files import read_frame
 from workbench.sites import Site
+from workbench.small_files import read_from, read_json
 from workbench.transport.grid import TransportGrid
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class TransportResults:
     def size_of(self, source: Site | str | int, target: Site | str | int) -> dict[str, Any] | None:
         """The size of the transport subspace of a pair, as metrics.json has it; None where it was not measured."""
         a, b = str(Site.parse(source)), str(Site.parse(target))
-        sizes = self.metrics.get("efficiency", {}).get("sizes", [])
-        return next((dict(s) for s in sizes if (s["source"], s["target"]) == (a, b)), None)
+        with read_from(Path("metrics.json")):
+            sizes = self.metrics.get("efficiency", {}).get("sizes", [])
+            return next((dict(s) for s in sizes if (s["source"], s["target"]) == (a, b)), None)
 
     def shortcuts(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
         """The shortcuts of one run of blocks, and those of the greedy search; None where none were measured."""
@@ -83,7 +85,7 @@ def load_transport(folder: str | Path) -> TransportResults:
 def read_metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of a transport run; UserError where there is none, or it is another's."""
     try:
-        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "metrics.json")
     except (OSError, ValueError) as err:
         raise UserError(f"{folder} has no results of a transport: its metrics.json cannot be read") from err
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -93,12 +95,10 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 def read_part(file: Path) -> pd.DataFrame | None:
     """One table of a run; None where it is not there or empty, UserError where it is damaged."""
-    import pandas as pd
-
     if not file.is_file():
         return None
     try:
-        found = pd.read_parquet(file)
+        found = read_frame(file)
     except (OSError, ValueError) as err:
         raise UserError(f"{file} cannot be read; run the transport again") from err
     return None if found.empty else found

@@ -21,6 +21,7 @@ from .maps.linear_map import LinearMap, read_safetensors
 from .maps.quality import Quality
 from .paste import paste_adapter
 from .sites import Site
+from .small_files import read_json, reason
 from .store import Store
 
 FORMAT = "workbench.converters"
@@ -176,18 +177,20 @@ def load_converters(folder: str | Path) -> ConverterSet:
     if not file.is_file():
         raise UserError(f"converters {folder}: has no {HEADER}; give a folder that `workbench convert` made")
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise UserError(f"converters {folder}: its {HEADER} is damaged (not JSON); fit them again") from err
+        header = read_json(file)
+    except (OSError, ValueError) as err:
+        raise UserError(
+            f"converters {folder}: its {HEADER} is damaged (not JSON: {reason(err)}); fit them again"
+        ) from err
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"converters {folder}: its {HEADER} is not of format {FORMAT!r} version {VERSION}")
     tensors, _ = read_safetensors(folder / TENSORS)
     try:
         listed = [_read_entry(i, entry, tensors) for i, entry in enumerate(header["converters"])]
         return ConverterSet(tuple(listed), header["donor"], header["recipient"], header["prompt_hash"], header["meta"])
-    except (KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         what = f"{type(err).__name__}: {err}"
-        raise UserError(f"converters {folder}: the folder is damaged ({what}); fit them again") from err
+        raise UserError(f"converters {folder}: the folder is damaged ({what:.200}); fit them again") from err
 
 
 def _read_entry(i: int, entry: Mapping[str, Any], tensors: Mapping[str, Any]) -> Converter:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .catalogue import RUN_KINDS
 from .errors import UserError
+from .small_files import read_from
 from .store import Store
 
 if TYPE_CHECKING:
@@ -66,13 +67,20 @@ def _store(store: Store, rows: int | None, seed: int) -> Display:
 
 
 def _run(folder: Path) -> Display:
-    from . import plots
-    from .summary import load_metrics, missing, result_frame
+    from .summary import load_metrics
 
     for marker, kind in RUN_KINDS.items():
         if kind != "run" and (folder / marker).is_file():
             raise UserError(f"{folder} is a run of `workbench {kind}`: its report.html shows its results")
-    metrics: Any = load_metrics(folder)
+    metrics = load_metrics(folder)
+    with read_from(folder / "metrics.json"):
+        return _display_of_run(folder, metrics)
+
+
+def _display_of_run(folder: Path, metrics: Any) -> Display:
+    from . import plots
+    from .summary import missing, result_frame
+
     table = result_frame(metrics).to_html(index=False, float_format="{:.3g}".format, na_rep="–")
     notes = "".join(f"<li>{escape(line)}</li>" for line in missing(metrics))
     html = f"{table}<ul>{notes}</ul>" if notes else table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from .atomic import write_json, write_text
 from .converter_specs import ConverterSpec
 from .errors import UserError
 from .runs import Run, failures_told
+from .small_files import read_toml
 
 log = logging.getLogger("workbench")
 
@@ -197,12 +197,12 @@ class Job(_Table):
         """Reads a job.toml. Raises UserError with one line: the key, what was given, what is allowed."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text())
+            data = read_toml(path, named=True)
         except OSError as err:
             raise UserError(
                 f"cannot read the job file {path}: {err.strerror}; give a job.toml, or bundled:demo"
             ) from err
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        except ValueError as err:
             raise UserError(f"{path} is not valid TOML: {err}") from err
         return cls.parse(data, str(path))
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from .bundled import PREFIX, bundled_path
 from .errors import UserError
+from .parquet_files import parquet_batches
+from .small_files import plain_file, reason
 
 log = logging.getLogger("workbench")
 HUB = "hub:"
 ENCODING = "utf-8-sig"  # Excel puts a byte order mark in front, which must not become part of the first column's name
 LONGEST_CELL = 2**26  # characters; the csv module's own limit of 2**17 is less than a long transcript
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-BATCH = 1024  # rows of a parquet file that are held as Python values at a time
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def _folder_and_split(path: Path) -> tuple[Path, str | None]:
 
 
 def _checked(path: Path, reader: Callable[[Path], Iterator[Any]]) -> Iterator[Any]:
+    try:
+        plain_file(path, named=True)  # a pipe would be waited for
+    except (OSError, ValueError) as err:
+        raise UserError(f"prompts {path}: {reason(err)}; check the file") from err
     try:
         yield from reader(path)
     except UnicodeDecodeError as err:
@@ -164,15 +169,11 @@ def _next_row(reader: Any) -> dict[Any, Any] | None:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as err:
-        raise UserError(f"prompts {path}: not a parquet file ({str(err).splitlines()[0][:120]})") from err
+        for batch in parquet_batches(path, named=True):
+            yield from batch.to_pylist()
+    except (ValueError, OverflowError) as err:  # the second: a date that Python has not
+        raise UserError(f"prompts {path}: {reason(err)}") from err
 
 
 def _saved(path: Path, split: str | None) -> Any:

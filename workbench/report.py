@@ -12,6 +12,7 @@ from typing import Any
 from . import plots
 from .atomic import write_text
 from .report_page import Cell, cell, facts, flat, page, section, table
+from .small_files import read_from
 from .summary import (
     CONTROLS,
     Metrics,
@@ -61,7 +62,9 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     run = Path(run)
     metrics = load_metrics(run)
     target = Path(out) if out is not None else (run if run.is_dir() else run.parent) / "report.html"
-    write_text(target, render(metrics))
+    with read_from(run / "metrics.json" if run.is_dir() else run):
+        page = render(metrics)
+    write_text(target, page)
     return target
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .small_files import read_from
 from .summary import load_metrics, result_frame
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def compare_runs(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> pd.Da
     named = runs if isinstance(runs, Mapping) else {Path(run).name: run for run in runs}
     if not named:
         raise UserError("no runs to compare; give the folders of at least one")
-    return pd.concat(
-        [result_frame(load_metrics(run)).assign(run=name) for name, run in named.items()], ignore_index=True
-    )
+    frames = []
+    for name, run in named.items():
+        with read_from(Path(run) / "metrics.json"):
+            frames.append(result_frame(load_metrics(run)).assign(run=name))
+    return pd.concat(frames, ignore_index=True)

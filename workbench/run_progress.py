@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .small_files import plain_file, read_json
 
 SHARED = ("profile-donor", "profile-recipient")
 EACH = ("donor", "forecast", "paste", "native", "evaluate")
@@ -42,8 +43,8 @@ def run_progress(run: str | Path, job: Mapping[str, Any] | None = None, lines: i
     done = {}
     for file in sorted((folder / "steps").glob("*.json"), key=_written):
         try:
-            done[file.stem] = float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
+            done[file.stem] = float(read_json(file)["seconds"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue  # being written, or damaged: it is not done
     every = (*SHARED, *(f"{step}-{name}" for name in _behaviours(job) for step in EACH)) if _behaviours(job) else None
     to_come = None if every is None else tuple(step for step in every if step not in done)
@@ -58,10 +59,10 @@ def _behaviours(job: Mapping[str, Any] | None) -> list[str]:
 
 def _last_lines(file: Path, count: int) -> list[str]:
     try:
-        with file.open("rb") as handle:
+        with plain_file(file).open("rb") as handle:
             handle.seek(max(0, os.fstat(handle.fileno()).st_size - LOG_BYTES))
             return handle.read().decode(errors="replace").splitlines()[-count:]
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 

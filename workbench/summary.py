@@ -6,8 +6,8 @@ get it.
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .errors import UserError
+from .small_files import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,7 @@ def load_metrics(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     file = path / "metrics.json" if path.is_dir() else path
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except OSError as err:
         raise UserError(f"{path} holds no metrics.json; give the folder of a finished run") from err
     except ValueError as err:
@@ -101,7 +102,8 @@ def result_frame(metrics: Metrics) -> pd.DataFrame:
 
 def number(x: Any) -> float | None:
     """x as a finite float, else None."""
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
+    known = isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max  # false for NaN
+    return float(x) if known else None
 
 
 def percent(x: Any, digits: int = 1) -> str:

@@ -43,6 +43,8 @@ class Target:
     open: Callable[[Path], Any]
     seeds: Callable[[], list[bytes]]
     repair: Repair | None = None
+    named: bool = False
+    """whether the user gives its one file and not a folder: a link is the user's own then, and none is tried"""
     rate: float = 1.0
     """inputs a run gives it, of what the others get: the slow ones get fewer"""
     _state: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -52,7 +54,9 @@ class Target:
         folder = room / "in"
         folder.mkdir()
         try:
-            odd = bundles.write(bundles.unpack(data, len(self.names)), self.names, folder, room / "out")
+            entries = bundles.unpack(data, len(self.names))
+            entries = [e for e in entries if e[1] not in (bundles.LINK, bundles.DANGLING)] if self.named else entries
+            odd = bundles.write(entries, self.names, folder, room / "out")
             self._guarded(folder, room / "out", odd)
         finally:
             _remove(folder)

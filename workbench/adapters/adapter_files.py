@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from .. import small_files
 from ..atomic import staged_folder
 from ..errors import UserError
 from ..maps.linear_map import read_safetensors
 from ..sites import Site
+from ..small_files import reason
 from .adapter import Adapter
 from .card import CARD, card_text
 from .low_rank import LowRank
@@ -24,6 +26,7 @@ from .storage import STORAGES, pack, unpack
 
 FORMAT = "workbench.adapter"
 ADAPTER = "adapter.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 VERSIONS = (1, 2, 3)
 """2 has `terms`, one entry of positions and sites for each, in place of the two; 3 has `storage` and at each site the `error`
 of what is stored, with or without terms; all else is as in 1"""
@@ -32,11 +35,11 @@ of what is stored, with or without terms; all else is as in 1"""
 def read_json(file: Path, advice: str) -> Any:
     """A JSON file from outside; UserError with `advice` for one that is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return small_files.read_json(file)
     except OSError as err:
         raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
-    except (ValueError, RecursionError) as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep
-        raise UserError(f"{file} is damaged: it cannot be read as JSON; {advice}") from err
+    except ValueError as err:  # not UTF-8, not JSON, a number of thousands of digits, nested too deep, a link or a pipe
+        raise UserError(f"{file} is damaged: it cannot be read as JSON ({reason(err)}); {advice}") from err
 
 
 def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False, storage: str | None = None) -> None:
@@ -170,8 +173,10 @@ def _assemble(
 
 
 def check_finite(tensor: Tensor, file: Path, what: str) -> None:
-    """UserError naming `what` and `file` for a tensor of integers, or one that holds NaN or infinity."""
-    if not tensor.is_floating_point():
-        raise UserError(f"{file} is damaged: {what} is {tensor.dtype}, not floating point; write the adapter again")
+    """UserError naming `what` and `file` for a tensor of integers or 8-bit floats, or one that holds NaN or infinity."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{file} is damaged: {what} is {tensor.dtype}, not of 16, 32 or 64-bit floating point; write the adapter again"
+        )
     if not bool(torch.isfinite(tensor.float()).all()):
         raise UserError(f"{file} is damaged: {what} holds NaN or infinity; train or write the adapter again")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..atomic import write_bytes
 from ..errors import UserError
 from ..sites import Site
+from ..small_files import plain_file, reason
 from .adapter import Adapter
 from .adapter_files import check_finite
 from .constants import constants_of
@@ -87,10 +88,10 @@ def _constant(v: Tensor) -> LowRank:
 def _check_head(file: Path) -> None:
     """The counts at the beginning, before anything is allocated for them."""
     try:
-        with file.open("rb") as stream:
+        with plain_file(file, named=True).open("rb") as stream:
             head = stream.read(24)
-    except OSError as err:
-        raise UserError(f"{file} cannot be read: {err.strerror or err}; check the file") from err
+    except (OSError, ValueError) as err:
+        raise UserError(f"{file} cannot be read: {reason(err)}; check the file") from err
     if len(head) < 24 or head[:4] != MAGIC:
         raise UserError(f"{file} is damaged, or no GGUF file; fetch it again")
     version, tensors, keys = struct.unpack("<IQQ", head[4:])

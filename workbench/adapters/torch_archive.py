@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,31 +12,35 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..small_files import plain_file
 
 
-def read_archive(file: Path) -> Any:
+def read_archive(file: Path, *, named: bool = False) -> Any:
     """The tensors, numbers, strings, lists and dictionaries in a torch archive; nothing in it is run.
 
     Besides `weights_only`, which admits nothing that could run, no tensor may claim more numbers than the file holds: a
-    view that repeats one number a thousand million times is small on disk and not in memory.
+    view that repeats one number a thousand million times is small on disk and not in memory. named: as in
+    `read_safetensors`.
 
     Raises:
         UserError: a file that is damaged, of torch before 1.6, or that holds anything else.
     """
     refused = UserError(f"{file} was refused: it is damaged, or holds more than tensors")
     try:
-        with zipfile.ZipFile(file) as archive:
+        path = plain_file(file, named=named)
+        with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as err:
         raise refused from err
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise refused  # torch does not compress
     held = sum(entry.file_size for entry in entries)
-    if held > file.stat().st_size:
+    if held > path.stat().st_size:
         raise refused
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as err:
+        with warnings.catch_warnings(action="ignore"):  # torch's own, of a file that says another protocol or storage
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch's reader of a damaged file fails as struct, assert, zip or C++ do
         raise refused from err
     for tensor in _tensors(found):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized

@@ -47,8 +47,8 @@ def read(file: str | Path, *, site: str | int | Site | None = None) -> Adapter:
 def contents(file: Path) -> tuple[Any, Mapping[str, str]]:
     """A tensor, or a dictionary, and the metadata of a file."""
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    return read_archive(file), {}
+        return read_safetensors(file, named=True)
+    return read_archive(file, named=True), {}
 
 
 def assemble(found: Any, meta: Mapping[str, str], file: Path, site: Site | None) -> Adapter:
@@ -85,7 +85,7 @@ def _rows(found: Mapping[Any, Tensor], meta: Mapping[str, str], file: Path, site
             if site is not None:
                 raise UserError(f"{file} holds {len(only)} vectors, row l for the output of block l; leave site out")
             _check_size(only, file)
-            rows = {Site(layer): row for layer, row in enumerate(only) if bool(row.any())}
+            rows = {Site(layer): row for layer, row in enumerate(only) if bool(row.float().any())}
             if not rows:
                 raise UserError(f"{file} holds zeros alone")
             return rows

@@ -10,13 +10,13 @@ lies in the folder, and none of it is run.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..small_files import read_json
 from .ffn import FFN
 from .modules import FoldedFFN, shrink
 from .plan import FoldPlan, put
@@ -128,7 +128,7 @@ def register_folder(folder: str | Path) -> bool:
     Raises UserError for a family that transformers does not have.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / "config.json")
     except (OSError, ValueError):
         return False  # whoever opens it next says what is wrong
     kind = config.get("model_type") if isinstance(config, Mapping) else None

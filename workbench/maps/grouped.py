@@ -15,6 +15,7 @@ from torch import Tensor
 from ..atomic import staged_folder
 from ..errors import UserError
 from .headers import damaged, read_header
+from .moment_files import load_moments
 from .moments import Moments, Pair, lower, total
 
 FORMAT = "workbench.grouped_moments"
@@ -191,7 +192,7 @@ class GroupedMoments:
         grouped = cls(*axes)
         grouped.meta = header["meta"]
         for i, key in enumerate(keys):
-            grouped._groups[tuple(key)] = Moments.load(Path(path) / f"{i:04d}.safetensors")
+            grouped._groups[tuple(key)] = load_moments(Path(path) / f"{i:04d}.safetensors", named=False)
         found = len(list(Path(path).glob("*.safetensors")))
         if len(grouped._groups) != found:
             raise damaged(file, f"it names {len(grouped._groups)} groups, and its folder holds {found}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..small_files import parse_json, read_json, reason
 
 
 def read_header(
@@ -29,9 +29,9 @@ def read_header(
     3
     """
     try:
-        header = json.loads(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
-    except (OSError, ValueError, RecursionError) as err:
-        raise UserError(f"{file} is not {what}: its header cannot be read as JSON") from err
+        header = read_json(text) if isinstance(text, Path) else parse_json(text)
+    except (OSError, ValueError) as err:
+        raise UserError(f"{file} is not {what}: its header cannot be read as JSON ({reason(err)})") from err
     if not isinstance(header, dict) or header.get("format") != format:
         raise UserError(f"{file} is not {what}: its header does not say format {format!r}")
     if type(header.get("version")) is not int or header["version"] != version:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..atomic import staged_folder, write_bytes
 from ..errors import UserError
+from ..small_files import plain_file
 from .headers import damaged, read_header
 
 FORMAT = "workbench.linear_map"
@@ -160,7 +161,7 @@ class LinearMap:
         file, header_file = (path / "map.safetensors", path / "map.json") if folder else (path, path)
         if folder and not header_file.is_file():
             raise UserError(f"{path} is not a saved map: it has no map.json")
-        tensors, metadata = read_safetensors(file)
+        tensors, metadata = read_safetensors(file, named=not folder)
         text = header_file if folder else metadata.get("workbench", "")
         header = read_header(text, header_file, "a saved map", format=FORMAT, version=VERSION, fields={"meta": dict})
         if set(tensors) != {"weight", "bias"}:
@@ -173,14 +174,17 @@ class LinearMap:
         return cls(weight, bias, header["meta"])
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; UserError for a missing, damaged or other kind of file."""
+def read_safetensors(file: Path, *, named: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; UserError for a missing, damaged or other kind of file.
+
+    named: the user gave this very file, and not the folder that it lies in (see `plain_file`).
+    """
     if not file.is_file():
         raise UserError(f"{file} does not exist")
     if file.suffix != ".safetensors":
         raise UserError(f"refused to read {file}: only .safetensors (and .json) are read, never pickled files")
     try:
-        with safe_open(file, framework="pt") as handle:
+        with safe_open(plain_file(file, named=named), framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as err:
+    except (SafetensorError, OSError, ValueError) as err:
         raise UserError(f"{file} cannot be read as safetensors ({err}); it is damaged or of another format") from err

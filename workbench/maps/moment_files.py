@@ -42,11 +42,11 @@ def save_moments(moments: Moments, path: Path, *, overwrite: bool, meta: Mapping
     write_bytes(path, to_bytes(stored, {"workbench": json.dumps(header)}))
 
 
-def load_moments(path: Path) -> Moments:
-    """See `Moments.load`."""
+def load_moments(path: Path, *, named: bool = True) -> Moments:
+    """See `Moments.load`; `named` as in `read_safetensors`."""
     from .moments import Moments
 
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(path, named=named)
     header = read_header(metadata.get("workbench", ""), path, WHAT, format=FORMAT, version=VERSION, fields=FIELDS)
     names, pairs = header["names"], _pairs(path, header)
     _check_tensors(path, tensors, names, pairs)

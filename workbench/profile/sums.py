@@ -22,9 +22,11 @@ from ..atomic import make_parent, staged_folder, write_json
 from ..errors import UserError
 from ..hashes import file_hash, json_hash
 from ..interrupts import Stopped, first_interrupt_noted
+from ..maps.moment_files import load_moments as load_file
 from ..maps.moments import Moments
 from ..progress import progress
 from ..sites import Site
+from ..small_files import plain_file, read_json
 from ..store.checks import MOMENTS, MOMENTS_FORMAT
 from ..store.locks import claim
 from ..tokens import Policy
@@ -107,17 +109,17 @@ def load_moments(path: str | Path) -> list[Moments]:
     """Reads the folder that `profile_moments` made; UserError where it is none or a file is damaged."""
     path = Path(path).expanduser()
     try:
-        about = json.loads((path / MOMENTS).read_text(encoding="utf-8"))
+        about = read_json(path / MOMENTS)
         if about["format"] != MOMENTS_FORMAT:
             raise UserError(f"{path}: its {MOMENTS} is not that of profiled moments (format {MOMENTS_FORMAT!r})")
         names, hashes = [f"fold-{i}.safetensors" for i in range(about["folds"])], about["files"]
-        damaged = [name for name in names if file_hash(path / name) != hashes[name]]
+        damaged = [name for name in names if file_hash(plain_file(path / name)) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise UserError(f"{path}: holds no moments that can be read ({err}); make them with `workbench profile "
                         "--moments`") from err  # fmt: skip
     if damaged:
         raise UserError(f"{path}: {', '.join(damaged)} changed since it was written; profile again")
-    return [Moments.load(path / name) for name in names]
+    return [load_file(path / name, named=False) for name in names]
 
 
 def moments_bytes(widths: Mapping[str, int], pairs: Iterable[tuple[str, str]] | None = None, folds: int = 1) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..sites import Site
+from ..small_files import read_json
 from .imports import LAYER, UNKNOWN, Source, source_hash
 
 log = logging.getLogger("workbench")
@@ -114,7 +114,7 @@ def _dataset(path: Path) -> Any:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; a SAELens cache is a folder that `datasets.load_from_disk` opens")
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_json(path / "state.json")
         files = [str(entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise UserError(f"{path}: has no readable state.json, so it is no dataset that SAELens saved; give the folder "
@@ -133,8 +133,8 @@ def _config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         return {}
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as err:
+        config = read_json(path / CONFIG)
+    except (OSError, ValueError) as err:
         raise UserError(f"{path}: its {CONFIG} is damaged (not JSON); mend it or take it away") from err
     return config if isinstance(config, dict) else {}
 

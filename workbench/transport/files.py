@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,9 @@ from torch import Tensor
 from ..atomic import staged_folder, write_json
 from ..errors import UserError
 from ..maps.linear_map import read_safetensors
+from ..parquet_files import read_frame
 from ..sites import Site
+from ..small_files import read_json
 from .map_files import MapFolder, copy_maps
 
 if TYPE_CHECKING:
@@ -39,30 +40,38 @@ def save_grid(grid: TransportGrid, path: str | Path, *, overwrite: bool = False)
 
 def load_grid(path: str | Path) -> TransportGrid:
     """See `TransportGrid.load`."""
-    import pandas as pd
-
     from .grid import TransportGrid
 
     path = Path(path)
     header = _header(path)
     try:
-        table = pd.read_parquet(path / "grid.parquet")
+        table = read_frame(path / "grid.parquet")
     except (OSError, ValueError) as err:
         raise UserError(f"{path}: its grid.parquet is missing or damaged; run the transport again") from err
+    lacking = [name for name in _columns() if name not in table.columns]
+    if lacking or not isinstance(header.get("meta"), dict) or not isinstance(header["meta"].get("warnings"), list):
+        raise UserError(f"{path}: its grid lacks {', '.join(lacking) or 'its warnings'}; run the transport again")
     tensors, _ = read_safetensors(path / "per_output.safetensors")
     try:
         pairs: list[SitePair] = [(Site.parse(a), Site.parse(b)) for a, b in header["pairs"]]
         outputs = {pair: tensors[_key(pair)] for pair in pairs}
         return TransportGrid(table, outputs, header["meta"], *(MapFolder(path / name) for name in MAPS))
-    except (KeyError, TypeError) as err:
+    except (KeyError, TypeError, ValueError) as err:
         raise UserError(
             f"{path}: its {MARKER} and its tensors do not fit together ({err}); run the transport again"
         ) from err
 
 
+def _columns() -> list[str]:
+    """What every table of a grid has."""
+    from ..maps.scores import METRICS
+
+    return ["source", "target", "arm", "bos", *(f"r2_{metric}" for metric in METRICS)]
+
+
 def _header(path: Path) -> dict[str, Any]:
     try:
-        header = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        header = read_json(path / MARKER)
     except (OSError, ValueError) as err:
         raise UserError(f"{path} is no transport grid: its {MARKER} is missing or cannot be read as JSON") from err
     if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
