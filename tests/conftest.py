@@ -18,6 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # there are as many workers as cores: with a second thread each, all spend their time waiting for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from . import no_pickle
+
+no_pickle.install()  # before what could hold on to the real ones
+
 import torch
 import transformers as tf
 
@@ -128,6 +132,14 @@ def make_module(family: str, seed: int = 0) -> Any:
 
 def make_model(family: str, seed: int = 0) -> Model:
     return load(make_module(family, seed), tokenizer=word_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_unpickled() -> Iterator[None]:
+    """Fails a test in which something pickled was loaded, also where the code under test swallowed the error."""
+    before = len(no_pickle.seen)
+    yield
+    assert no_pickle.seen[before:] == []
 
 
 @pytest.fixture(params=sorted(FAMILIES))

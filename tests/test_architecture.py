@@ -82,7 +82,7 @@ def test_imports_go_from_the_explorer_to_the_probes_to_the_workbench():
 def test_maps_know_tensors_and_nothing_of_models():
     maps = sorted((ROOT / "workbench" / "maps").glob("*.py"))
     others = {f"workbench.{file.stem}" for file in (ROOT / "workbench").glob("*.py")} - {
-        "workbench.__init__", "workbench.errors", "workbench.atomic",
+        "workbench.__init__", "workbench.errors", "workbench.atomic", "workbench.small_files",
     }  # fmt: skip
     folders = {f"workbench.{p.name}" for p in (ROOT / "workbench").iterdir() if p.is_dir()} - {"workbench.maps"}
     assert offences(maps, ("transformers", *others, *folders)) == []
@@ -110,28 +110,6 @@ def test_inside_the_workbench_imports_go_down(layer: tuple[str, ...], above: tup
     files = [file for name in layer for file in sources("workbench") if module_of(file).split(".")[1:2] == [name]]
     assert files
     assert offences(files, tuple(f"workbench.{name}" for name in above)) == []
-
-
-def test_nothing_is_pickled_and_nothing_pickled_is_loaded():
-    for file in sources(*PACKAGES, "data"):
-        # some formats are torch archives: they are read with weights_only, and a bad one is refused by name
-        allowed = {"pickle.UnpicklingError"} if file.name == "torch_archive.py" else set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in ("pickle", "joblib")
-            ):
-                assert f"{node.value.id}.{node.attr}" in allowed, where
-            if isinstance(node, ast.ImportFrom):
-                assert node.module not in ("pickle", "joblib", "dill", "cloudpickle"), where
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.save"):
-                options = {k.arg: ast.unparse(k.value) for k in node.keywords}
-                if ast.unparse(node.func) == "torch.load":
-                    assert options.get("weights_only") == "True", where
-                else:
-                    assert file.name == "pyreft.py", where
 
 
 def test_a_library_does_not_print():

@@ -80,8 +80,8 @@ class Job:
         return False
 
     def _note(self, what: str) -> None:
-        write_down(self.name, f"{what}: {self.state.at_hand[:64]!r}", self.state.at_hand, what)
-        self.state.end()
+        tail = self.file.with_suffix(".log").read_text(errors="replace")[-3000:]
+        write_down(self.name, f"{what}: {self.state.at_hand[:64]!r}", self.state.at_hand, tail)
 
 
 def fuzz(names: list[str], runs: int, minutes: float | None, seed: int, plain: bool, jobs: int) -> int:

@@ -46,7 +46,11 @@ def _changed(entries: list[Entry], names: Sequence[str], rng: random.Random, oth
     change = CHANGES.get(names[index][names[index].rfind(".") :], change_bytes)
     if rng.random() < 0.08:
         change = change_bytes
-    entries[at] = (index, kind, change(content, rng))
+    try:
+        made = change(content, rng)
+    except (ValueError, TypeError, ArithmeticError, RecursionError, LookupError):  # of what was changed before already
+        made = change_bytes(content, rng)
+    entries[at] = (index, kind, made)
     return entries
 
 

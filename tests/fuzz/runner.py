@@ -13,6 +13,7 @@ import struct
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ def guided(target: Target, runs: int, seed: int, state: State, seconds: float) -
     def one(data: bytes) -> None:
         tried(target, data, state)
 
-    limits = [f"-runs={runs}", f"-seed={seed or 1}", "-timeout=60", "-rss_limit_mb=4096", f"-max_len={MOST}", "-verbosity=0",
+    limits = [f"-runs={min(runs, (1 << 31) - 1)}", f"-seed={seed or 1}", "-timeout=60", "-rss_limit_mb=4096", f"-max_len={MOST}", "-verbosity=0",
               f"-max_total_time={max(1, int(seconds))}", f"-artifact_prefix={FOUND}/{target.name}-", str(corpus)]  # fmt: skip
     FOUND.mkdir(exist_ok=True)
     atheris.Setup([sys.argv[0], *limits], one, custom_mutator=change)
@@ -146,6 +147,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, required=True)
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")  # zipfile's and torch's, of what the mutator makes
     state = State(given.state)
     target = _opened(given.target, plain=given.plain)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -25,6 +25,7 @@ from .constants import constants_of
 from .low_rank import LowRank
 from .torch_archive import read_archive
 
+MOST_LAYERS = 10_000
 MOST = 1 << 28  # numbers in one file: 1 GiB in float32, far more than vectors for every layer of any model
 
 
@@ -84,6 +85,8 @@ def _rows(found: Mapping[Any, Tensor], meta: Mapping[str, str], file: Path, site
         if only.ndim == 2 and len(only) > 1:
             if site is not None:
                 raise UserError(f"{file} holds {len(only)} vectors, row l for the output of block l; leave site out")
+            if only.numel() == 0 or len(only) > MOST_LAYERS:
+                raise UserError(f"{file} holds a tensor of shape {list(only.shape)}; that is no steering vector for each layer")
             _check_size(only, file)
             rows = {Site(layer): row for layer, row in enumerate(only) if bool(row.float().any())}
             if not rows:
