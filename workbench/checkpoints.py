@@ -14,8 +14,8 @@ from .errors import UserError
 TWINS = ["original/*", "consolidated*"]  # the same weights once more, in the publisher's own format
 
 
-def folder_of(source: str, revision: str | None) -> Path:
-    """The local folder of a source, fetched from the hub where need be."""
+def folder_of(source: str, revision: str | None, weights: bool = True) -> Path:
+    """The local folder of a source, fetched from the hub where need be; without its weights where they are not wanted."""
     if not source.strip():
         raise UserError(
             f"model {source!r}: the name is empty; give a model folder, a hub id (owner/name), or {PREFIX}donor"
@@ -33,7 +33,7 @@ def folder_of(source: str, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=TWINS))
     except Exception as err:  # the hub client has dozens of errors; those that say what to do are told apart

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .maps.counts import factor_flops, solver_fold_flops
 from .maps.moments import Moments
 from .maps.pair_factors import PairFactors
 from .maps.solver import Solver
@@ -119,16 +120,13 @@ class PairedProfiles:
     def flops(self, parts: Sequence[tuple[Site, Site, int]]) -> float:
         """FLOPs of a paste of (donor site, recipient site, rank) each: factorising both profiles and folding.
 
-        Two a multiply-add, and 9 k^3 for an eigendecomposition (Golub and Van Loan, Matrix Computations, section 8.3).
+        `maps.counts` has the formulas; each side is factorised once, however many parts it serves.
         """
-        total = 0.0
-        for side, site in {("donor", d) for d, _, _ in parts} | {("recipient", r) for _, r, _ in parts}:
-            n, width = self.shape(side, site)
-            k = min(n, width)
-            total += 4.0 * n * width * k + 9.0 * k**3
+        sites = {("donor", d) for d, _, _ in parts} | {("recipient", r) for _, r, _ in parts}
+        total = sum(factor_flops(*self.shape(side, site)) for side, site in sites)
         for d, r, rank in parts:
             (n, a), b = self.shape("donor", d), self.shape("recipient", r)[1]
-            total += 4.0 * n * rank * (a + b) + 2.0 * rank * (min(n, a) * a + min(n, b) * b)
+            total += solver_fold_flops(n, b, a, rank)
         return total
 
     # -- rows and sums ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ..memory import out_of_memory
 from ..progress import progress
 from ..prompts import PromptSet
 from ..sites import Site
+from ..work import Lengths, ModelShape, training
 from .adapter import Adapter
 from .demonstrations import Sample, answer_loss, batches, encode_demonstrations, held_out, in_order
 from .trainable import KINDS, Scale, TrainablePart
@@ -82,13 +83,9 @@ def _scales(model: Model, prompts: PromptSet, sites: Sequence[Site], profile: St
     return {s: Scale.of(store.read(s, dtype=torch.float32)) for s in sites}
 
 
-def _flops(model: Model, sites: Sequence[Site]) -> float:
-    """FLOPs per token: 2 a parameter forward, 2 a parameter above the first edited site backward (weights are frozen,
-    so there are gradients of activations only). The LM head counts, the look-up of embeddings does not."""
-    blocks = [sum(p.numel() for p in model.block(l).parameters()) for l in range(model.n_layers)]
-    head = model.module.get_output_embeddings().weight.numel()
-    first = min(s.layer + (s.point != "resid_pre") for s in sites)  # the first block that gradients pass through
-    return 2.0 * (sum(blocks) + head) + 2.0 * (sum(blocks[first:]) + head)
+def _flops(model: Model, sites: Sequence[Site], tokens: int, length: float) -> float:
+    """FLOPs of training on so many tokens, in samples of this length on average."""
+    return training(ModelShape.of(model), Lengths.even(tokens, length), sites).flops if tokens else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,13 +218,14 @@ def train_adapter(
     with frozen(model), first_interrupt_noted() if path is not None else nullcontext(Asked()) as stop:
         _train(state, objective, plan, batches(pairs, batch_size, seed), judged, stop, name or kind)
     made, best = state.step, state.best_step
+    length = sum(len(p) + len(a) for p, a in pairs) / len(pairs)
     state.restore_best()
     said = {**recipe, "positions": positions, "steps_made": made, "best_step": best, "demonstrations": len(pairs),
             "held_out": sum(map(len, judged)), "curve": state.curve, "validation": state.validation}  # fmt: skip
     meta = {"kind": kind, "seed": seed, "training": {k: v for k, v in said.items() if v is not None}}
     adapter = Adapter({s: part.frozen() for s, part in parts.items()}, positions, name=name, base=model.fingerprint,
                       meta=meta)  # fmt: skip
-    return Trained(adapter, tuple(state.curve), state.seconds, state.tokens * _flops(model, where), made,
+    return Trained(adapter, tuple(state.curve), state.seconds, _flops(model, where, state.tokens, length), made,
                    tuple(state.validation), best)  # fmt: skip
 
 

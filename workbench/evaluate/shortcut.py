@@ -16,7 +16,8 @@ from ..maps.linear_map import LinearMap
 from ..models import Model
 from ..progress import progress
 from ..rendering import pad
-from ..sites import Site, text_config
+from ..sites import Site
+from ..work import ModelShape
 from .causal import EVERYWHERE, UNTOUCHED, choose, replaced, transport
 from .scoring import Run, Scores, Sequences, ratio_interval, score
 from .skips import Jump, SkipMaps, check_jumps, runs_of, skipped
@@ -138,24 +139,14 @@ def greedy_skips(
 
 
 def block_flops(model: Model, context: float) -> list[float]:
-    """FLOPs per token of each block: 2 per weight of its matrices, and attention over (context + 1) / 2 earlier tokens.
-
-    A mixture of experts counts all of its experts, more than a token costs there.
-    """
-    config = text_config(model.module)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    width = heads * int(getattr(config, "head_dim", None) or model.width // heads)
-    attention = 4 * width * (context + 1) / 2
-    return [
-        2.0 * sum(p.numel() for p in model.block(b).parameters() if p.ndim > 1) + attention
-        for b in range(model.n_layers)
-    ]
+    """FLOPs per token of each block, attention over what it sees of `context` tokens; see `work.BlockShape.flops`."""
+    return [block.flops(block.keys(context)) for block in ModelShape.of(model).blocks]
 
 
 def saved_share(model: Model, blocks: Collection[int], context: float) -> float:
     """The share of a forward pass's FLOPs (blocks and LM head) that skipping these blocks saves, less their maps'."""
     flops = block_flops(model, context)
-    head = 2.0 * model.width * int(text_config(model.module).vocab_size)
+    head = 2.0 * ModelShape.of(model).head
     return (sum(flops[b] for b in blocks) - 2.0 * model.width**2 * len(runs_of(blocks))) / (sum(flops) + head)
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .counts import eigh_flops, product_flops, svd_flops
 from .shard_products import Layers
 from .similarity import Side, procrustes_between, pwcca_between, svcca_between
 from .symmetric import gram
@@ -67,8 +68,6 @@ def spectra_flops(left: Layers, right: Layers, n: int, measures: Sequence[str]) 
     About 9 d^3 for the eigenvectors of a layer, 2 n d^2 for the products of a pair and 20 d^3 for each SVD: of layers that are
     4,096 wide and 4,096 rows, 1.4e12 a pair and measure.
     """
-    layers = sum(2.0 * n * d * d + 9.0 * d**3 for side in (left, right) for d in side.widths)
-    pairs = sum(
-        2.0 * n * d * e + 20.0 * len(measures) * max(d, e) * min(d, e) ** 2 for d in left.widths for e in right.widths
-    )
+    layers = sum(product_flops(d, n, d) + eigh_flops(d) for side in (left, right) for d in side.widths)
+    pairs = sum(product_flops(d, n, e) + len(measures) * svd_flops(d, e) for d in left.widths for e in right.widths)
     return layers, pairs
