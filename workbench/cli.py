@@ -27,6 +27,7 @@ from .cli_grade import grade
 from .cli_lens import lens
 from .cli_options import MODEL_HELP, Device, Dtype, Json, Out, Overwrite, Plugin
 from .cli_paste import paste
+from .cli_plan import plan
 from .cli_probe import probe
 from .cli_profile import profile
 from .cli_similarity import similarity
@@ -187,6 +188,7 @@ def job(
     typer.echo(open_job(path).text, nl=False)
 
 
+app.command()(plan)
 app.command()(profile)
 app.command()(train)
 

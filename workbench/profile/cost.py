@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..work.room import disk_free, memory_free
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
-from .sums import Pairs, checked_pairs, memory_free, sums_bytes
+from .sums import Pairs, checked_pairs, sums_bytes
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -80,14 +80,12 @@ def profile_cost(
     if moments:
         size = sums_bytes(plan, checked_pairs(model, plan, folds, pairs), folds)
         memory = memory_free(model.device)
-    folder = Path(out).expanduser().absolute() if out is not None else Path.cwd()
-    folder = next(p for p in (folder, *folder.parents) if p.is_dir())
     batches = [(block, batch) for block in plan.blocks for batch in plan.batches(block)]
     sizes = [len(batch) * int(plan.spool.lengths[batch].max()) for _, batch in batches]
     return Cost(
         prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=size, blocks=len(plan.blocks),
         sites=[str(site) for site in plan.sites], dtype=plan.dtype, padding=1 - plan.n_tokens / sum(sizes),
-        free=shutil.disk_usage(folder).free, seconds=_estimate(model, plan, batches, sizes),
+        free=disk_free(out if out is not None else Path.cwd()), seconds=_estimate(model, plan, batches, sizes),
         moments=moments, memory=memory,
     )  # fmt: skip
 

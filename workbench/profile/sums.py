@@ -30,6 +30,7 @@ from ..small_files import plain_file, read_json
 from ..store.checks import MOMENTS, MOMENTS_FORMAT
 from ..store.locks import claim
 from ..tokens import Policy
+from ..work.room import memory_free
 from . import plan as plans
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
@@ -136,18 +137,6 @@ def moments_bytes(widths: Mapping[str, int], pairs: Iterable[tuple[str, str]] | 
         kept = {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}
     products = sum(width**2 for width in widths.values()) + sum(widths[a] * widths[b] for a, b in kept)
     return 8 * folds * (products + 2 * sum(widths.values()))
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that are free on a device, or on the host."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(told.split("MemAvailable:")[1].split()[0]) << 10
-    except (OSError, IndexError, ValueError):  # a system that does not say what is free, only what there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def checked_pairs(model: Model, plan: Plan, folds: int, pairs: Pairs | None) -> list[tuple[str, str]] | None:

@@ -57,7 +57,18 @@ class Lengths:
 
     def first(self, n: float) -> Lengths:
         """As many sequences as `n`, of lengths like these; all where there are no more."""
-        return self if n >= self.sequences else Lengths({k: v * n / self.sequences for k, v in self.counts.items()})
+        return self if n >= self.sequences else self.scaled(n / self.sequences)
+
+    def scaled(self, times: float) -> Lengths:
+        """So many times as many of each length."""
+        return Lengths({length: n * times for length, n in self.counts.items()})
+
+    def halved(self) -> Lengths:
+        """Each cut after half of its tokens."""
+        found: Counter[int] = Counter()
+        for length, n in self.counts.items():
+            found[max(1, round(length / 2))] += n  # type: ignore[assignment]
+        return Lengths(dict(found))
 
     def longer(self, tokens: int) -> Lengths:
         """Each with so many tokens more."""

@@ -166,11 +166,13 @@ def _block(block: nn.Module, config: Any, layer: int, routed: float) -> BlockSha
     each = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     query, value = (int(getattr(config, key, None) or each) for key in ("qk_head_dim", "v_head_dim"))
     kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = window and (kinds[layer] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True))
+    window = int(getattr(config, "sliding_window", None) or 0)
+    slides = window > 0 and (
+        kinds[layer] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    )
     return BlockShape(
         sum(p.numel() for p in block.parameters()), active, heads * (query + value),
-        _key_heads(config, heads) * (query + value), int(window) if slides else None,
+        _key_heads(config, heads) * (query + value), window if slides else None,
     )  # fmt: skip
 
 
