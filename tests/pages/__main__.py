@@ -1,7 +1,8 @@
 """Writes the pages of docs/ that come from a run: `make pages`, or `python -m tests.pages [PART ...]`.
 
 `transport`, `probes`, `similarity`, `geometry`, `depth` and `fold` each measure the bundled models anew and write the page of
-their name in docs/, its numbers (a JSON file beside it) and its pictures. `notebooks` runs every notebook of docs/ and keeps
+their name in docs/, its numbers (a JSON file beside it) and its pictures; `scale` computes what large models cost and checks
+its formulas against a small one. `notebooks` runs every notebook of docs/ and keeps
 what it shows. `explorer` takes pictures of every page of the explorer over the demo's run, a transport run and a store, which
 takes ten minutes. Pictures are taken in a headless Chromium; where there is none, those that are there stay.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from . import pictures
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-MEASURED = ("transport", "probes", "similarity", "geometry", "depth", "fold")
+MEASURED = ("transport", "probes", "similarity", "geometry", "depth", "fold", "scale")
 NO_BROWSER = "no chromium here: the pictures of docs/img stay as they are\n"
 
 
