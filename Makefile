@@ -38,7 +38,7 @@ bench: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks
 
 bench-gpu: $(STAMP)
-	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks speed-gpu maps-gpu fold-gpu
+	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks device-gpu speed-gpu maps-gpu fold-gpu
 
 pages: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.pages

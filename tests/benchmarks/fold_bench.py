@@ -6,7 +6,6 @@ Functions return dicts of numbers (seconds, ratios) and print nothing. The claim
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,27 +18,9 @@ from workbench.folding.ffn import find_ffns
 from workbench.folding.plan import FoldPlan, swapped
 from workbench.maps.linear_map import LinearMap
 
+from .timing import in_turns, ratios, spread
+
 WIDTH, RHO, THETA = 1024, 4, 0.75
-
-
-def medians(runs: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Seconds of each, in turns, after one of each that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = _now(device)
-            run()
-            if turn:
-                taken[name].append(_now(device) - start)
-            else:
-                _now(device)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def gpt2(layers: int, device: str, dtype: torch.dtype, width: int = WIDTH) -> Any:
@@ -74,14 +55,17 @@ def language(rows: int, length: int, layers: int, *, width: int = WIDTH, device:
             model(input_ids=ids, use_cache=False)
 
     with torch.inference_mode():
-        one = medians({"dense": lambda: dense(x), "folded": lambda: folded(x)}, device, 3 * repeats)
-        all_ = medians({"dense": lambda: whole({}), "folded": lambda: whole(modules)}, device, repeats)
+        one_taken = in_turns({"dense": lambda: dense(x), "folded": lambda: folded(x)}, 3 * repeats, device)
+        all_taken = in_turns({"dense": lambda: whole({}), "folded": lambda: whole(modules)}, repeats, device)
+    one, all_ = ({name: statistics.median(v) for name, v in taken.items()} for taken in (one_taken, all_taken))
     tokens = rows * length
     return {
         "tokens": tokens, "layers": layers, "dtype": str(dtype).removeprefix("torch."), "weights": plan.ratio,
         "width": width, "repeats": repeats, "ffn_ratio": one["dense"] / one["folded"],
         "ffn_tokens_per_s": tokens / one["dense"], "model_ratio": all_["dense"] / all_["folded"],
         "model_tokens_per_s": tokens / all_["dense"],
+        "ffn_spread": spread(ratios(one_taken, "dense")["folded"]),
+        "model_spread": spread(ratios(all_taken, "dense")["folded"]),
     }  # fmt: skip
 
 
@@ -98,7 +82,7 @@ def paper(rows: int, length: int, *, width: int = WIDTH, device: str = "cpu", re
             "idle": lambda: idle(x),
             "folded": lambda: folded(x),
         }
-        found = medians(runs, device, repeats)
+        found = {name: statistics.median(v) for name, v in in_turns(runs, repeats, device).items()}
     return {name: found["dense"] / found[name] for name in ("idle", "folded")}
 
 

@@ -22,6 +22,8 @@ from sklearn.model_selection import GridSearchCV, KFold
 from workbench.maps import REFERENCE_ALPHAS, GroupedMoments, Moments, fit_ridge_targets
 from workbench.maps.moments import total
 
+from .timing import spread
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDS = 5
 CHUNK = 4096
@@ -92,7 +94,7 @@ def one_pair(
     spent = {key: statistics.median(turn[0][key] for turn in turns) for key in turns[0][0]}
     result: dict[str, Any] = {
         "d": d, "n": n, "threads": torch.get_num_threads(), "products": str(products),
-        "repeats": repeats, **spent,
+        "repeats": repeats, **spent, "spread": {key: spread([turn[0][key] for turn in turns]) for key in spent},
         "alpha": by_folds.alpha_absolute, "alpha_gcv": by_gcv.alpha_absolute,
     }  # fmt: skip
     if reference:

@@ -18,6 +18,8 @@ from workbench.maps.solver import Solver
 from workbench.paste import fold, fold_gram
 from workbench.sites import Site
 
+from .timing import spread
+
 PROMPTS, WIDTHS, RANK, LAYERS = 1030, (4096, 3072), 8, 14
 
 
@@ -48,7 +50,8 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
     """One layer both ways, all layers through the Gram (each with profiles of its own), and the paste on disk."""
     recipient, donor = widths
     x, y, part = _rows(n, recipient, 0), _rows(n, donor, 1), _part(donor, 2)
-    gram = torch.stack([both(lambda: fold_gram(part, x, y)) for _ in range(3)]).median(0).values
+    grams = torch.stack([both(lambda: fold_gram(part, x, y)) for _ in range(3)])
+    gram = grams.median(0).values
     made: list[LowRank] = []
 
     def dense() -> None:
@@ -81,6 +84,7 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
     size, half, small = (sum(f.stat().st_size for f in (folder / name).iterdir()) for name in names)
     timed = {"gram_s": gram, "dense_s": full, "ratio": full / gram, "all_s": every, "ridge_all_s": ridges}
     return {"n": n, "widths": list(widths), "layers": layers, **{name: pair.tolist() for name, pair in timed.items()},
+            "gram_spread": spread(grams[:, 0].tolist()),
             "difference": difference, "bytes": size, "bytes_bf16": half, "bytes_int8": small,
             "threads": torch.get_num_threads()}  # fmt: skip
 
@@ -149,11 +153,11 @@ def generation(
             if turn:  # the first turn warms up
                 times[name].append(took)
     # of each turn by itself: what else the machine does then meets all three
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(t, times["plain"], strict=True)) for name, t in times.items()
-    }
+    each = {name: [a / b for a, b in zip(t, times["plain"], strict=True)] for name, t in times.items()}
+    ratios = {name: statistics.median(values) for name, values in each.items()}
     return {"layers": len(sites), "tokens": tokens, "batch": batch, "repeats": repeats, "paste": ratios["paste"],
-            "each_step": ratios["each_step"], "plain_s": statistics.median(times["plain"])}  # fmt: skip
+            "each_step": ratios["each_step"], "plain_s": statistics.median(times["plain"]),
+            "spread": {name: spread(values) for name, values in each.items()}, "prompt": ids.shape[1]}  # fmt: skip
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from workbench.store import Store
 from workbench.store.resident import ResidentRows
 
 from .explorer_store import make_explorer_store
+from .timing import in_turns, spread
 
 LABEL: dict[str, Any] = {"label": "label", "classes": ["river"]}
 ALONE: dict[str, Any] = {"controls": (), "words": False}
 
 
-def probes(folder: Path, layers: int = 8, width: int = 4096, rows: int = 20_000, loop: int = 2) -> dict[str, Any]:
+def probes(
+    folder: Path, layers: int = 8, width: int = 4096, rows: int = 20_000, loop: int = 2, repeats: int = 3
+) -> dict[str, Any]:
     """Seconds for each layer: of reading its rows once, of each kind of probe without and with its controls, and of
     scikit-learn's LogisticRegression after its StandardScaler, each layer anew, as a script would (on `loop` layers)."""
     store = make_explorer_store(folder / "store", rows, width, layers)
@@ -30,22 +33,21 @@ def probes(folder: Path, layers: int = 8, width: int = 4096, rows: int = 20_000,
     def arm(kind: str, **more: Any) -> Callable[[], Any]:
         return lambda: train_probes(held, **LABEL, kind=kind, **{**ALONE, **more})
 
-    found = {
-        "reading": _timed(lambda: _read(store), layers),
-        "mass-mean": _timed(arm("mass_mean"), layers),
-        "logistic": _timed(arm("logistic"), layers),
-        "logistic with both controls": _timed(arm("logistic", controls=("control", "shuffled")), layers),
-        "scikit-learn in a loop": _timed(lambda: _loop(store, loop), loop),
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "reading": (lambda: _read(store), layers),
+        "mass-mean": (arm("mass_mean"), layers),
+        "logistic": (arm("logistic"), layers),
+        "logistic with both controls": (arm("logistic", controls=("control", "shuffled")), layers),
+        "scikit-learn in a loop": (lambda: _loop(store, loop), loop),
     }
+    taken = {name: [s / ways[name][1] for s in turns]
+             for name, turns in in_turns({name: way for name, (way, _) in ways.items()}, repeats).items()}  # fmt: skip
+    found = {name: statistics.median(turns) for name, turns in taken.items()}
     best = arm("logistic")().best.score.headline
     return {"layers": layers, "width": width, "rows": rows, "device": str(device), "threads": os.cpu_count(),
-            "seconds": found, "accuracy": {"probe": best.value, "loop": _loop(store, 1)}}  # fmt: skip
-
-
-def _timed(work: Callable[[], Any], layers: int) -> float:
-    began = time.perf_counter()
-    work()
-    return (time.perf_counter() - began) / layers
+            "seconds": found,
+            "spread": {name: spread(turns) for name, turns in taken.items()}, "repeats": repeats,
+            "accuracy": {"probe": best.value, "loop": _loop(store, 1)}}  # fmt: skip
 
 
 def _read(store: Store) -> None:

@@ -25,6 +25,8 @@ from workbench.profile.plan import make_plan
 from workbench.prompts import PromptSet
 from workbench.rendering import pad
 
+from .timing import in_turns, ratios, spread
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,18 +81,7 @@ def batches_of(model: Model, prompts: PromptSet, batch_tokens: int) -> list[dict
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """The median seconds of each way, one after another in turn, after one run of each to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            way()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in in_turns(ways, repeats).items()}
 
 
 def speed(
@@ -122,11 +113,14 @@ def speed(
             ways[f"{count} layers, {policy}"] = lambda o=options: profile_model(model, prompts, **o).close()
     if others:
         ways |= _others(model, batches)
-    seconds = interleaved(ways, repeats)
+    taken = in_turns(ways, repeats)
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
     return {
         "device": str(model.device), "tokens": n_tokens, "padding": 1 - n_tokens / padded, "repeats": repeats,
         "plain": n_tokens / seconds["plain"],
         "ratio": {name: seconds["plain"] / s for name, s in seconds.items() if name != "plain"},
+        "spread": {name: spread(values) for name, values in ratios(taken, "plain").items() if name != "plain"},
+        "longest": longest, "shortest": shortest,
     }  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from workbench.store.checks import manifest_text
 from workbench.store.shards import Layout
 from workbench.store.writer import StoreWriter
 
+from .timing import spread
+
 PROMPTS = PromptSet.load(["one prompt"])
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +166,7 @@ def read_throughput(
             times[f"{way}_warm"].append(seconds(run))
     for key, taken in times.items():
         found[f"{key}_bytes_per_s"] = store.n_bytes / statistics.median(taken)
+        found[f"{key}_spread"] = sorted(store.n_bytes / t for t in spread(taken))
         way, kind = key.rsplit("_", 1)
         if way not in ("dd", "fresh"):
             found[f"ratio_{key}"] = found[f"{key}_bytes_per_s"] / found[f"dd_{kind}_bytes_per_s"]
@@ -219,8 +222,9 @@ def _status(key: str) -> int:
 def open_time(
     folder: Path, *, n_rows: int = 10_000_000, n_sites: int = 1, block: int = 4096, repeats: int = 5
 ) -> dict[str, Any]:
-    """Seconds to open a store of so many rows: the best of several; the files' entries are in memory."""
+    """Seconds to open a store of so many rows: the median of several; the files' entries are in memory."""
     path = make_hollow_store(folder / f"hollow-{n_rows}-{n_sites}-{block}", n_rows, n_sites=n_sites, block=block)
     times = [seconds(lambda: Store.open(path)) for _ in range(repeats)]
-    return {"rows": n_rows, "sites": n_sites, "shards": len(Store.open(path).shards), "open_s": min(times),
+    return {"rows": n_rows, "sites": n_sites, "shards": len(Store.open(path).shards), 
+            "open_s": statistics.median(times), "open_spread": spread(times),
             "manifest_bytes": (path / "manifest.json").stat().st_size}  # fmt: skip

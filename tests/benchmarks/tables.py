@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .timing import shown
+
 Row = Sequence[object]
 MIB = 2**20
 
 HEAD = """# Benchmarks
 
 Every figure here was measured by `make bench` (`python -m tests.benchmarks SECTION` does one section again); a ratio is
-of two things measured in one run, in turns, as medians. A timing is never asserted in a test.
+of two things measured in one run, in turns, as medians; beside it the lowest and the highest of the turns, and a dash where a
+section was measured before these were kept. A timing is never asserted in a test. GFLOP and GB are counted by the formulas of
+[scale.md](scale.md) from the sizes, so that a figure can be judged on another machine. `make bench-gpu` does the sections of a
+GPU.
 """
 
 
@@ -37,7 +42,10 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 def page(kept: dict[str, Any]) -> str:
     """The whole page, of the sections that were measured."""
-    parts = [HEAD]
+    from . import claims
+
+    lines = claims.rows(kept, {name: section.title for name, section in SECTIONS.items()})
+    parts = [HEAD, "## In short\n\n" + table(["claim", "wanted", "measured", "section"], lines) + "\n"]
     for name, section in SECTIONS.items():
         if name in kept:
             on = kept[name]["on"]
@@ -53,16 +61,22 @@ def _speed(folder: Path) -> dict[str, Any]:
 
 
 def _tell_speed(found: dict[str, Any]) -> str:
-    ours = [(name, r) for name, r in found["ratio"].items() if "layers" in name]
-    others = [(name, r) for name, r in found["ratio"].items() if "layers" not in name]
-    rows = [(f"profile, {name}", f"{r:.2f}") for name, r in ours] + [(f"{name}", f"{r:.2f}") for name, r in others]
+    from .counted import profile_flops, rate
+
+    spreads, rows = found.get("spread", {}), []
+    plain = found["tokens"] / found["plain"]
+    for name, r in [("plain", 1.0), *found["ratio"].items()]:
+        label = f"profile, {name}" if "layers" in name else "plain forward pass" if name == "plain" else name
+        between = "-" if name == "plain" else shown(spreads.get(name))
+        rows.append((label, f"{r:.2f}", between, *rate(profile_flops(found, name), plain / r)))
+    shape = "GPT-2 small's shape (124M parameters, 12 layers)" if found["device"] == "cpu" else "Llama 3.1 8B's shape"
     return (
         "Tokens per second of a profile, written to disk and checksummed, over those of a plain `model(**batch)` with its "
-        f"head on the same batches ({found['padding']:.0%} padding), for a random model of GPT-2 small's shape (124M "
-        "parameters, 12 layers). The profile runs no head, stops after the last wanted layer, and gives attention no "
-        "mask that right-padding does not need. Below it, tools that keep every token's `resid_post` of all 12 layers in "
+        f"head on the same batches ({found['padding']:.0%} padding), for a random model of {shape}. "
+        "The profile runs no head, stops after the last wanted layer, and gives attention no "
+        "mask that right-padding does not need. Below it, tools that keep every token's `resid_post` of all layers in "
         f"memory and write nothing. Medians of {found['repeats']}; plain: {found['plain']:.0f} tokens/s.\n\n"
-        + table(["what", "tokens/s, plain forward = 1"], rows)
+        + table(["what", "tokens/s, plain forward = 1", "lowest to highest", "GFLOP", "GFLOP/s"], rows)
     )
 
 
@@ -79,11 +93,12 @@ def _profile_memory(folder: Path) -> dict[str, Any]:
 
 
 def _tell_profile_memory(found: dict[str, Any]) -> str:
-    rows = [(f"{int(n):,}", f"{one['bytes'] / MIB:.0f}", f"{one['grown']:.0f}") for n, one in found.items()]
+    rows = [(f"{int(n):,}", f"{one['bytes'] / MIB:.0f}", f"{one['grown']:.0f}", f"{one['bytes'] / one['seconds'] / 1e6:.0f}")
+            for n, one in found.items()]  # fmt: skip
     return (
         "How far the peak memory of a process rises while it profiles so many rows of a tiny model (3 sites, 48 wide, "
         "`tokens='all'`), over what it had after a first small profile. A block of rows is 16,384 rows.\n\n"
-        + table(["rows", "store, MiB", "memory, MiB"], rows)
+        + table(["rows", "store, MiB", "memory, MiB", "written, MB/s"], rows)
     )
 
 
@@ -98,12 +113,21 @@ def _store(folder: Path) -> dict[str, Any]:
 
 
 def _tell_store(found: dict[str, Any]) -> str:
-    opened = [(f"{o['rows']:,}", o["sites"], f"{o['shards']:,}", f"{1000 * o['open_s']:.0f}") for o in found["open"]]
+    opened = []
+    for one in found["open"]:
+        between = [1000 * x for x in one["open_spread"]] if "open_spread" in one else None
+        time = f"{1000 * one['open_s']:.0f}" + (
+            "" if between else " (the best)"
+        )  # as it was kept before there were spreads
+        opened.append((f"{one['rows']:,}", one["sites"], f"{one['shards']:,}", time, shown(between, ".0f")))
     read = []
     for one in found["read"]:
         for kind in ("cold", "warm"):
             ratios = [f"{one[f'ratio_{way}_{kind}']:.2f}" for way in ("batches", "summed", "read")]
-            read.append((f"{one['sites']}, {kind}", f"{one[f'dd_{kind}_bytes_per_s'] / 1e9:.2f}", *ratios))
+            gb = [one[f"{way}_{kind}_bytes_per_s"] / 1e9 for way in ("dd", "batches")]
+            between = one.get(f"batches_{kind}_spread")
+            read.append((f"{one['sites']}, {kind}", f"{one['bytes'] / 1e9:.2f}", *(f"{x:.2f}" for x in gb),
+                         shown(between and [x / 1e9 for x in between]), *ratios))  # fmt: skip
     rise = found["memory"]
     memory = [
         (f"{n:,}", *(f"{rise[what][i] / MIB:.0f}" for what in ("write", "read", "shuffled")))
@@ -112,12 +136,24 @@ def _tell_store(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "Opening: every file's name and size and every shard's header are checked, no activation is read.",
-            table(["rows", "sites", "shards", "open, ms"], opened),
+            table(["rows", "sites", "shards", "open, ms", "lowest to highest"], opened),
             f"Reading {found['read'][0]['bytes'] / 2**30:.0f} GiB of float32 rows back, over `dd bs=1M` of the same files; "
             f"cold: the caches were dropped ({found['read'][0]['dropped_by']}) before. `batches` is `iter_batches`, every "
             "page in memory when a batch is handed over; `summed` adds up every value too; `read` is `Store.read` of a whole "
             "site into fresh memory, which page faults bound.",
-            table(["sites, caches", "dd, GB/s", "batches / dd", "summed / dd", "read / dd"], read),
+            table(
+                [
+                    "sites, caches",
+                    "GB",
+                    "dd, GB/s",
+                    "batches, GB/s",
+                    "lowest to highest",
+                    "batches / dd",
+                    "summed / dd",
+                    "read / dd",
+                ],
+                read,
+            ),
             f"Peak memory over what the process had before, MiB ({rise['width']} wide, float32):",
             table(["rows", "writing", "reading in order", "reading shuffled"], memory),
         ]
@@ -170,24 +206,32 @@ def _tell_gpu_maps(found: dict[str, Any]) -> str:
 
 
 def _tell_maps(found: dict[str, Any]) -> str:
+    from .counted import fit_flops, rate
+
     many, rows, said = found["many"], [], []
     for one in (found["one"], found["small"]):
-        size = f"d = {one['d']:,}, n = {one['n']:,}"
-        rows += [
-            (f"one pair, 5-fold CV, {size}", f"{one['cv_s']:.1f}", f"{one['cv_ratio']:.1f}"),
-            (f"one pair, GCV, {size}", f"{one['gcv_s']:.1f}", f"{one['gcv_ratio']:.1f}"),
-        ]
+        n, d = one["n"], one["d"]
+        for label, key, folds in (("5-fold CV", "cv", 5), ("GCV", "gcv", 0)):
+            seconds, between = one[f"{key}_s"], one.get("spread", {}).get(f"{key}_s")
+            rows.append((f"one pair, {label}, d = {d:,}, n = {n:,}", f"{seconds:.1f}", shown(between, ".1f"),
+                         f"{one[f'{key}_ratio']:.1f}", *rate(sum(fit_flops(n, d, folds=folds)), seconds)))  # fmt: skip
         said.append(f"{'the same penalty' if one['same_alpha'] else 'ANOTHER penalty'} chosen at d = {one['d']:,}, fold "
                     f"scores differ by at most {one['largest_score_difference']:.0e}")  # fmt: skip
-    rows.append((f"all {many['pairs']} pairs of {many['layers']} layers, 5-fold CV, d = {many['d']}, n = {many['n']:,}",
-                 f"{many['moments_s'] + many['fit_s']:.1f}", f"{many['ratio']:.1f}"))  # fmt: skip
+    moments, fits = fit_flops(many["n"], many["d"], many["pairs"], many["layers"])
+    size = f"all {many['pairs']} pairs of {many['layers']} layers, 5-fold CV, d = {many['d']}, n = {many['n']:,}"
+    rows += [
+        (size, f"{many['moments_s'] + many['fit_s']:.1f}", "-", f"{many['ratio']:.1f}",
+         *rate(moments + fits, many["moments_s"] + many["fit_s"])),
+        ("- of these the moments", f"{many['moments_s']:.1f}", "-", "", *rate(moments, many["moments_s"])),
+        ("- of these the fits", f"{many['fit_s']:.1f}", "-", "", *rate(fits, many["fit_s"])),
+    ]  # fmt: skip
     (few, few_s), (most, most_s) = found["targets"]["seconds"].items()
     memory = " and ".join(f"{b / 2**20:,.0f} MiB at n = {int(n):,}" for n, b in found["memory"]["bytes"].items())
     return (
         "Ridge maps from moments (float32 products, float64 sums and solves), over scikit-learn's "
         "`GridSearchCV(Ridge)` in float64 on the same arrays with the same 8 penalties and 5 folds, once for each pair: "
         f"{'; '.join(said)}. One pair is the median of {found['one']['repeats']}, scikit-learn is run once.\n\n"
-        + table(["what", "seconds", "scikit-learn's time / this"], rows)
+        + table(["what", "seconds", "lowest to highest", "scikit-learn's time / this", "GFLOP", "GFLOP/s"], rows)
         + f"\n\n{most} targets of one source take {most_s / few_s:.2f} times what {few} take (d = {found['targets']['d']:,}). "
         f"Peak memory of all pairs of {found['memory']['layers']} layers, d = {found['memory']['d']}: {memory}. "
         f"All figures of {found['features']['features']} features on {found['features']['n']:,} rows of width "
@@ -251,25 +295,46 @@ def _tell_paste(found: dict[str, Any]) -> str:
     def two(pair: list[float], unit: str = " s") -> str:
         return f"{pair[0]:.1f}{unit} ({pair[1]:.1f}{unit} of CPU)"
 
+    from .counted import fold_flops, rate, step_flops
+
+    work, steps = fold_flops(fold), step_flops(run)
+    layers, spreads = fold["layers"], run.get("spread", {})
     kinds = {"float32": "bytes", "bfloat16": "bytes_bf16", "int8": "bytes_int8"}
     sizes = {kind: f"{fold[key] / 1e6:.2f}" for kind, key in kinds.items() if key in fold}
     rows = [
-        ("fold through the Gram, one layer", two(fold["gram_s"])),
-        ("two dense pinvs and a fold, one layer", two(fold["dense_s"])),
-        ("the second over the first", two(fold["ratio"], "")),
-        ("largest relative difference of the two", f"{fold['difference']:.1e}"),
-        (f"all {fold['layers']} layers folded through the Gram", two(fold["all_s"])),
-        ("all layers at ridge 0.1, factors kept for every other strength", two(fold["ridge_all_s"])),
-        (f"the paste on disk, {fold['layers']} layers, {', '.join(sizes)}", f"{', '.join(sizes.values())} MB"),
-        ("generation with the paste / without", f"{run['paste']:.3f}"),
-        ("generation, converting at each step / without", f"{run['each_step']:.3f}"),
-    ]
+        ("fold through the Gram, one layer", two(fold["gram_s"]), shown(fold.get("gram_spread")),
+         *rate(work["gram"], fold["gram_s"][0])),
+        ("two dense pinvs and a fold, one layer", two(fold["dense_s"]), "-", *rate(work["dense"], fold["dense_s"][0])),
+        ("the second over the first", two(fold["ratio"], ""), "-", "", ""),
+        ("largest relative difference of the two", f"{fold['difference']:.1e}", "-", "", ""),
+        (f"all {layers} layers folded through the Gram", two(fold["all_s"]), "-",
+         *rate(layers * work["gram"], fold["all_s"][0])),
+        ("all layers at ridge 0.1, factors kept for every other strength", two(fold["ridge_all_s"]), "-",
+         *rate(layers * work["ridge"], fold["ridge_all_s"][0])),
+        (f"the paste on disk, {layers} layers, {', '.join(sizes)}", f"{', '.join(sizes.values())} MB", "-", "", ""),
+    ]  # fmt: skip
+    tokens = run["batch"] * run["tokens"]
+    ways = {"paste": "generation with the paste", "each_step": "generation, converting at each step"}
+    seconds = {"plain": run["plain_s"], **{key: run[key] * run["plain_s"] for key in ways}}
+    flops = {"plain": steps["plain"], **{key: steps["plain"] + steps[key] for key in ways}}
+    each = [
+        ("generation without", f"{run['plain_s']:.2f}", "1", "-", *rate(tokens * flops["plain"], run["plain_s"]), "", ""),
+        *((label, f"{seconds[key]:.2f}", f"{run[key]:.3f}", shown(spreads.get(key), ".3f"),
+           *rate(tokens * flops[key], seconds[key]), f"{steps[key] / 1e6:.3g}", "folded" if key == "paste" else "formed")
+          for key, label in ways.items()),
+    ]  # fmt: skip
+    formed, folded = run["layers"] * fold["dense_s"][0], run["layers"] * fold["gram_s"][0]
     return (
         f"N = {fold['n']:,} prompts, widths {fold['widths'][0]} and {fold['widths'][1]}, rank 8, random rows, "
-        f"{fold['threads']} threads. Generation: a random model of GPT-2 small's shape, {run['layers']} edited layers, "
-        f"{run['tokens']} new tokens, batch {run['batch']}, medians of {run['repeats']} in turns.\n\n"
-        + table(["what", "cost"], rows)
-    )
+        f"{fold['threads']} threads.\n\n"
+        + table(["what", "cost", "lowest to highest", "GFLOP", "GFLOP/s"], rows)
+        + f"\n\nGeneration: a random model of GPT-2 small's shape, {run['layers']} edited layers, {run['tokens']} new tokens, "
+        f"batch {run['batch']}, medians of {run['repeats']} in turns.\n\n"
+        + table(["what", "seconds", "over without", "lowest to highest", "GFLOP", "GFLOP/s", "MFLOP a token beside the model",
+                 "converters"], each)
+        + f"\n\nBefore the first token, the paste of {run['layers']} layers is folded in {folded:.1f} s at the widths above; "
+        f"converting at each step needs its converters formed, in {formed:.1f} s."
+    )  # fmt: skip
 
 
 def _lora(folder: Path) -> dict[str, Any]:
@@ -370,13 +435,16 @@ def _probes(folder: Path) -> dict[str, Any]:
 
 
 def _tell_probes(found: dict[str, Any]) -> str:
-    seconds, reading = found["seconds"], found["seconds"]["reading"]
-    rows = [(name, f"{value:.2f}", f"{value / reading:.1f}", f"{seconds['scikit-learn in a loop'] / value:.1f}")
+    seconds, reading, spreads = found["seconds"], found["seconds"]["reading"], found.get("spread", {})
+    gb = 2 * found["rows"] * found["width"] / 1e9  # of bfloat16
+    rows = [(name, f"{value:.2f}", shown(spreads.get(name)), f"{value / reading:.1f}",
+             f"{seconds['scikit-learn in a loop'] / value:.1f}", f"{gb:.3f}", f"{gb / value:.2f}")
             for name, value in seconds.items()]  # fmt: skip
     return "\n\n".join([
         f"A binary label of {found['rows']:,} rows x {found['width']:,} in bfloat16, {found['layers']} layers, on "
         f"{found['device']}; each probe with its score on held-out prompts and its interval:",
-        table(["what", "seconds a layer", "of reading it once", "scikit-learn's loop over this"], rows),
+        table(["what", "seconds a layer", "lowest to highest", "of reading it once", "scikit-learn's loop over this", "GB",
+               "GB/s"], rows),
         f"Held-out accuracy {found['accuracy']['probe']:.3f}, of the loop {found['accuracy']['loop']:.3f}.",
     ])  # fmt: skip
 
@@ -393,10 +461,17 @@ def _gpu_fold(folder: Path) -> dict[str, Any]:
     return fold_bench.gpu()
 
 
+def _ffn_rates(one: dict[str, Any]) -> tuple[str, str]:
+    """GFLOP/s of the dense network, 16 d^2 FLOPs a token, and of the folded one, which keeps a share of its weights."""
+    dense = 16.0 * one["width"] ** 2 * one["ffn_tokens_per_s"] / 1e9
+    return f"{dense:,.3g}", f"{one['weights'] * one['ffn_ratio'] * dense:,.3g}"
+
+
 def _tell_fold(found: dict[str, Any]) -> str:
     rows = [
-        (f"{one['tokens']:,}", one["dtype"], f"{one['ffn_ratio']:.2f}", f"{one['ffn_tokens_per_s']:,.0f}",
-         one["layers"], f"{one['model_ratio']:.2f}", f"{one['model_tokens_per_s']:,.0f}") for one in found["models"]
+        (f"{one['tokens']:,}", one["dtype"], f"{one['ffn_ratio']:.2f}", shown(one.get("ffn_spread")),
+         f"{one['ffn_tokens_per_s']:,.0f}", *_ffn_rates(one), one["layers"], f"{one['model_ratio']:.2f}",
+         shown(one.get("model_spread")), f"{one['model_tokens_per_s']:,.0f}") for one in found["models"]
     ]  # fmt: skip
     paper, first = found["paper"], found["models"][0]
     return (
@@ -404,15 +479,41 @@ def _tell_fold(found: dict[str, Any]) -> str:
         f"and with three quarters of these folded into one linear map each ({first['weights']:.1%} of the networks' weights), "
         "in turns on the same batch. The first ratio is of one network, the second of the whole model with attention and "
         "head, which no fold makes faster.\n\n"
-        + table(["tokens of the batch", "dtype", "network: folded / dense", "dense, tokens/s", "layers",
-                 "model: folded / dense", "dense, tokens/s"], rows)
+        + table(["tokens of the batch", "dtype", "network: folded / dense", "lowest to highest", "dense, tokens/s",
+                 "dense, GFLOP/s", "folded, GFLOP/s", "layers", "model: folded / dense", "lowest to highest",
+                 "dense, tokens/s"], rows)
         + f"\n\nThe form with BatchNorm runs {paper['folded']:.2f} times as fast folded as its dense twin, and before it is "
         f"folded {paper['idle']:.2f} times."
     )  # fmt: skip
 
 
+def _device(folder: Path) -> dict[str, Any]:
+    from . import device_bench
+
+    return device_bench.run(folder)
+
+
+def _tell_device(found: dict[str, Any]) -> str:
+    from . import device_bench
+
+    return device_bench.tell(found)
+
+
+def _growth(folder: Path) -> dict[str, Any]:
+    from . import growth_bench
+
+    return growth_bench.run(folder)
+
+
+def _tell_growth(found: dict[str, Any]) -> str:
+    from . import growth_bench
+
+    return growth_bench.tell(found)
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
+    "device-gpu": Section("A GPU's limits, and what is reached of them", _device, _tell_device, gpu=True),
     "speed-gpu": Section("Profiling on a GPU, an 8B shape", _gpu_speed, _tell_speed, gpu=True),
     "profile-memory": Section("Memory of a profile", _profile_memory, _tell_profile_memory),
     "store": Section("Stores: opening, reading, memory", _store, _tell_store),
@@ -425,6 +526,7 @@ SECTIONS: dict[str, Section] = {
     "probes": Section("Probes of every layer", _probes, _tell_probes),
     "fold": Section("Folded feed-forward networks", _fold, _tell_fold),
     "fold-gpu": Section("Folded feed-forward networks on a GPU", _gpu_fold, _tell_fold, gpu=True),
+    "growth": Section("How time grows with rows, width and layers", _growth, _tell_growth),
     "explorer": Section("The explorer on a large store, and under ten readers", _explorer, _tell_explorer),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }

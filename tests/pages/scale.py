@@ -112,7 +112,8 @@ def costs(shape: ModelShape) -> list[Line]:
             )
             found.append({"model": shape.name, "way": way, "tokens": tokens, "flops": step.work.flops,
                           "disk": step.work.disk, "device": step.device, "needed": plan.needed(step), "gpus": gpus,
-                          "seconds": whole.seconds(step), "compute": whole.parts(step)["compute"], "binds": whole.binds(step)})  # fmt: skip
+                          "seconds": whole.seconds(step), "compute": whole.parts(step)["compute"],
+                          "binds": whole.binds(step)})  # fmt: skip
     return found
 
 

@@ -127,11 +127,9 @@ def measured(
     flops = {name: matrix_rate(name, where, size or (8192 if gpu else 1024), seconds)
              for name in ("float32", "float64", "bfloat16", "float16")}  # fmt: skip
     free = float(memory_free(torch.device("cpu")))
-    name = (
-        torch.cuda.get_device_name(where)
-        if gpu
-        else f"this machine ({torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)})"
-    )
+    threads = torch.get_num_threads()
+    here = f"this machine ({threads} CPU thread{'s' if threads > 1 else ''})"
+    name = torch.cuda.get_device_name(where) if gpu else here
     capacity = float(torch.cuda.get_device_properties(where).total_memory) if gpu else free
     return Rates(name, flops, copy_rate(where, 1 << (30 if gpu else 26), seconds), capacity, disk_rate(Path(folder)), free,
                  float(disk_free(folder)), device=where.type, reached=1.0, source="measured here")  # fmt: skip
