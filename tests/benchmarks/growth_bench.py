@@ -29,7 +29,7 @@ Made = tuple[Callable[[], Any], float]
 ALPHAS = (0.01, 0.1, 1.0)
 FOLDS = 5
 SIZES: dict[str, tuple[int, ...]] = {
-    "profile rows": (8, 16, 24, 48, 64), "profile width": (128, 192, 256, 384, 512), "profile layers": (2, 4, 6, 9, 12),
+    "profile rows": (32, 64, 128, 256, 512), "profile width": (128, 192, 256, 384, 512), "profile layers": (2, 4, 6, 9, 12),
     "moments rows": (8192, 16384, 24576, 40960, 65536), "moments width": (128, 256, 384, 512, 768),
     "moments layers": (3, 5, 8, 11, 16), "fit rows": (2048, 4096, 8192, 16384, 32768), "fit width": (96, 160, 256, 384, 512),
     "fit layers": (1, 2, 4, 8, 16), "fold rows": (128, 256, 384, 512, 768), "fold width": (1024, 1536, 2048, 3072, 4096),
