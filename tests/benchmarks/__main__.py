@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(), "device": gpu or f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB",
-        "python": platform.python_version(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "transformer-lens", "nnsight", "scikit-learn")},
     }  # fmt: skip
 

@@ -41,7 +41,7 @@ class Sizes:
     copied: int = 1 << 30
     look: float = 0.5
     """seconds of one look at a limit"""
-    prompts: int = 192
+    prompts: int = 64
     shortest: int = 128
     longest: int = 512
     batch_tokens: int = 16384
@@ -116,7 +116,7 @@ def _of_model(model: Model, sizes: Sizes, rates: Rates, folder: Path) -> list[di
         shape.layers(sorted({round((i + 1) * shape.n_layers / 4) - 1 for i in range(4)} - {-1})),
     )
     options: dict[str, Any] = {"tokens": "all", "batch_tokens": sizes.batch_tokens}
-    stored = {"dtype": dtype, "store_dtype": dtype, "batch_tokens": sizes.batch_tokens}
+    stored: dict[str, Any] = {"dtype": dtype, "store_dtype": dtype, "batch_tokens": sizes.batch_tokens}
     batches = batches_of(model, prompts, sizes.batch_tokens)
     ids = torch.ones(sizes.answers, sizes.prompt, dtype=torch.long, device=model.device)
     decoding = {

@@ -98,7 +98,7 @@ def _moments(n: int, width: int, layers: int) -> Made:
     return lambda: Moments(products=torch.float32).update(blocks), work
 
 
-def _fit(by: str, alpha: str, folds: int) -> Callable[[int], Made]:
+def _fit(by: str, alpha: Any, folds: int) -> Callable[[int], Made]:
     def make(size: int) -> Made:
         n, width, targets = {"rows": (size, 192, 1), "width": (4096, size, 1), "layers": (4096, 128, size)}[by]
         blocks = _blocks(n, width, targets + 1)
