@@ -10,7 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from workbench import PromptSet, UserError, plan_job, plan_profile, plan_transport, profile_model, profile_moments
+from workbench import (
+    PromptSet,
+    UserError,
+    plan_job,
+    plan_profile,
+    plan_transport,
+    profile_cost,
+    profile_model,
+    profile_moments,
+)
 from workbench.cli import app
 from workbench.models import load
 from workbench.planning.steps import moments_step, transport_steps
@@ -18,7 +27,7 @@ from workbench.planning.texts import Counted, count_prompts
 from workbench.profile.plan import make_plan
 from workbench.sites import Site
 from workbench.transport import transport_grid
-from workbench.work import Lengths, ModelShape, Work
+from workbench.work import Lengths, ModelShape, Work, forward
 from workbench.work.rates import PRESETS, Rates, measured, preset
 
 from ..conftest import make_model
@@ -45,6 +54,14 @@ def test_rows_tokens_and_bytes_are_those_of_the_profile(policy):
         plan = plan_profile(ModelShape.of(model), tokens=1, rates=SMALL, sites=[0, 2])
         assert plan.steps[0].work.disk * found.rows == pytest.approx(plan.steps[0].rows * sum(
             store.read(site).nbytes for site in store.sites))  # fmt: skip
+
+
+def test_the_cost_of_a_profile_counts_the_same_flops():
+    model, texts = make_model("llama"), ["w1 w2 w3 w4", "w5"]
+    known = count_prompts(PromptSet.load(texts), model.tokenizer)
+    cost = profile_cost(model, texts, sites=[0])
+    assert cost.flops == forward(ModelShape.of(model), known.texts, stop_after=0).flops
+    assert f"{cost.flops:.2e} FLOPs" in str(cost)
 
 
 @pytest.mark.parametrize("pairs", [None, [(0, 2)], []])

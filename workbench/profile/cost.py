@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..work import Lengths, ModelShape, forward
 from ..work.room import disk_free, memory_free
 from .plan import Block, Plan, make_plan
 from .run import BlockRunner
@@ -38,6 +39,8 @@ class Cost:
     """whether this is what moments cost: `bytes` are those of the sums"""
     memory: int = 0
     """bytes free where the sums of moments are held"""
+    flops: float = 0.0
+    """of the forward passes, counted; those of moments are not among them"""
 
     def __str__(self) -> str:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
@@ -53,7 +56,7 @@ class Cost:
             f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
             *held,
             f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
-            f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches)",
+            f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches), {self.flops:.2e} FLOPs",
         ])  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,12 +84,14 @@ def profile_cost(
         size = sums_bytes(plan, checked_pairs(model, plan, folds, pairs), folds)
         memory = memory_free(model.device)
     batches = [(block, batch) for block in plan.blocks for batch in plan.batches(block)]
+    read = Lengths.of(plan.spool.lengths[plan.spool.sequences["n_rows"] > 0].tolist())
     sizes = [len(batch) * int(plan.spool.lengths[batch].max()) for _, batch in batches]
     return Cost(
         prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=size, blocks=len(plan.blocks),
         sites=[str(site) for site in plan.sites], dtype=plan.dtype, padding=1 - plan.n_tokens / sum(sizes),
         free=disk_free(out if out is not None else Path.cwd()), seconds=_estimate(model, plan, batches, sizes),
         moments=moments, memory=memory,
+        flops=forward(ModelShape.of(model), read, stop_after=max(site.layer for site in plan.sites)).flops,
     )  # fmt: skip
 
 
