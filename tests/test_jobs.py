@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 from workbench import jobs_docs
 from workbench.errors import UserError
@@ -157,6 +160,109 @@ def test_a_damaged_record_is_done_again(run):
     (run.folder / "steps" / "fit.json").write_text('{"key": ')
     run.step("fit", 1, make)
     assert make.done == 2
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(bytes(data))
+
+
+class Writer(Maker):
+    """A maker that leaves a folder of files."""
+
+    def __call__(self) -> Any:
+        for name in ("a.bin", "deep/b.bin"):
+            file = self.run.folder / "made" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(name.encode() * 40)
+        return super().__call__()
+
+
+@pytest.mark.parametrize("name", ["made/a.bin", "made/deep/b.bin", "steps/fit.json"])
+def test_one_bit_that_is_not_as_it_was_is_noticed(run, caplog, name):
+    make = Writer(run, {"value": 0.123456789})
+    run.step("fit", 1, make, ("made",))
+    run.step("fit", 1, make, ("made",))
+    assert make.done == 1
+    whole = (run.folder / name).read_bytes()
+    flipped(run.folder / name)
+    assert run.step("fit", 1, make, ("made",)) == {"value": 0.123456789}
+    assert make.done == 2
+    if name.startswith("made"):
+        assert (run.folder / name).read_bytes() == whole
+        assert "is not what its step had made; the step is done again" in caplog.text
+
+
+def test_a_file_that_came_to_an_artefact_is_noticed(run):
+    make = Writer(run)
+    run.step("fit", 1, make, ("made",))
+    (run.folder / "made" / "more").write_text("x")
+    run.step("fit", 1, make, ("made",))
+    assert make.done == 2
+
+
+@pytest.mark.parametrize("name", ["made/a.bin", "made/deep/b.bin"])
+def test_what_another_run_made_is_not_taken_over_where_it_is_damaged(run, tmp_path, name):
+    other = Run(tmp_path / "other")
+    other.step("fit", 1, Writer(other), ("made",))
+    taken = Writer(run)
+    Run(run.folder, [other.folder]).step("fit", 1, taken, ("made",))
+    assert taken.done == 0
+    flipped(other.folder / name)
+    third = Run(tmp_path / "third", [other.folder])
+    anew = Writer(third)
+    third.step("fit", 1, anew, ("made",))
+    assert anew.done == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            "step fit: .*No space left on device; what was finished is kept: make room",
+        ),
+        (
+            OSError(30, "Read-only file system", "/x/y"),
+            "step fit: /x/y: Read-only file system; .*choose another folder",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            r"step fit: out of memory \(CUDA out of memory.\); .*smaller batches",
+        ),
+        (MemoryError(), "step fit: out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_told_with_the_step_and_what_to_do(run, raised, words):
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(UserError, match=words):
+        run.step("fit", 1, fail)
+
+
+def test_an_error_of_ours_stays_what_it_is(run):
+    def fail() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        run.step("fit", 1, fail)
+
+
+class Full(io.StringIO):
+    def write(self, _: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_log_without_room_does_not_stop_a_run(run, monkeypatch, capfd):
+    run.folder.mkdir()
+    with run.logging():
+        handler = next(h for h in logging.getLogger("workbench").handlers if isinstance(h, logging.FileHandler))
+        with monkeypatch.context() as patch:
+            patch.setattr(handler, "stream", Full())
+            logging.getLogger("workbench").info("a line")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_step_of_another_version_is_done_again(run, monkeypatch):

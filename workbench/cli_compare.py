@@ -55,7 +55,9 @@ def _table(listed: tuple[Difference, ...], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table = Table(
+        title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 1)
+    )
     for name in ("file", "figure", "a", "b", "relative"):
         table.add_column(name, justify="left" if name in ("file", "figure") else "right", overflow="fold")
     for one in listed:

@@ -38,7 +38,9 @@ class Batch:
     def __exit__(self, kind: Any, err: BaseException | None, trace: TracebackType | None) -> bool:
         self.failed = out_of_memory(err)
         if self.failed and len(self.rows) == 1:
-            raise UserError("one prompt alone does not fit the memory; give shorter prompts, or another device") from err
+            raise UserError(
+                "one prompt alone does not fit the memory; give shorter prompts, or another device"
+            ) from err
         return self.failed
 
 

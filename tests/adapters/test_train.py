@@ -135,13 +135,15 @@ def test_ctrl_c_keeps_the_steps_that_were_made(llama, tmp_path, monkeypatch):
     assert (again.adapter, again.curve, again.validation) == (whole.adapter, whole.curve, whole.validation)
 
 
-@pytest.mark.parametrize("damage", ["another training", "cut short", "other parameters"])
+@pytest.mark.parametrize("damage", ["another training", "cut short", "other parameters", "one bit"])
 def test_a_checkpoint_that_does_not_fit_is_not_taken_up(llama, tmp_path, damage, caplog):
     file = tmp_path / "c.safetensors"
     other = {"seed": 5} if damage == "another training" else {}
     train_adapter(llama, DEMONSTRATIONS, checkpoint=file, **{**RECIPE, **other})
     if damage == "cut short":
         file.write_bytes(file.read_bytes()[:-9])
+    if damage == "one bit":
+        file.write_bytes(file.read_bytes()[:-9] + bytes([file.read_bytes()[-9] ^ 4]) + file.read_bytes()[-8:])
     if damage == "other parameters":
         tensors, header = read_safetensors(file)
         tensors.pop(next(k for k in tensors if k.startswith("parameter/")))

@@ -76,7 +76,10 @@ def covering(cases: list[Any], most: int) -> list[Any]:
     chosen: list[Any] = []
     faults, steps = Counter[str](), Counter[str]()
     left = list(cases)
-    while left and (len(chosen) < most or {c.fault for c in left} - set(faults) or {c.event.step for c in left} - set(steps)):
+    while left:
+        new = {c.fault for c in left} - set(faults), {c.event.step for c in left} - set(steps)
+        if len(chosen) >= most and not any(new):
+            break
         best = min(left, key=lambda case: (faults[case.fault] + steps[case.event.step], faults[case.fault]))
         left.remove(best)
         chosen.append(best)
@@ -90,12 +93,13 @@ def import_all() -> None:
     from importlib import import_module
     from pkgutil import walk_packages
 
-    import pandas, plotly.graph_objects, pyarrow.parquet, scipy.stats, sklearn.linear_model, torch  # noqa: E401, F401
-
-    torch.set_num_threads(1)
+    for name in ("pandas", "plotly.graph_objects", "pyarrow.parquet", "scipy.stats", "sklearn.linear_model", "torch"):
+        import_module(name)
     for package in ("workbench", "probes"):
         for module in walk_packages(import_module(package).__path__, f"{package}."):
-            if not module.name.rpartition(".")[2].startswith(("__main__", "transformer_lens", "nnsight", "ndif", "estimators")):
+            if not module.name.rpartition(".")[2].startswith(
+                ("__main__", "transformer_lens", "nnsight", "ndif", "estimators")
+            ):
                 import_module(module.name)
 
 
@@ -110,8 +114,8 @@ def table(found: list[dict[str, Any]]) -> str:
             row.append(f"{len(mine)}" + (f"/{bad}" if bad else "") if mine else "")
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-                     for row in rows)  # fmt: skip
+    lines = [[cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)
 
 
 if __name__ == "__main__":

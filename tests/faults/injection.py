@@ -67,7 +67,9 @@ class Watch:
         """Wraps the calls of this process."""
         from workbench import atomic, runs
 
-        def wrap(owner: Any, name: str, kind: str, at: int = 0, when: Callable[..., bool] = lambda *_, **__: True) -> None:
+        def wrap(
+            owner: Any, name: str, kind: str, at: int = 0, when: Callable[..., bool] = lambda *_, **__: True
+        ) -> None:
             before = getattr(owner, name)
 
             def watched(*args: Any, **options: Any) -> Any:
@@ -83,7 +85,12 @@ class Watch:
         def to_write(file: Any, mode: str = "r", *_: Any, **__: Any) -> bool:
             return not isinstance(file, int) and any(sign in mode for sign in "wax+")
 
-        wrap(os, "open", "open", when=lambda path, flags, *_, **options: bool(flags & WRITING) and not options.get("dir_fd"))
+        wrap(
+            os,
+            "open",
+            "open",
+            when=lambda path, flags, *_, **options: bool(flags & WRITING) and not options.get("dir_fd"),
+        )
         for name, kind in (("mkdir", "mkdir"), ("write", "write"), ("fsync", "sync"), ("unlink", "remove"),
                            ("rmdir", "remove")):  # fmt: skip
             wrap(os, name, kind)

@@ -72,7 +72,9 @@ def prepare(home: Path) -> None:
                 for i in range(n)]  # fmt: skip
 
     def write(name: str, lines: list[dict[str, Any]]) -> str:
-        (home / f"{name}.jsonl").write_text("".join(json.dumps({"id": str(i), **x}) + "\n" for i, x in enumerate(lines)))
+        (home / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"id": str(i), **x}) + "\n" for i, x in enumerate(lines))
+        )
         return str(home / f"{name}.jsonl")
 
     save_folder(make_module("llama"), home / "llama")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -105,6 +107,32 @@ def test_an_unfinished_store_of_the_same_name_is_left_alone(gpt2, tmp_path, monk
     profile_moments(gpt2, PROMPTS, tmp_path / "x", tokens="all")
     assert contents(tmp_path / ".x.partial") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".x.partial", "x"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("damage", ["one bit", "no list of files", "not JSON", "a list"])
+def test_saved_sums_that_were_damaged_are_made_anew(gpt2, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("workbench.profile.sums.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("workbench.profile.sums.SAVE_SHARE", 0)
+    profile_moments(gpt2, PROMPTS, tmp_path / "whole", tokens="all")
+    with monkeypatch.context() as patch:
+        interrupt_after(gpt2, patch, 4)
+        with pytest.raises(Killed):
+            profile_moments(gpt2, PROMPTS, tmp_path / "again", tokens="all")
+    saved = tmp_path / ".again.moments-partial"
+    (file,) = saved.glob("after-*/fold-0.safetensors")
+    if damage == "one bit":
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 4
+        file.write_bytes(data)
+    else:
+        now = json.loads((saved / "now.json").read_text())
+        now.pop("files")
+        texts = {"no list of files": json.dumps(now), "not JSON": "{", "a list": "[]"}
+        (saved / "now.json").write_text(texts[damage])
+    profile_moments(gpt2, PROMPTS, tmp_path / "again", tokens="all")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "whole"]
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -153,6 +153,22 @@ def test_interrupted_and_started_again_ends_with_the_same_bytes(gpt2, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "whole"]
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_finished_block_that_was_damaged_since_is_computed_again(gpt2, tmp_path, monkeypatch):
+    options = {"batch_tokens": 20, "tokens": "first:3"}
+    profile_model(gpt2, PROMPTS, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt_after(gpt2, patch, 7)
+        with pytest.raises(Killed):
+            profile_model(gpt2, PROMPTS, tmp_path / "again", **options)
+    shard = sorted((tmp_path / ".again.partial" / "store" / "shards").iterdir())[0]
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 4
+    shard.write_bytes(data)
+    profile_model(gpt2, PROMPTS, tmp_path / "again", **options)
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 def test_where_a_model_lies_is_no_other_profile(llama):
     plan = make_plan(llama, PROMPTS)
     llama.name = "elsewhere/"
