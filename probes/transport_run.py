@@ -58,7 +58,7 @@ def run_transport(model: Model, prompts: PromptSet, out: str | Path, job: Transp
     from .transport_report import write_transport_report
 
     run = Run(out)
-    if run.folder.exists() and (not run.folder.is_dir() or (any(run.folder.iterdir()) and not _is_run(run.folder))):
+    if not run.fresh and not _is_run(run.folder):
         raise UserError(f"{run.folder} is not a transport run: it holds no {MARKER}; choose another folder")
     check_job(prompts, job)  # what is wrong is told before the work
     choice = PairChoice.of(model, job)

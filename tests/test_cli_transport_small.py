@@ -126,3 +126,18 @@ def test_sites_of_several_widths_have_a_report_and_a_wrong_text_costs_nothing(ho
     before = tree(run)
     told(workbench(*whole, "--text", "nofile.txt"), "nofile.txt")
     assert tree(run) == before
+
+
+def test_a_run_that_was_stopped_before_it_began_is_gone_on_with(home, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("lock", "log.txt", ".transport.toml.partial-abcdefgh"):
+        (run / name).write_text("")
+    good(*line(home, run, "many.txt"))
+    assert (run / "metrics.json").is_file()
+    assert not list(run.glob(".*"))
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "log.txt").write_text("")
+    (other / "chapter.tex").write_text("years of work")
+    told(workbench(*line(home, other, "many.txt")), "is not a transport run: it holds no transport.toml")

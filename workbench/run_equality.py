@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .runs import LOCK
+from .runs import LOCK, LOG
 from .small_files import read_json, read_toml
 from .timings import is_timing
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 28  # of a JSON file that is read figure by figure; a larger one is compared byte for byte
 MISSING = "–"
-UNCOMPARED = ("log.txt", LOCK, "report.html")
+UNCOMPARED = (LOG, LOCK, "report.html")
 """of a run: they tell when things happened, or are made of metrics.json, timings and all"""
 CIRCUMSTANCES = (("environment",), ("environment.json",), ("job.toml", "out"), ("job.toml", "name"), ("job", "name"))
 """where a run was made and what it was called; in a metrics.json, or behind the name of another file"""

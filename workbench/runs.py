@@ -22,7 +22,7 @@ from .hashes import file_hash, json_hash, short_hash
 from .memory import out_of_memory
 
 log = logging.getLogger("workbench")
-LOCK = "lock"
+LOCK, LOG = "lock", "log.txt"
 WAIT = 1.0  # seconds that another run's lock is tried for
 MANIFEST = "manifest.json"
 """of a store: it holds the hashes of the store's other files, which whoever opens it to verify it compares"""
@@ -37,6 +37,16 @@ class Run:
     def __init__(self, folder: str | Path, like: Iterable[str | Path] = ()) -> None:
         self.folder = Path(folder)
         self.like = tuple(Path(other) for other in like)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is there but what a run that was stopped at once had left: its lock, its log."""
+        if not self.folder.exists():
+            return True
+        return self.folder.is_dir() and all(
+            path.name in (LOCK, LOG) or (path.name.startswith(".") and ".partial-" in path.name)
+            for path in self.folder.iterdir()
+        )
 
     def step(
         self,
@@ -139,7 +149,7 @@ class Run:
     def logging(self) -> Iterator[None]:
         """Writes the log of the block to log.txt."""
         with failures_told("", self.folder):
-            handler = _LogFile(self.folder / "log.txt")
+            handler = _LogFile(self.folder / LOG)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = log.level
         log.addHandler(handler)

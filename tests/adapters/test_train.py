@@ -1,5 +1,6 @@
 """Training moves the answers where the demonstrations point, keeps the model frozen and the delta short."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,17 @@ def test_a_training_killed_at_any_step_ends_with_the_same_bytes(llama, tmp_path,
     assert made == list(range((at - 1) // 3 * 3, 7))
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_checkpoint_that_outlived_its_training_goes_and_one_that_is_newer_stays(llama, tmp_path):
+    train_into(tmp_path / "a", llama, DEMONSTRATIONS, **RECIPE)
+    left, made = tmp_path / ".a.training.safetensors", (tmp_path / "a" / "adapter.json").stat().st_mtime
+    for newer in (True, False):
+        left.write_bytes(b"checkpoint")
+        os.utime(left, (made, made + (9 if newer else -9)))
+        with pytest.raises(UserError, match="exists already"):
+            train_into(tmp_path / "a", llama, DEMONSTRATIONS, **RECIPE)
+        assert left.exists() == newer
 
 
 def test_ctrl_c_keeps_the_steps_that_were_made(llama, tmp_path, monkeypatch):

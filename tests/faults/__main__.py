@@ -54,17 +54,17 @@ def matrix(folder: Path, subjects: list[str], given: Any) -> dict[str, Any]:
     steps: dict[str, list[str]] = {}
     wanted = set(given.only.split(",")) if given.only else set(FAULTS)
     for whole, cases in every(folder, subjects, given.each or 10**9, given.seed):
-        steps[whole.subject.name] = whole.steps
+        steps[whole.subject.name] = list(dict.fromkeys(event.place for event in whole.events))
         chosen = [case for case in cases if case.fault in wanted]
         if given.sample:
             chosen = covering(chosen, given.sample)
         for case in chosen:
             found.append(tried(folder, whole, case))
             if not given.json:
-                sys.stderr.write("!" if found[-1].wrong else ".")
+                sys.stderr.write(f"\n{case}: {'; '.join(found[-1].wrong)}\n" if found[-1].wrong else ".")
                 sys.stderr.flush()
     listed = [
-        {"case": str(f.case), "subject": f.case.subject, "fault": f.case.fault, "step": f.case.event.step,
+        {"case": str(f.case), "subject": f.case.subject, "fault": f.case.fault, "step": f.case.event.place,
          "wrong": list(f.wrong), "said": f.said, "code": f.code, "kept": f.kept} for f in found
     ]  # fmt: skip
     return {"found": listed, "steps": steps, "seconds": time.perf_counter() - began}
@@ -72,19 +72,18 @@ def matrix(folder: Path, subjects: list[str], given: Any) -> dict[str, Any]:
 
 def covering(cases: list[Any], most: int) -> list[Any]:
     """Cases that touch every step and every fault, as few as that takes or as many as `most`: each next one is of the
-    fault and the step that were tried least."""
+    fault and the step that were tried least. What follows a step counts as the step."""
     chosen: list[Any] = []
     faults, steps = Counter[str](), Counter[str]()
     left = list(cases)
-    while left:
-        new = {c.fault for c in left} - set(faults), {c.event.step for c in left} - set(steps)
-        if len(chosen) >= most and not any(new):
-            break
-        best = min(left, key=lambda case: (faults[case.fault] + steps[case.event.step], faults[case.fault]))
+    while left and (
+        len(chosen) < most or {c.fault for c in left} - set(faults) or {c.event.place for c in left} - set(steps)
+    ):
+        best = min(left, key=lambda case: (faults[case.fault] + steps[case.event.place], faults[case.fault]))
         left.remove(best)
         chosen.append(best)
         faults[best.fault] += 1
-        steps[best.event.step] += 1
+        steps[best.event.place] += 1
     return chosen
 
 

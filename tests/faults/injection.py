@@ -34,6 +34,11 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         return f"{self.step}/{self.kind}-{self.n}"
 
+    @property
+    def place(self) -> str:
+        """The step, or the one that it follows."""
+        return self.step.removeprefix("after ")
+
 
 @dataclass
 class Watch:

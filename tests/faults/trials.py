@@ -68,11 +68,11 @@ def names(place: Path) -> set[str]:
     return {path.relative_to(place).as_posix() for path in place.rglob("*")}
 
 
-def undisturbed(home: Path, subject: Subject, n: int = 0) -> Whole:
+def undisturbed(home: Path, subject: Subject) -> Whole:
     """Runs a subject with nothing done to it, and notes its events."""
-    place = home / "whole" / f"{subject.name}-{n}"
+    place = home / "whole" / subject.name
     place.mkdir(parents=True)
-    noted = home / "whole" / f"{subject.name}-{n}.jsonl"
+    noted = home / "whole" / f"{subject.name}.jsonl"
 
     def watch() -> None:
         stream = noted.open("a")
@@ -278,7 +278,6 @@ def every(home: Path, chosen: list[str], most: int, seed: int) -> Iterator[tuple
     """Each subject undisturbed, with the cases to try on it."""
     for name in chosen:
         subject = SUBJECTS[name]
-        undisturbed(home, subject, 1)  # what is imported on the way is imported now
         whole = undisturbed(home, subject)
         yield whole, list(cases(whole, most, random.Random(f"{seed} {name}")))
 

@@ -309,9 +309,15 @@ def train_into(out: str | Path, model: Model, *args: Any, overwrite: bool = Fals
     where `out` exists, unless `overwrite`.
     """
     path = Path(out).expanduser()
-    check_free(path, marker="adapter.json", overwrite=overwrite)
     checkpoint = path.parent / f".{path.name}.training.safetensors"
+    if _written(checkpoint) <= _written(path / "adapter.json"):  # killed once the adapter was there
+        checkpoint.unlink(missing_ok=True)
+    check_free(path, marker="adapter.json", overwrite=overwrite)
     trained = train_adapter(model, *args, checkpoint=checkpoint, **options)
     trained.adapter.save(path, overwrite=overwrite)
     checkpoint.unlink(missing_ok=True)
     return trained
+
+
+def _written(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
