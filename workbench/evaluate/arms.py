@@ -179,10 +179,15 @@ def _cost(forecast: Mapping[str, Any], pasted: Mapping[str, Any], native: Mappin
         **cost,
         "native_seconds": native["seconds"],
         "native_flops": native["flops"],
-        "ratio_seconds": native["seconds"] / seconds,
+        "ratio_seconds": _ratio(native["seconds"], seconds),
         "ratio_flops": native["flops"] / pasted["flops"],
-        "ratio_seconds_with_forecast": native["seconds"] / (seconds + choosing),
+        "ratio_seconds_with_forecast": _ratio(native["seconds"], seconds + choosing),
     }
+
+
+def _ratio(a: float, b: float) -> float | None:
+    """None where no time had passed by the clock, which may be too coarse for a paste."""
+    return a / b if b > 0 else None
 
 
 def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_file: str) -> dict[str, Any]:
