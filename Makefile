@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ui test test-all check bench bench-gpu pages data clean
+.PHONY: demo ui test test-all check bench bench-gpu faults pages data clean
 .DELETE_ON_ERROR:
 
 # constraints.txt pins every version, torch among them; on a machine with a GPU see "With a GPU" in the README
@@ -39,6 +39,10 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks device-gpu speed-gpu maps-gpu fold-gpu
+
+# every fault at eight events of each step of every verb that writes: about two hours on two cores
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults
 
 pages: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.pages

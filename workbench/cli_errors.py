@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from .errors import UserError
+from .memory import out_of_memory
 
 FLAGS = ("--debug", "--quiet")
 BAD_INPUT, INTERNAL, STOPPED = 2, 1, 130
@@ -65,7 +66,7 @@ def told(err: BaseException) -> tuple[int, str]:
         return BAD_INPUT, _usage(err)
     if isinstance(err, UserError):
         return BAD_INPUT, f"error: {_one_line(err)}"
-    if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+    if out_of_memory(err):
         return (
             INTERNAL,
             f"error: out of memory ({_one_line(err)[:160]}); use smaller batches, fewer prompts or another device",
@@ -75,6 +76,11 @@ def told(err: BaseException) -> tuple[int, str]:
         return (
             BAD_INPUT,
             f"error: {where}{err.strerror or _one_line(err)}; choose another place or make room, and run again",
+        )
+    if isinstance(err, UnicodeEncodeError) and "surrogates" in err.reason:
+        return (
+            BAD_INPUT,
+            "error: the name of a file or folder here is no text in this locale; set LC_ALL=C.UTF-8, or rename it",
         )
     said = f"{type(err).__name__}: {_one_line(err)[:300]}"
     return INTERNAL, f"internal error: {said}; run again with --debug and report it"
