@@ -641,6 +641,12 @@ def raising(error: BaseException, *flags: str, monkeypatch: pytest.MonkeyPatch) 
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied; choose another place"),
         (ZeroDivisionError("by zero"), 1, "internal error: ZeroDivisionError: by zero; run again with --debug"),
         (MemoryError(), 1, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
+        (
+            UnicodeEncodeError("utf-8", "\udcc3", 0, 1, "surrogates not allowed"),
+            2,
+            "error: the name of a file or folder here",
+        ),
         (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

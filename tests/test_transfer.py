@@ -405,3 +405,13 @@ def test_a_run_with_a_damaged_artefact_recovers(undisturbed, folders, prompts, t
     run = run_job(job)
     assert (run.folder / gone).exists()
     assert adapters(run) == adapters(undisturbed)
+
+
+def test_a_clock_that_saw_no_time_pass_gives_no_ratio():
+    timed = (
+        {"seconds": 0.0, "gradients_seconds": 0.0},
+        {"fit": 0.0, "fold": 0.0, "flops": 2.0},
+        {"seconds": 3.0, "flops": 8.0},
+    )
+    cost = arms._cost(*timed)
+    assert (cost["ratio_seconds"], cost["ratio_seconds_with_forecast"], cost["ratio_flops"]) == (None, None, 4.0)

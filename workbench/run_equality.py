@@ -115,7 +115,7 @@ def equality_of(a: str | Path, b: str | Path) -> RunEquality:
             found.files += 1
             if not _same(here / name, there / name):
                 relative = _of_tensors(here / name, there / name) if name.endswith(".safetensors") else None
-                found.differences.append(Difference(name, "", *map(_size, (here / name, there / name)), relative))
+                found.differences.append(Difference(name, "", _size(here / name), _size(there / name), relative))
     return RunEquality(here, there, found.figures, found.files, tuple(found.differences), tuple(found.timings),
                        tuple(found.circumstances))  # fmt: skip
 
