@@ -637,7 +637,7 @@ def raising(error: BaseException, *flags: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (UserError("a line\n  and another"), 2, "error: a line and another"),
+        (UserError("a line\n  and another"), 2, "error: a line⏎ and another"),
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied; choose another place"),
         (ZeroDivisionError("by zero"), 1, "internal error: ZeroDivisionError: by zero; run again with --debug"),
         (MemoryError(), 1, "error: out of memory"),
