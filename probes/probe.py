@@ -222,9 +222,13 @@ class Probe:
                 raise damaged(folder / "probe.safetensors", f"its {name} is not what it should be")
         if not all(isinstance(c, str) for c in header["classes"]):
             raise damaged(file, "its classes are not all names")
+        if not all(isinstance(one, str) for one in header["base"].values()):
+            raise damaged(file, "the fingerprint of its model is none")
         means = tensors.get("means")
         if means is not None and (
-            means.ndim != 2 or tensors["weight"].ndim != 2 or means.shape[1] != len(tensors["weight"])
+            means.ndim != 2
+            or tensors["weight"].ndim != 2
+            or list(means.shape) != [max(1, len(header["classes"])), len(tensors["weight"])]
         ):
             raise damaged(folder / "probe.safetensors", f"its means have shape {list(means.shape)}")
         try:

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
+from . import no_pickle
+
+no_pickle.install()  # before what follows could hold on to the real ones
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WORKBENCH_PROGRESS", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # there are as many workers as cores: with a second thread each, all spend their time waiting for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from . import no_pickle
-
-no_pickle.install()  # before what could hold on to the real ones
 
 import torch
 import transformers as tf

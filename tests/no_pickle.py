@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-WIRE = ("multiprocessing.", "execnet.", "xdist.", "concurrent.futures.", "ray.", "joblib.externals.loky.", "torch.multiprocessing.")
+WIRE = (
+    "multiprocessing.",
+    "execnet.",
+    "xdist.",
+    "concurrent.futures.",
+    "ray.",
+    "joblib.externals.loky.",
+    "torch.multiprocessing.",
+)
 """between processes of this very run; no file, and nobody else's"""
 ALLOWED = {
     "streamlit.runtime.caching.": "copies of its cached values, in the memory of the process that made them",

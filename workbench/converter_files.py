@@ -186,6 +186,9 @@ def load_converters(folder: str | Path) -> ConverterSet:
         raise UserError(f"converters {folder}: its {HEADER} is not of format {FORMAT!r} version {VERSION}")
     tensors, _ = read_safetensors(folder / TENSORS)
     try:
+        for side in ("donor", "recipient"):
+            if not all(isinstance(one, str) for one in header[side].values()):
+                raise TypeError(f"the fingerprint of the {side} is none")
         listed = [_read_entry(i, entry, tensors) for i, entry in enumerate(header["converters"])]
         return ConverterSet(tuple(listed), header["donor"], header["recipient"], header["prompt_hash"], header["meta"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
@@ -200,7 +203,11 @@ def _read_entry(i: int, entry: Mapping[str, Any], tensors: Mapping[str, Any]) ->
         maps.append(LinearMap(tensors[f"{i}.{side}.weight"], tensors[f"{i}.{side}.bias"], entry[f"meta_{side}"]))
         found = entry[f"quality_{side}"]
         values: dict[str, Any] = {k: float(v) if k in floats else v for k, v in (found or {}).items()}
+        if not isinstance(values.get("warning"), str | None) or not all(type(values.get(k, 0)) is int for k in ("rank", "n", "d")):
+            raise TypeError(f"quality_{side} is not what it should be")
         scored.append(Quality(**values) if found else None)
+    if not isinstance(entry["method"], str) or type(entry["alpha"]) not in (int, float):
+        raise TypeError("its method is no word, or its alpha no number")
     return Converter(Site.parse(entry["donor"]), Site.parse(entry["recipient"]), maps[0], maps[1], entry["method"],
                      entry["alpha"], scored[0], scored[1])  # fmt: skip
 

@@ -264,7 +264,12 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: the user's message is empty; give it a text or leave the prompt out")
     _check_unicode(str(content), where)
     extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-    return {"role": ROLES[str(role)], "content": content, **_plain(extra, where)}
+    message = {"role": ROLES[str(role)], "content": content, **_plain(extra, where)}
+    try:
+        json.dumps(message, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as err:
+        raise UserError(f"{where}: a message holds what is no JSON value ({str(err)[:80]}); write it as text") from err
+    return message
 
 
 def _check_unicode(text: str, where: str) -> None:

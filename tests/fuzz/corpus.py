@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,9 +138,11 @@ def torch_files() -> list[bytes]:
     loop: list[Any] = [draw(3)]
     loop.append(loop)
     wide = torch.zeros(1).expand(1 << 40)
-    return [torch_bytes(v) for v in (
+    with warnings.catch_warnings(action="ignore"):  # torch deprecates quantised tensors, and files may hold them
+        quantised = torch_bytes(torch.quantize_per_tensor(draw(4), 0.1, 0, torch.qint8))
+    return [quantised] + [torch_bytes(v) for v in (
         draw(4), {3: draw(4), 5: draw(4)}, draw(3, 4), OrderedDict(a=draw(2).int()), {"resid_post.1": draw(4).half()}, loop, wide,
-        draw(2, 2).to_sparse(), {"x": [1, "a", None, (2.5, True)]}, torch.quantize_per_tensor(draw(4), 0.1, 0, torch.qint8),
+        draw(2, 2).to_sparse(), {"x": [1, "a", None, (2.5, True)]},
         torch.nn.Parameter(draw(4)), torch.tensor(5), {"layer_1": draw(1, 4)}, draw(4).to(torch.complex64),
     )]  # fmt: skip
 

@@ -8,8 +8,9 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,6 +107,30 @@ class Target:
             finally:
                 _remove(folder)
         assert opened, f"no seed of {self.name} opens"
+
+    @contextmanager
+    def ready(self) -> Iterator[Target]:
+        """It, warm inside the block."""
+        try:
+            self.warm()
+            yield self
+        finally:
+            self.close()
+
+    def refusal(self, data: bytes) -> str:
+        """The message by which the parser refuses an input; "" where it takes it. Raises what a call does."""
+        said: list[str] = []
+
+        def listening(folder: Path) -> None:
+            try:
+                self.open(folder)
+            except UserError as err:
+                said.append(str(err))
+                raise
+
+        heard = replace(self, open=listening)
+        heard(data)
+        return "".join(said)
 
     def close(self) -> None:
         """Takes its place in memory away."""

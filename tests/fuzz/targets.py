@@ -107,8 +107,7 @@ def _map(folder: Path) -> None:
 def _lora(folder: Path) -> None:
     from workbench.adapters.peft_lora import is_lora, read
 
-    if is_lora(folder):
-        repr(read(folder))
+    is_lora(folder), repr(read(folder))
 
 
 def _job(folder: Path) -> None:
@@ -426,5 +425,5 @@ TARGETS = {target.name: target for target in (
     Target("catalogue", CATALOGUE, _catalogue, _catalogue_seeds),
     Target("probe-run", ("metrics.json",), _probe_run, lambda: files(("metrics.json",), {"metrics.json": PROBE_RUN})),
     Target("command-v", ("a.safetensors",), _command_v, lambda: files(("a.safetensors",), {"a.safetensors": _command_v_seed()}), named=True),
-    Target("model-config", ("config.json",), _config, lambda: files(("config.json",), *({"config.json": c} for c in CONFIGS)), rate=0.2),
+    Target("model-config", ("config.json",), _config, lambda: files(("config.json",), *({"config.json": c} for c in CONFIGS)), named=True, rate=0.2),
 )}  # fmt: skip

@@ -25,7 +25,10 @@ NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"
          "urllib.Request", "ctypes.dlopen", "code.__new__", "marshal.loads", "os.putenv")  # fmt: skip
 _OF_PYTHON = tuple({
     os.path.realpath(p) + "/" for p in (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *site.getsitepackages())
-} | {f"{ROOT}/{name}/" for name in ("workbench", "probes", "tests", "data")} | {"/proc/", "/sys/", "/dev/"})  # fmt: skip
+} | {f"{ROOT}/{name}/" for name in ("workbench", "probes", "tests", "data")} | {"/proc/", "/sys/", "/usr/share/zoneinfo/"})  # fmt: skip
+
+_SEARCHED = {os.path.abspath(p) for p in sys.path}
+"""folders in which a late import looks for its module"""
 
 
 class Broken(BaseException):
@@ -81,7 +84,7 @@ class Watch:
         plain = os.path.normpath(text)
         if plain == self.folder or plain.startswith(self.folder + "/") or (not writes and plain.startswith(_OF_PYTHON)):
             return
-        if plain in ("/dev/null", "/etc/localtime") or f"{plain}/" in _OF_PYTHON:
+        if plain in ("/dev/null", "/dev/urandom", "/etc/localtime") or f"{plain}/" in _OF_PYTHON or plain in _SEARCHED:
             return
         self._break(f"{'wrote to' if writes else 'opened'} {text!r:.120} outside the folder")
 

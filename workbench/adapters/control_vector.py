@@ -29,6 +29,9 @@ ARCHITECTURE = "controlvector"
 MAGIC = b"GGUF"
 MOST = 10_000
 """tensors or keys: more than any model has layers"""
+_SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)
+_STRING, _ARRAY = 8, 9
+"""bytes of a value by its kind, and the two kinds that say their own length"""
 _FLOATS = ("F32", "F16", "F64")
 log = logging.getLogger("workbench")
 
@@ -97,6 +100,50 @@ def _check_head(file: Path) -> None:
     version, tensors, keys = struct.unpack("<IQQ", head[4:])
     if version not in (2, 3) or tensors > MOST or keys > MOST:
         raise UserError(f"{file} is no control vector: version {version}, {tensors} tensors and {keys} keys")
+    if not _fits(file, tensors, keys):
+        raise UserError(f"{file} is damaged: its header claims more than the file holds; fetch it again")
+
+
+def _fits(file: Path, tensors: int, keys: int) -> bool:
+    """Whether every length in the header lies within the file: the package would go through what is claimed, one by one."""
+    left = file.stat().st_size - 24
+
+    def number(size: int) -> int:
+        return int.from_bytes(take(size), "little")
+
+    def take(size: int) -> bytes:
+        nonlocal left
+        left -= size
+        if left < 0:
+            raise EOFError
+        return stream.read(size)
+
+    def value(kind: int) -> None:
+        if kind == _STRING:
+            take(number(8))
+        elif kind == _ARRAY:
+            inner, count = number(4), number(8)
+            if count > left or inner == _ARRAY:
+                raise EOFError
+            for _ in range(count):
+                value(inner)
+        else:
+            take(_SIZES[kind])
+
+    with file.open("rb") as stream:
+        stream.seek(24)
+        try:
+            for _ in range(keys):
+                take(number(8))
+                value(number(4))
+            for _ in range(tensors):
+                take(number(8))
+                dims = number(4)
+                take(8 * dims if dims <= 8 else left + 1)
+                take(12)  # its type, and where it lies
+        except (EOFError, IndexError):
+            return False
+    return True
 
 
 def write(adapter: Adapter, file: str | Path, *, any_positions: bool = False, model_hint: str | None = None) -> None:

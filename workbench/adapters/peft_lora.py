@@ -212,13 +212,17 @@ def _assemble(folder: Path, name: str, state: Mapping[str, Tensor], config: Mapp
     c, bias = state.get("lora_B.bias"), state.get("bias")
     if (a is None) != (b is None) or (a is None and bias is None):
         raise UserError(f"{folder} is damaged: of {name} it holds {', '.join(state)} alone; fetch it again")
+    if bias is not None and bias.ndim != 1:
+        raise UserError(
+            f"{folder} is damaged: the bias of {name} has shape {list(bias.shape)}, not [d_out]; fetch it again"
+        )
     if a is None or b is None:
         return LoraModule(None, None, None, bias, 1.0)
-    rank = _chosen(config.get("rank_pattern"), name, config["r"])
+    rank = _chosen(config.get("rank_pattern") or None, name, config["r"])
     shapes = [list(t.shape) for t in (a, b, *([] if c is None else [c]))]
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank or (c is not None and c.shape != b.shape[:1]):
         raise UserError(f"{folder} is damaged: A and B of {name} have shapes {shapes} and the config says rank {rank}; "
                         "fetch it again")  # fmt: skip
-    alpha = _chosen(config.get("alpha_pattern"), name, config["lora_alpha"])
+    alpha = _chosen(config.get("alpha_pattern") or None, name, config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraModule(a, b, c, bias, float(scale))

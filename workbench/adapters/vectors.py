@@ -86,7 +86,9 @@ def _rows(found: Mapping[Any, Tensor], meta: Mapping[str, str], file: Path, site
             if site is not None:
                 raise UserError(f"{file} holds {len(only)} vectors, row l for the output of block l; leave site out")
             if only.numel() == 0 or len(only) > MOST_LAYERS:
-                raise UserError(f"{file} holds a tensor of shape {list(only.shape)}; that is no steering vector for each layer")
+                raise UserError(
+                    f"{file} holds a tensor of shape {list(only.shape)}; that is no steering vector for each layer"
+                )
             _check_size(only, file)
             rows = {Site(layer): row for layer, row in enumerate(only) if bool(row.float().any())}
             if not rows:

@@ -186,5 +186,7 @@ def read_safetensors(file: Path, *, named: bool = False) -> tuple[dict[str, Tens
     try:
         with safe_open(plain_file(file, named=named), framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as err:
-        raise UserError(f"{file} cannot be read as safetensors ({err}); it is damaged or of another format") from err
+    # the last three: of torch, for shapes that it cannot have
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as err:
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        raise UserError(f"{file} cannot be read as safetensors ({why:.200}); it is damaged or of another format") from err

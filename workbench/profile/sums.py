@@ -113,7 +113,11 @@ def load_moments(path: str | Path) -> list[Moments]:
         about = read_json(path / MOMENTS)
         if about["format"] != MOMENTS_FORMAT:
             raise UserError(f"{path}: its {MOMENTS} is not that of profiled moments (format {MOMENTS_FORMAT!r})")
-        names, hashes = [f"fold-{i}.safetensors" for i in range(about["folds"])], about["files"]
+        hashes = about["files"]
+        if about["folds"] != len(hashes):
+            raise UserError(f"{path}: its {MOMENTS} says folds {about['folds']!r:.40} and names {len(hashes)} files; profile "
+                            "again")  # fmt: skip
+        names = [f"fold-{i}.safetensors" for i in range(len(hashes))]
         damaged = [name for name in names if file_hash(plain_file(path / name)) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise UserError(f"{path}: holds no moments that can be read ({err}); make them with `workbench profile "

@@ -108,9 +108,9 @@ def _moments(path: Path) -> Listed | None:
         about = read_json(path / MOMENTS, MANIFEST_BYTES)
         if about["format"] != MOMENTS_FORMAT:
             return None
-        told = (about["model"]["name"], about["prompts"]["name"], about["n_rows"], sorted(about["sites"]),
-                about["tokens"], "moments")  # fmt: skip
-    except (ValueError, OSError, KeyError, TypeError):
+        told = (str(about["model"]["name"]), str(about["prompts"]["name"]), int(about["n_rows"]),
+                sorted(map(str, about["sites"])), str(about["tokens"]), "moments")  # fmt: skip
+    except (ValueError, OSError, KeyError, TypeError, OverflowError):
         return None
     return Listed(path, "moments", "open it with workbench.load_moments", *told, size_of(path), _age(path / MOMENTS))
 

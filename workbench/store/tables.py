@@ -64,6 +64,8 @@ class Tables:
                             f" its {MANIFEST} says {self.counts[name]}; refused")  # fmt: skip
         if not 0 <= unpacked <= max(SMALL, EXPANSION * size):
             raise self._bomb(name, unpacked)
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise self._damaged(name, "two of its columns have one name")
         strings = [field.name for field in file.schema_arrow if field.type == "string"]
         self._files[name] = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=strings)
         return self._files[name]
