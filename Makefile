@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo ui test test-all check bench bench-gpu faults pages data clean
+.PHONY: demo ui test test-all check fuzz faults audit bench bench-gpu pages data clean
 .DELETE_ON_ERROR:
 
 # constraints.txt pins every version, torch among them; on a machine with a GPU see "With a GPU" in the README
@@ -33,6 +33,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# every parser of outside files, with at least a million inputs; what is kept in build/fuzz is gone on from
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz
+
+# licences, and known vulnerabilities where their data can be reached
+audit: $(STAMP)
+	$(BIN)/python -m tests.supply
 
 bench: $(STAMP)
 	WORKBENCH_PROGRESS=0 $(BIN)/python -m tests.benchmarks

@@ -280,7 +280,9 @@ def _check_archive(file: Path, member_bytes: Any, named: bool) -> None:
             total = sum(info.file_size for info in archive.infolist())
             if total <= limit and member_bytes is not None:
                 total = max(total, sum(member_bytes(archive, info) for info in archive.infolist()))
-    except Exception as err:  # a damaged archive fails as zip, zlib, struct, numpy, or the tokenizer of an array's header do
+    except (
+        Exception
+    ) as err:  # a damaged archive fails as zip, zlib, struct, numpy, or the tokenizer of an array's header do
         raise UserError(f"{file} is not a zip archive that can be read ({_line(err)}); fetch it again") from err
     if total > limit:
         raise UserError(f"refused to read {file}: it would unpack to {total:,} bytes from {file.stat().st_size:,}, more "

@@ -21,11 +21,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # there are as many workers as cores: with a second thread each, all spend their time waiting for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-import transformers as tf
+import torch  # noqa: E402
+import transformers as tf  # noqa: E402
 
-from workbench.adapters import train
-from workbench.models import Model, load
+from workbench.adapters import train  # noqa: E402
+from workbench.models import Model, load  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -63,21 +63,34 @@ def lying(header: bytes | dict[str, Any], length: int | None = None) -> bytes:
 
 
 ONCE_BROKEN = [
-    ("converters", {"converters.json": DEEP}), ("moments", {"moments.json": DEEP}), ("grid", {"grid.json": DEEP}),
-    ("run", {"metrics.json": DEEP}), ("run", {"metrics.json": b'{"schema": 1, "behaviours": {"a": {"arms": [1]}}}'}),
-    ("report", {"metrics.json": {"schema": 1, "behaviours": {"a": 3}}}), ("model-config", {"config.json": DEEP}),
-    ("job", {"job.toml": b"a = " + DEEP}), ("job", {"job.toml": f"'{LOUD}' = 1".encode()}),
-    ("map", {"a.safetensors": to_bytes({LOUD: draw(2)})}), ("map", {"a.safetensors": lying(b"{}", 1 << 63)}),
+    ("converters", {"converters.json": DEEP}),
+    ("moments", {"moments.json": DEEP}),
+    ("grid", {"grid.json": DEEP}),
+    ("run", {"metrics.json": DEEP}),
+    ("run", {"metrics.json": b'{"schema": 1, "behaviours": {"a": {"arms": [1]}}}'}),
+    ("report", {"metrics.json": {"schema": 1, "behaviours": {"a": 3}}}),
+    ("model-config", {"config.json": DEEP}),
+    ("job", {"job.toml": b"a = " + DEEP}),
+    ("job", {"job.toml": f"'{LOUD}' = 1".encode()}),
+    ("map", {"a.safetensors": to_bytes({LOUD: draw(2)})}),
+    ("map", {"a.safetensors": lying(b"{}", 1 << 63)}),
     ("vectors", {"layer_3.safetensors": to_bytes({"v": draw(2, 4).to(torch.float8_e4m3fn)})}),
     ("vectors", {"layer_3.safetensors": lying({"v": {"dtype": "F32", "shape": [1 << 40, 0], "data_offsets": [0, 0]}})}),
-    ("lens", {"config.json": {"lens_type": []}, "params.safetensors": b""}), ("catalogue", {"transport.toml": b"model = 1\nprompts = []"}),
-    ("probe-run", {"metrics.json": {"kind": 1, "label": LOUD, "best": [], "lines": []}}), ("probe-run", {"metrics.json": []}),
+    ("lens", {"config.json": {"lens_type": []}, "params.safetensors": b""}),
+    ("catalogue", {"transport.toml": b"model = 1\nprompts = []"}),
+    ("probe-run", {"metrics.json": {"kind": 1, "label": LOUD, "best": [], "lines": []}}),
+    ("probe-run", {"metrics.json": []}),
     ("torch", {"layer_3.pt": torch_bytes(torch.zeros(1).expand(1 << 40))}),
     ("prompts-parquet", {"a.parquet": parquet([{"prompt": "x" * 50_000}] * 8000)}),
     ("prompts-parquet", {"a.parquet": parquet([{"messages": [{"role": "user", "content": "x" * 50_000}]}] * 8000)}),
-    ("converters", {"converters.json": {"format": "workbench.converters", "version": 1, "converters": [{"a": 1}]},
-                    "converters.safetensors": to_bytes({"a": draw(2)})}),
-]  # fmt: skip
+    (
+        "converters",
+        {
+            "converters.json": {"format": "workbench.converters", "version": 1, "converters": [{"a": 1}]},
+            "converters.safetensors": to_bytes({"a": draw(2)}),
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +136,7 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path):
 
 def test_an_error_is_one_line_of_bounded_length_and_keeps_its_advice():
     said = str(UserError(f"{LOUD}; do this"))
-    assert len(said) < 8 * MOST
+    assert len(said) <= MOST
     assert said.endswith("do this")
     assert said.isprintable()
     assert str(UserError("höchstens 3")) == "höchstens 3"

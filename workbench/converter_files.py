@@ -203,7 +203,9 @@ def _read_entry(i: int, entry: Mapping[str, Any], tensors: Mapping[str, Any]) ->
         maps.append(LinearMap(tensors[f"{i}.{side}.weight"], tensors[f"{i}.{side}.bias"], entry[f"meta_{side}"]))
         found = entry[f"quality_{side}"]
         values: dict[str, Any] = {k: float(v) if k in floats else v for k, v in (found or {}).items()}
-        if not isinstance(values.get("warning"), str | None) or not all(type(values.get(k, 0)) is int for k in ("rank", "n", "d")):
+        if not isinstance(values.get("warning"), str | None) or not all(
+            type(values.get(k, 0)) is int for k in ("rank", "n", "d")
+        ):
             raise TypeError(f"quality_{side} is not what it should be")
         scored.append(Quality(**values) if found else None)
     if not isinstance(entry["method"], str) or type(entry["alpha"]) not in (int, float):

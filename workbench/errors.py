@@ -19,7 +19,9 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        if len(text) > MOST:
-            text = f"{text[: MOST - 300]} … {text[-297:]}"
-        super().__init__(text if text.isascii() and text.isprintable() else visible(text))
+        text = _cut(str(message))
+        super().__init__(text if text.isascii() and text.isprintable() else _cut(visible(text)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST else f"{text[: MOST - 300]} … {text[-297:]}"

@@ -49,8 +49,21 @@ class Job:
 
     def start(self) -> None:
         left, seconds = self.runs - self.inputs, self.seconds - self.spent
-        line = [sys.executable, "-m", "tests.fuzz.runner", self.name, "--runs", str(max(1, left)), "--seconds", str(seconds),
-                "--seed", str(self.seed + self.inputs), "--state", str(self.file), *(["--plain"] if self.plain else [])]  # fmt: skip
+        line = [
+            sys.executable,
+            "-m",
+            "tests.fuzz.runner",
+            self.name,
+            "--runs",
+            str(max(1, left)),
+            "--seconds",
+            str(seconds),
+            "--seed",
+            str(self.seed + self.inputs),
+            "--state",
+            str(self.file),
+            *(["--plain"] if self.plain else []),
+        ]
         with open(self.file.with_suffix(".log"), "ab") as log:
             self.process = subprocess.Popen(line, cwd=HERE.parents[1], stdout=log, stderr=log, start_new_session=True)
         self.began, self._last = time.monotonic(), (self.inputs, time.monotonic())

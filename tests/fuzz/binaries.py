@@ -10,10 +10,47 @@ import struct
 import zipfile
 from typing import Any
 
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8,
-            "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}  # fmt: skip
-NUMBERS = (0, 1, 2, 3, 4, 7, 8, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 62,
-           (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
+ITEMSIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "C64": 8,
+}
+NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    127,
+    128,
+    255,
+    1 << 15,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 32,
+    1 << 40,
+    1 << 62,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+)
 ODD_FLOATS = (math.nan, math.inf, -math.inf, 1e38, -1e38, 1e-45, -0.0)
 
 
@@ -250,8 +287,31 @@ def _table(table: Any, rng: random.Random) -> Any:
         return table.slice(rng.randrange(n + 1))
     if what == 4:
         return pa.concat_tables([table, table])
-    odd = rng.choice((None, -1, 1 << 40, 0, "x", "../x", "[" * 2000, '{"a": 1}', "[1]", '["x"]', "null", "\0", b"\xff", 1.5, True, [1],
-                      math.nan, {"a": 1}, "[[]]", '[{"role": "user"}]', "9" * 5000))  # fmt: skip
+    odd = rng.choice(
+        (
+            None,
+            -1,
+            1 << 40,
+            0,
+            "x",
+            "../x",
+            "[" * 2000,
+            '{"a": 1}',
+            "[1]",
+            '["x"]',
+            "null",
+            "\0",
+            b"\xff",
+            1.5,
+            True,
+            [1],
+            math.nan,
+            {"a": 1},
+            "[[]]",
+            '[{"role": "user"}]',
+            "9" * 5000,
+        )
+    )
     values = column.to_pylist()
     if what == 5:
         values = [odd] * n

@@ -107,8 +107,13 @@ def bottleneck_files() -> dict[str, Any]:
     state = {}
     for place in ("attention", "output"):
         name = f"transformer.h.1.{place}_adapters.adapters.task."
-        state |= {f"{name}adapter_down.0.weight": draw(2, 4), f"{name}adapter_down.0.bias": draw(2),
-                  f"{name}adapter_up.weight": draw(4, 2), f"{name}adapter_up.bias": draw(4), f"{name}scaling": draw(1)}  # fmt: skip
+        state |= {
+            f"{name}adapter_down.0.weight": draw(2, 4),
+            f"{name}adapter_down.0.bias": draw(2),
+            f"{name}adapter_up.weight": draw(4, 2),
+            f"{name}adapter_up.bias": draw(4),
+            f"{name}scaling": draw(1),
+        }
     config = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True, "non_linearity": "relu",
               "scaling": "learned"}  # fmt: skip
     said = {"config": config, "model_type": "gpt2", "model_name": "gpt2", "version": "adapters.1.0.0"}
@@ -140,11 +145,24 @@ def torch_files() -> list[bytes]:
     wide = torch.zeros(1).expand(1 << 40)
     with warnings.catch_warnings(action="ignore"):  # torch deprecates quantised tensors, and files may hold them
         quantised = torch_bytes(torch.quantize_per_tensor(draw(4), 0.1, 0, torch.qint8))
-    return [quantised] + [torch_bytes(v) for v in (
-        draw(4), {3: draw(4), 5: draw(4)}, draw(3, 4), OrderedDict(a=draw(2).int()), {"resid_post.1": draw(4).half()}, loop, wide,
-        draw(2, 2).to_sparse(), {"x": [1, "a", None, (2.5, True)]},
-        torch.nn.Parameter(draw(4)), torch.tensor(5), {"layer_1": draw(1, 4)}, draw(4).to(torch.complex64),
-    )]  # fmt: skip
+    return [quantised] + [
+        torch_bytes(v)
+        for v in (
+            draw(4),
+            {3: draw(4), 5: draw(4)},
+            draw(3, 4),
+            OrderedDict(a=draw(2).int()),
+            {"resid_post.1": draw(4).half()},
+            loop,
+            wide,
+            draw(2, 2).to_sparse(),
+            {"x": [1, "a", None, (2.5, True)]},
+            torch.nn.Parameter(draw(4)),
+            torch.tensor(5),
+            {"layer_1": draw(1, 4)},
+            draw(4).to(torch.complex64),
+        )
+    ]
 
 
 def adapter_bias() -> dict[str, torch.Tensor]:
@@ -166,9 +184,17 @@ def moment_folder() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "fold-0.safetensors"
         moments().save(file)
-        about = {"format": "workbench.profile_moments", "schema": 1, "folds": 2, "model": {"name": "m"}, "prompts": {"name": "p"},
-                 "n_rows": 5, "sites": {"a": {}}, "tokens": "all",
-                 "files": {f"fold-{i}.safetensors": file_hash(file) for i in (0, 1)}}  # fmt: skip
+        about = {
+            "format": "workbench.profile_moments",
+            "schema": 1,
+            "folds": 2,
+            "model": {"name": "m"},
+            "prompts": {"name": "p"},
+            "n_rows": 5,
+            "sites": {"a": {}},
+            "tokens": "all",
+            "files": {f"fold-{i}.safetensors": file_hash(file) for i in (0, 1)},
+        }
         return {"moments.json": about, "fold-0.safetensors": file.read_bytes(), "fold-1.safetensors": file.read_bytes()}
 
 

@@ -48,7 +48,14 @@ def _changed(entries: list[Entry], names: Sequence[str], rng: random.Random, oth
         change = change_bytes
     try:
         made = change(content, rng)
-    except (ValueError, TypeError, ArithmeticError, RecursionError, LookupError, MemoryError):  # of what was changed before already
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+        LookupError,
+        MemoryError,
+    ):  # of what was changed before already
         made = change_bytes(content, rng)
     entries[at] = (index, kind, made)
     return entries

@@ -127,8 +127,17 @@ def guided(target: Target, runs: int, seed: int, state: State, seconds: float) -
     def one(data: bytes) -> None:
         tried(target, data, state)
 
-    limits = [f"-runs={min(runs, (1 << 31) - 1)}", f"-seed={seed or 1}", "-timeout=60", "-rss_limit_mb=4096", f"-max_len={MOST}", "-verbosity=0",
-              f"-max_total_time={max(1, int(seconds))}", f"-artifact_prefix={FOUND}/{target.name}-", str(corpus)]  # fmt: skip
+    limits = [
+        f"-runs={min(runs, (1 << 31) - 1)}",
+        f"-seed={seed or 1}",
+        "-timeout=60",
+        "-rss_limit_mb=4096",
+        f"-max_len={MOST}",
+        "-verbosity=0",
+        f"-max_total_time={max(1, int(seconds))}",
+        f"-artifact_prefix={FOUND}/{target.name}-",
+        str(corpus),
+    ]
     FOUND.mkdir(exist_ok=True)
     atheris.Setup([sys.argv[0], *limits], one, custom_mutator=change)
     atheris.Fuzz()

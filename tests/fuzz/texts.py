@@ -14,12 +14,66 @@ RAW = ("NaN", "-Infinity", "1e999", "9" * 5000, "-0", "[" * 3000 + "]" * 3000, '
        '"\\ud800"', "9007199254740993", "1" + "0" * 400, '{"a":1,"a":2}')  # fmt: skip
 """texts that json reads, or says why not, and few people think of"""
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 1 << 31, 1 << 53, 1 << 63, -(1 << 63), 1 << 64, 10**30, 0.5, -1.5, 1e308, 1e-320,
-    "", "x", "../x", "../../../etc/passwd", "/etc/passwd", "a" * 5000, "\0", "a\nb\nc", "\u2028", "\x1b[31m", "\u202eabc", "🂡" * 9,
-    "resid_post.0", "resid_post.1", "resid_post.-1", "resid_post.99999999999999999999", "resid_post.٣", "blocks.0.hook_z", "last",
-    "all", "first:99999999999999999999", "float16", "bfloat16", "float64", "int8", "bundled:donor", "bundled:../x", "hub:a/b",
-    [], {}, [[]], [None], [0], ["x"], {"a": 1}, {"": {}}, [[0, 1], [1, 0]], ["resid_post.0", "resid_post.1"], [1e308, -1e308],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    255,
+    1 << 31,
+    1 << 53,
+    1 << 63,
+    -(1 << 63),
+    1 << 64,
+    10**30,
+    0.5,
+    -1.5,
+    1e308,
+    1e-320,
+    "",
+    "x",
+    "../x",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "a" * 5000,
+    "\0",
+    "a\nb\nc",
+    "\u2028",
+    "\x1b[31m",
+    "\u202eabc",
+    "🂡" * 9,
+    "resid_post.0",
+    "resid_post.1",
+    "resid_post.-1",
+    "resid_post.99999999999999999999",
+    "resid_post.٣",
+    "blocks.0.hook_z",
+    "last",
+    "all",
+    "first:99999999999999999999",
+    "float16",
+    "bfloat16",
+    "float64",
+    "int8",
+    "bundled:donor",
+    "bundled:../x",
+    "hub:a/b",
+    [],
+    {},
+    [[]],
+    [None],
+    [0],
+    ["x"],
+    {"a": 1},
+    {"": {}},
+    [[0, 1], [1, 0]],
+    ["resid_post.0", "resid_post.1"],
+    [1e308, -1e308],
+)
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
@@ -53,7 +107,17 @@ def change_tree(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES)
         if _loops(tree):
             box[key], other[place] = mine, theirs
     elif what == 4 and isinstance(old, int | float) and not isinstance(old, bool):
-        box[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, f"{old:.9}" if isinstance(old, float) else str(old)[:99], [old]))
+        box[key] = rng.choice(
+            (
+                old + 1,
+                old - 1,
+                -old,
+                old * 2,
+                old * 1000,
+                f"{old:.9}" if isinstance(old, float) else str(old)[:99],
+                [old],
+            )
+        )
     elif what == 5 and isinstance(old, str):
         box[key] = rng.choice(
             (old + "x", old[:-1], old.upper(), f"../{old}", f"{old}\n{old}", [old], old * 40, f"/{old}", f" {old}")
@@ -112,10 +176,50 @@ def change_toml(content: bytes, rng: random.Random) -> bytes:
         return change_text(content, rng)
 
 
-WORDS = (b"\n", b"\r", b"\r\n", b"\0", b'"', b'""', b",", b";", b"\t", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 2000,
-         b"{" * 2000, b"a=" * 500, b"nan", b"inf", b"1e999", b"9" * 5000, b"[[x]]\n", b"[a.b.c]\n", b"x = 1\n", b"\\u0000",
-         b"\\ud800", b"'''", b'"""', b"#", b"= ", b"../", b"{}", b"[]", b"null", b"[{", b"}]", b"prompt", b"text", b"messages",
-         b'{"role": "user", "content": ""}', b"0x" + b"f" * 3000, b"1979-05-27T07:32:00Z", b"a." * 1500, b"\x1b]0;x\x07")  # fmt: skip
+WORDS = (
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\0",
+    b'"',
+    b'""',
+    b",",
+    b";",
+    b"\t",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"[" * 2000,
+    b"{" * 2000,
+    b"a=" * 500,
+    b"nan",
+    b"inf",
+    b"1e999",
+    b"9" * 5000,
+    b"[[x]]\n",
+    b"[a.b.c]\n",
+    b"x = 1\n",
+    b"\\u0000",
+    b"\\ud800",
+    b"'''",
+    b'"""',
+    b"#",
+    b"= ",
+    b"../",
+    b"{}",
+    b"[]",
+    b"null",
+    b"[{",
+    b"}]",
+    b"prompt",
+    b"text",
+    b"messages",
+    b'{"role": "user", "content": ""}',
+    b"0x" + b"f" * 3000,
+    b"1979-05-27T07:32:00Z",
+    b"a." * 1500,
+    b"\x1b]0;x\x07",
+)
 
 
 def change_text(content: bytes, rng: random.Random) -> bytes:

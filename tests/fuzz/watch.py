@@ -23,9 +23,14 @@ PATHS = ("os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.r
 NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn",
          "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind", "socket.sendto", "pickle.find_class",
          "urllib.Request", "ctypes.dlopen", "code.__new__", "marshal.loads", "os.putenv")  # fmt: skip
-_OF_PYTHON = tuple({
-    os.path.realpath(p) + "/" for p in (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *site.getsitepackages())
-} | {f"{ROOT}/{name}/" for name in ("workbench", "probes", "tests", "data")} | {"/proc/", "/sys/", "/usr/share/zoneinfo/"})  # fmt: skip
+_OF_PYTHON = tuple(
+    {
+        os.path.realpath(p) + "/"
+        for p in (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *site.getsitepackages())
+    }
+    | {f"{ROOT}/{name}/" for name in ("workbench", "probes", "tests", "data")}
+    | {"/proc/", "/sys/", "/usr/share/zoneinfo/"}
+)
 
 _SEARCHED = {os.path.abspath(p) for p in sys.path}
 """folders in which a late import looks for its module"""

@@ -22,6 +22,8 @@ from .headers import damaged, read_header
 
 FORMAT = "workbench.linear_map"
 VERSION = 1
+MOST_DIMS = 16
+"""of a tensor in a file: more than any has, and fewer than torch computes with"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +187,13 @@ def read_safetensors(file: Path, *, named: bool = False) -> tuple[dict[str, Tens
         raise UserError(f"refused to read {file}: only .safetensors (and .json) are read, never pickled files")
     try:
         with safe_open(plain_file(file, named=named), framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+            found = {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+            if any(tensor.ndim > MOST_DIMS for tensor in found[0].values()):
+                raise ValueError(f"a tensor of more than {MOST_DIMS} dimensions")
+            return found
     # the last three: of torch, for shapes that it cannot have
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as err:
         why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise UserError(f"{file} cannot be read as safetensors ({why:.200}); it is damaged or of another format") from err
+        raise UserError(
+            f"{file} cannot be read as safetensors ({why:.200}); it is damaged or of another format"
+        ) from err

@@ -39,7 +39,7 @@ def open_command_v(path: Path) -> CommandV:
     check_no_pickle(path)
     metadata, shapes = _header(path)
     layers = {name: LAYER.fullmatch(name) for name in shapes}
-    strange = [name for name, match in layers.items() if match is None]
+    strange = [name for name, match in layers.items() if match is None or name != f"model.layers.{int(match[1])}"]
     if strange or not layers:
         raise UserError(f"{path}: holds {', '.join(strange[:3]) or 'no tensors'}; a Command-V profile holds tensors "
                         "model.layers.0, model.layers.1, ...")  # fmt: skip

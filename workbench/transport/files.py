@@ -51,6 +51,8 @@ def load_grid(path: str | Path) -> TransportGrid:
     lacking = [name for name in _columns() if name not in table.columns]
     if lacking or not isinstance(header.get("meta"), dict) or not isinstance(header["meta"].get("warnings"), list):
         raise UserError(f"{path}: its grid lacks {', '.join(lacking) or 'its warnings'}; run the transport again")
+    if not all(isinstance(name, str) for key in ("source", "target", "arm") for name in table[key]):
+        raise UserError(f"{path}: its grid names sites and arms by other than words; run the transport again")
     tensors, _ = read_safetensors(path / "per_output.safetensors")
     try:
         pairs: list[SitePair] = [(Site.parse(a), Site.parse(b)) for a, b in header["pairs"]]
