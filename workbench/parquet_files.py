@@ -38,6 +38,7 @@ def parquet_batches(file: str | Path, *, named: bool = False) -> Iterator[Any]:
             for batch in found.iter_batches(step, use_threads=False):
                 total += batch.nbytes
                 _check(total, most)
+                batch.validate(full=True)  # texts that are no UTF-8, above all
                 yield batch
     except (pa.ArrowException, KeyError, TypeError, IndexError, OverflowError) as err:
         raise ValueError(f"not a parquet file ({(str(err).splitlines() or [type(err).__name__])[0][:120]})") from err

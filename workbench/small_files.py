@@ -15,6 +15,8 @@ from .errors import UserError
 
 MOST = 16 << 20
 """bytes"""
+DEEPEST = 100
+"""levels of tables and lists in one another: no file of ours has ten"""
 
 
 def plain_file(file: str | Path, *, named: bool = False) -> Path:
@@ -77,9 +79,22 @@ def reason(err: Exception) -> str:
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return parse(text)
+        found = parse(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    check_depth(found)
+    return found
+
+
+def check_depth(tree: Any) -> None:
+    """ValueError for JSON values that are nested deeper than `DEEPEST`: whoever goes through them would run out of stack."""
+    left = [(tree, 0)]
+    while left:
+        one, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deep")
+        if isinstance(one, dict | list):
+            left += [(part, depth + 1) for part in (one.values() if isinstance(one, dict) else one)]
 
 
 @contextmanager

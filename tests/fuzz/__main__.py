@@ -39,6 +39,7 @@ class Job:
     began: float = 0.0
     spent: float = 0.0
     _last: tuple[int, float] = (0, 0.0)
+    _first: int = 0
 
     def __post_init__(self) -> None:
         self.state = State(self.file)
@@ -66,7 +67,7 @@ class Job:
         ]
         with open(self.file.with_suffix(".log"), "ab") as log:
             self.process = subprocess.Popen(line, cwd=HERE.parents[1], stdout=log, stderr=log, start_new_session=True)
-        self.began, self._last = time.monotonic(), (self.inputs, time.monotonic())
+        self.began, self._last, self._first = time.monotonic(), (self.inputs, time.monotonic()), self.inputs
 
     def done(self) -> bool:
         """Looks after the process; whether all its inputs were tried."""
@@ -74,7 +75,7 @@ class Job:
         code, (inputs, _, _, warm), now = self.process.poll(), self.state.read(), time.monotonic()
         if inputs != self._last[0]:
             self._last = (inputs, now)
-        if code is None and now - self._last[1] < (PATIENCE if warm and inputs else START):
+        if code is None and now - self._last[1] < (PATIENCE if warm and inputs != self._first else START):
             return False
         self.spent += now - self.began
         if code is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..sites import Site
+from ..small_files import check_depth
 from .folder import Folder
 from .shards import DTYPES, Layout
 
@@ -61,6 +62,7 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         text = stream.read(MANIFEST_BYTES)
     try:
         manifest = json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant)
+        check_depth(manifest)
     except _Refused as err:
         raise UserError(f"store {path}: its {MANIFEST} {err}; refused") from None
     except RecursionError:
