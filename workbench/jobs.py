@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from .atomic import write_json, write_text
 from .converter_specs import ConverterSpec
 from .errors import UserError
 from .runs import Run, failures_told
-from .small_files import read_toml
+from .small_files import read_toml, reason
 
 log = logging.getLogger("workbench")
 
@@ -198,12 +199,12 @@ class Job(_Table):
         path = Path(path)
         try:
             data = read_toml(path, named=True)
-        except OSError as err:
-            raise UserError(
-                f"cannot read the job file {path}: {err.strerror}; give a job.toml, or bundled:demo"
-            ) from err
-        except ValueError as err:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
             raise UserError(f"{path} is not valid TOML: {err}") from err
+        except (OSError, ValueError) as err:
+            raise UserError(
+                f"cannot read the job file {path}: {reason(err)}; give a job.toml, or bundled:demo"
+            ) from err
         return cls.parse(data, str(path))
 
     @classmethod
