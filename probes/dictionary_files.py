@@ -236,7 +236,7 @@ def _check_tensors(where: Path, tensors: Mapping[str, Tensor], kind: str) -> Non
         raise UserError(f"dictionary {where}: {', '.join(missing)} missing for kind {kind}; fetch it again")
     for name in needed:
         value = tensors[name]
-        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
+        if not value.numel() or not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
             raise UserError(
                 f"dictionary {where}: {name} holds NaN, infinity or no floating-point numbers; fetch it again"
             )

@@ -74,6 +74,7 @@ ONCE_BROKEN = [
     ("job", {"job.toml": f"'{LOUD}' = 1".encode()}),
     ("map", {"a.safetensors": to_bytes({LOUD: draw(2)})}),
     ("map", {"a.safetensors": lying(b"{}", 1 << 63)}),
+    ("map", {"a.safetensors": to_bytes({"weight": torch.zeros(1 << 40, 0), "bias": torch.zeros(0)})}),
     ("vectors", {"layer_3.safetensors": to_bytes({"v": draw(2, 4).to(torch.float8_e4m3fn)})}),
     ("vectors", {"layer_3.safetensors": lying({"v": {"dtype": "F32", "shape": [1 << 40, 0], "data_offsets": [0, 0]}})}),
     ("lens", {"config.json": {"lens_type": []}, "params.safetensors": b""}),

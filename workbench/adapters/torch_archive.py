@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..maps.linear_map import check_shape
 from ..small_files import plain_file
 
 
@@ -46,6 +47,10 @@ def read_archive(file: Path, *, named: bool = False) -> Any:
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.numel() * tensor.element_size() > held:
             raise UserError(f"{file} was refused: a tensor of shape {list(tensor.shape)} is not stored in full")
+        try:
+            check_shape(tensor)
+        except ValueError as err:
+            raise UserError(f"{file} was refused: it holds {err}") from err
     return found
 
 

@@ -24,6 +24,8 @@ FORMAT = "workbench.linear_map"
 VERSION = 1
 MOST_DIMS = 16
 """of a tensor in a file: more than any has, and fewer than torch computes with"""
+MOST_EMPTY = 1 << 20
+"""the longest side of a tensor without values"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +190,8 @@ def read_safetensors(file: Path, *, named: bool = False) -> tuple[dict[str, Tens
     try:
         with safe_open(plain_file(file, named=named), framework="pt") as handle:
             found = {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-            if any(tensor.ndim > MOST_DIMS for tensor in found[0].values()):
-                raise ValueError(f"a tensor of more than {MOST_DIMS} dimensions")
+            for tensor in found[0].values():
+                check_shape(tensor)
             return found
     # the last three: of torch, for shapes that it cannot have
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as err:
@@ -197,3 +199,12 @@ def read_safetensors(file: Path, *, named: bool = False) -> tuple[dict[str, Tens
         raise UserError(
             f"{file} cannot be read as safetensors ({why:.200}); it is damaged or of another format"
         ) from err
+
+
+def check_shape(tensor: Tensor) -> None:
+    """ValueError for a tensor of many dimensions, or one without values whose sides are long: nothing was stored of it, and
+    whoever makes a vector of that length runs out of memory."""
+    if tensor.ndim > MOST_DIMS:
+        raise ValueError(f"a tensor of more than {MOST_DIMS} dimensions")
+    if not tensor.numel() and max(tensor.shape) > MOST_EMPTY:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)}, which holds nothing")
