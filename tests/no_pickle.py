@@ -29,9 +29,21 @@ WIRE = (
 ALLOWED = {
     "streamlit.runtime.caching.": "copies of its cached values, in the memory of the process that made them",
     "sklearn.utils.estimator_checks": "`check_estimator` asks that estimators survive a pickle; its bytes are of the same test",
+    "nnsight.intervention.": "what its remote runs send and get back; the server of the tests is this process",
 }
 """modules that unpickle what this process pickled, each with the reason; none of them reads a file"""
-_OF_PICKLE = ("pickle", "_pickle", "cloudpickle", "cloudpickle.", "dill.", "copyreg", __name__)
+_OF_PICKLE = (
+    "torch.serialization",
+    "torch.storage",
+    "torch._utils",
+    "pickle",
+    "_pickle",
+    "cloudpickle",
+    "cloudpickle.",
+    "dill.",
+    "copyreg",
+    __name__,
+)
 seen: list[str] = []
 """what was unpickled and should not have been, by whom"""
 

@@ -176,7 +176,7 @@ def check_finite(tensor: Tensor, file: Path, what: str) -> None:
     """UserError naming `what` and `file` for a tensor of integers or 8-bit floats, or one that holds NaN or infinity."""
     if tensor.dtype not in FLOATS:
         raise UserError(
-            f"{file} is damaged: {what} is {tensor.dtype}, not of 16, 32 or 64-bit floating point; write the adapter again"
+            f"{file} is damaged: {what} is {tensor.dtype}, not floating point of 16, 32 or 64 bits; write the adapter again"
         )
     if not bool(torch.isfinite(tensor.float()).all()):
         raise UserError(f"{file} is damaged: {what} holds NaN or infinity; train or write the adapter again")
