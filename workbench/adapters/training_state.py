@@ -91,7 +91,7 @@ class TrainingState:
             if header["sha256"] != _seal(tensors, header["state"]):
                 raise UserError("it is not what was written")
             self._take(tensors, json.loads(header["state"]))
-        except (UserError, ValueError, KeyError, TypeError, RuntimeError) as err:
+        except (UserError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as err:
             log.warning("%s cannot be taken up (%s); the training begins anew", path, " ".join(str(err).split())[:200])
             return False
         return True
