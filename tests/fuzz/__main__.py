@@ -81,7 +81,10 @@ class Job:
         if code is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self._note(f"hang of more than {PATIENCE:.0f} s")
+            if (
+                self.state.at_hand
+            ):  # otherwise it hung between two inputs, which is no parser's doing: it is started again
+                self._note(f"hang of more than {PATIENCE:.0f} s")
         elif code != 0 and self.state.at_hand:
             self._note(f"the process ended with {code}")
         elif code != 0:
