@@ -29,21 +29,13 @@ WIRE = (
 ALLOWED = {
     "streamlit.runtime.caching.": "copies of its cached values, in the memory of the process that made them",
     "sklearn.utils.estimator_checks": "`check_estimator` asks that estimators survive a pickle; its bytes are of the same test",
+    "sklearn.utils._testing": "the same; its memory-mapped arrays lie in a temporary folder that it has just written",
     "nnsight.intervention.": "what its remote runs send and get back; the server of the tests is this process",
 }
-"""modules that unpickle what this process pickled, each with the reason; none of them reads a file"""
-_OF_PICKLE = (
-    "torch.serialization",
-    "torch.storage",
-    "torch._utils",
-    "pickle",
-    "_pickle",
-    "cloudpickle",
-    "cloudpickle.",
-    "dill.",
-    "copyreg",
-    __name__,
-)
+"""modules that unpickle what this process pickled, each with the reason"""
+_THROUGH = ("pickle", "_pickle", "cloudpickle", "cloudpickle.", "dill.", "copyreg", "joblib.numpy_pickle",
+            "joblib.numpy_pickle_utils", "torch.serialization", "torch.storage", "torch._utils", __name__)  # fmt: skip
+"""what unpickles for whoever asked it to"""
 seen: list[str] = []
 """what was unpickled and should not have been, by whom"""
 
@@ -109,7 +101,7 @@ def _caller(frame: FrameType | None) -> str:
     """The module that asked: the first on the way out that is no pickle module itself."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if not any(name == own or (own.endswith(".") and name.startswith(own)) for own in _OF_PICKLE):
+        if not any(name == own or (own.endswith(".") and name.startswith(own)) for own in _THROUGH):
             return name
         frame = frame.f_back
     return "?"

@@ -49,8 +49,11 @@ def load_grid(path: str | Path) -> TransportGrid:
     except (OSError, ValueError) as err:
         raise UserError(f"{path}: its grid.parquet is missing or damaged; run the transport again") from err
     lacking = [name for name in _columns() if name not in table.columns]
-    if lacking or not isinstance(header.get("meta"), dict) or not isinstance(header["meta"].get("warnings"), list):
-        raise UserError(f"{path}: its grid lacks {', '.join(lacking) or 'its warnings'}; run the transport again")
+    meta = header.get("meta")
+    if lacking or not isinstance(meta, dict) or not isinstance(meta.get("warnings"), list) or "model" not in meta:
+        raise UserError(
+            f"{path}: its grid lacks {', '.join(lacking) or 'its model or warnings'}; run the transport again"
+        )
     if not all(isinstance(name, str) for key in ("source", "target", "arm") for name in table[key]):
         raise UserError(f"{path}: its grid names sites and arms by other than words; run the transport again")
     tensors, _ = read_safetensors(path / "per_output.safetensors")
