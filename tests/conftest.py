@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ import torch  # noqa: E402
 import transformers as tf  # noqa: E402
 
 from workbench.adapters import train  # noqa: E402
+from workbench.engines import Engine, open_engine  # noqa: E402
+from workbench.engines.cluster import connected  # noqa: E402
 from workbench.models import Model, load  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,3 +208,23 @@ def ctrl_c_in_training(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in a folder, for workers to load."""
+    return save_folder(make_module("llama"), tmp_path_factory.mktemp("engines") / "llama")
+
+
+@pytest.fixture(scope="session")
+def saved_model(model_folder: Path) -> Model:
+    return load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def two_workers() -> Iterator[Engine]:
+    """Ray with two workers on a cluster of this machine: one for all tests, which are marked `xdist_group("ray")`."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    with connected(None, n_cpus=2), open_engine("ray", workers=2) as engine:
+        yield engine

@@ -128,6 +128,17 @@ def open_weights(source: str | Path, folder: Path, dtype: Any, device_map: Any) 
     return module
 
 
+def open_skeleton(source: str | Path, config: Any, dtype: Any) -> Any:
+    """The causal language model of a configuration on the meta device: its modules and shapes, and no weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as err:  # an impossible config fails anywhere in a family's own code
+        raise UserError(f"cannot make the model of {source} from its config: {_reason(err)}") from err
+
+
 def _check_complete(source: str | Path, loading: dict[str, Any]) -> None:
     """UserError naming the first few tensors that the weights lack or hold in another shape; tied ones are not listed."""
     missing = sorted(loading["missing_keys"])

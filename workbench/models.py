@@ -19,7 +19,7 @@ from . import anatomy, generation
 from .anatomy import proof
 from .backends import NAMES, Backend, held_by, open_backend, torch_hooks
 from .backends.hooks import HooksBackend
-from .checkpoints import folder_of, open_config, open_tokenizer, open_weights, place
+from .checkpoints import folder_of, open_config, open_skeleton, open_tokenizer, open_weights, place
 from .errors import UserError
 from .fingerprint import fingerprint_of
 from .hashes import short_hash
@@ -41,11 +41,12 @@ class Model:
     """
 
     def __init__(self, module: Any, tokenizer: Any, name: str, folder: Path | None = None, revision: str = "",
-                 blocks: str | None = None, backend: Backend | None = None) -> None:  # fmt: skip
+                 blocks: str | None = None, backend: Backend | None = None, elsewhere: str = "") -> None:  # fmt: skip
         self.module, self.tokenizer, self.name, self.folder, self.revision = module, tokenizer, name, folder, revision
         self.backend: Backend = backend or HooksBackend()
         self.blocks_path, self._blocks = find_blocks(module, blocks)
         self.decoder: nn.Module = getattr(module, "get_decoder", lambda: None)() or module
+        self._elsewhere = elsewhere
         self._accepts = set(inspect.signature(self.decoder.forward).parameters)
         module.eval()
 
@@ -71,8 +72,14 @@ class Model:
         embeddings = self.module.get_input_embeddings()
         if embeddings.weight.is_meta:  # offloaded by accelerate, whose hook brings the weights where they are needed,
             # or on another machine, to which ids are sent from here
-            return torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
+            hook = getattr(embeddings, "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or self._elsewhere or "cpu")
         return embeddings.weight.device
+
+    @property
+    def is_skeleton(self) -> bool:
+        """Whether it was loaded without its weights, and so cannot run."""
+        return bool(self._elsewhere)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,6 +231,7 @@ def load(
     prove: bool = True,
     backend: str = "hooks",
     remote: bool | str = False,
+    weights: bool = True,
 ) -> Model:
     """Loads a model: a hub id, a local folder, `bundled:donor`, `bundled:recipient`, or one that is loaded already.
 
@@ -234,6 +242,8 @@ def load(
     backend: how it is read and edited: `hooks`, `transformer-lens` or `nnsight` (see `backends`). A PreTrainedModel is
         copied for TransformerLens, which changes the module that it wraps; nnsight shares it.
     remote: with nnsight, run on NDIF, the weights staying there; `"local"` plays a remote run on this machine.
+    weights: False leaves them out, for a process that plans what others run (`workbench.engines`): nothing is proved, and
+        `device` says where those others will have it.
     Weights are read from safetensors only; no remote code is run. Raises UserError naming what cannot be loaded.
     """
     if backend not in NAMES:
@@ -249,10 +259,15 @@ def load(
         raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     folder = folder_of(str(source), revision)
     config, tok = open_config(source, folder), tokenizer or open_tokenizer(source, folder)
-    placed, device_map = place(device)
+    placed, device_map = (
+        place(device) if weights else ("cuda" if device == "map" else device.replace("auto", "cpu"), None)
+    )
     wanted = DTYPES.get(dtype) or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     if placed == "cpu" and wanted == torch.float16 and dtype == "auto":
         wanted = torch.float32  # half precision is slow and lossy on a CPU
+    if not weights:
+        return Model(open_skeleton(source, config, wanted), tok, str(source), folder, revision or "", blocks,
+                     elsewhere=placed)  # fmt: skip
     # straight to its place: by way of the host's memory a large model would need it twice
     module = open_weights(source, folder, wanted, device_map or (None if placed == "cpu" else placed))
     model = Model(module, tok, str(source), folder, revision or "", blocks, open_backend(backend, module, tok))

@@ -59,7 +59,7 @@ def test_a_disk_that_is_really_full_stops_with_a_line_and_is_gone_on_from(small_
     place, enlarge = small_disk
     monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 100)
     monkeypatch.setattr(
-        "workbench.profile.profile._check_room", lambda *_: None
+        "workbench.profile.profile.check_room", lambda *_: None
     )  # the disk fills up once the profile runs
     model = make_model("llama")
     profile_model(model, PROMPTS, tmp_path / "whole", tokens="all")

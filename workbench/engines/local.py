@@ -18,7 +18,7 @@ class LocalEngine:
     name, workers, redone, device = "local", 1, 0, ""
 
     def spread(
-        self, model: Model | Recipe, task: str, pieces: Iterable[Any], *, common: Mapping[str, Any] | None = None,
+        self, model: Model | Recipe | None, task: str, pieces: Iterable[Any], *, common: Mapping[str, Any] | None = None,
         stop: Asked | None = None,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """See `engine.Engine.spread`; a recipe is loaded first."""

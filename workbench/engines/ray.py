@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ ATTEMPTS = 3
 """of one piece, before its worker's death is taken to be its own fault"""
 TICK = 0.2
 """seconds between two looks at whether a stop was asked for"""
+PATIENCE = 30.0
+"""seconds after which a worker that the cluster has not started yet is told of"""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class RayEngine:
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         )
         self._free: list[Any] = []
+        self._starting: dict[Any, float] = {}
         self._told: set[Line] = set()
 
     @classmethod
@@ -76,19 +80,20 @@ class RayEngine:
                 engine.close()
 
     def spread(
-        self, model: Model | Recipe, task: str, pieces: Iterable[Any], *, common: Mapping[str, Any] | None = None,
+        self, model: Model | Recipe | None, task: str, pieces: Iterable[Any], *, common: Mapping[str, Any] | None = None,
         stop: Asked | None = None,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """See `engine.Engine.spread`."""
-        recipe = model if isinstance(model, Recipe) else Recipe.of(model)
-        fixed = self._ray.put(recipe.on(self.device, self._threads)), task, self._ray.put(dict(common or {}))
+        recipe = model if isinstance(model, Recipe | None) else Recipe.of(model)
+        here = recipe and recipe.on(self.device, self._threads)
+        fixed = self._ray.put(here), task, self._ray.put(dict(common or {}))
         assert not self._busy, "one spread at a time"
         self._busy, sent, left, again = True, dict[Any, _Sent](), enumerate(pieces), deque[tuple[int, Any]]()
         lost = Counter[int]()
 
         def send() -> None:
             while len(sent) < self.workers and (due := again.popleft() if again else next(left, None)):
-                worker = self._free.pop() if self._free else self._actor.remote()
+                worker = self._free.pop() if self._free else self._new()
                 recipe_ref, name, common_ref = fixed
                 sent[worker.run.remote(recipe_ref, name, due[1], common_ref)] = _Sent(*due, worker)
 
@@ -98,6 +103,7 @@ class RayEngine:
                 done, _ = self._ray.wait(list(sent), num_returns=1, timeout=TICK)
                 if stop is not None:
                     stop.check()
+                self._tell_of_waiting()
                 for ref in done:
                     one = sent.pop(ref)
                     try:
@@ -130,6 +136,22 @@ class RayEngine:
         for worker in self._free:
             self._drop(worker)
         self._free = []
+
+    def _new(self) -> Any:
+        worker = self._actor.remote()
+        self._starting[worker.ready.remote()] = time.monotonic()
+        return worker
+
+    def _tell_of_waiting(self) -> None:
+        """A line for workers that do not start: others may use the cluster, and then they wait."""
+        if self._starting:
+            started, _ = self._ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
+            self._starting = {ref: since for ref, since in self._starting.items() if ref not in started}
+        late = [ref for ref, since in self._starting.items() if time.monotonic() - since > PATIENCE]
+        if late:
+            log.warning("%d workers have not started in %d s: the cluster's CPUs or GPUs may be in use; waiting for them",
+                        len(late), PATIENCE)  # fmt: skip
+            self._starting = {ref: since for ref, since in self._starting.items() if ref not in late}
 
     def _drop(self, worker: Any) -> None:
         with suppress(Exception):  # it is dead already, or the cluster is

@@ -28,10 +28,14 @@ class Replica:
         self._recipe: Recipe | None = None
         self._model: Model | None = None
 
-    def run(self, recipe: Recipe, task: str, piece: Any, common: Mapping[str, Any]) -> tuple[Any, list[Line]]:
+    def ready(self) -> bool:
+        """Answers once the worker runs."""
+        return True
+
+    def run(self, recipe: Recipe | None, task: str, piece: Any, common: Mapping[str, Any]) -> tuple[Any, list[Line]]:
         """The result of a task, and what was logged and warned of meanwhile: for the driver to tell, once."""
         with _heard() as lines:
-            return task_named(task)(self._replica(recipe), piece, **common), lines
+            return task_named(task)(None if recipe is None else self._replica(recipe), piece, **common), lines
 
     def _replica(self, recipe: Recipe) -> Model:
         if self._recipe != recipe or self._model is None:

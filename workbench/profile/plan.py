@@ -11,6 +11,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..anatomy import check as check_sites
@@ -119,7 +120,8 @@ class Plan:
 
     def prompt_of(self, row: int) -> int:
         """The prompt that a row comes from."""
-        return int(self.spool.rows(row, 1)[0][0])
+        sequence = int(np.searchsorted(self.spool.sequences["first_row"], row, side="right")) - 1
+        return int(self.spool.sequences["prompt"][sequence])
 
 
 def make_plan(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from ..interrupts import Stopped, first_interrupt_noted
@@ -19,13 +18,16 @@ from ..progress import progress
 from ..sites import Site
 from ..store import Store
 from ..store.checks import DTYPES
+from ..store.parts import parts_of
 from ..store.writer import StoreWriter
 from ..tokens import Policy
+from .pieces import borrow_anatomy
 from .plan import Plan, make_plan
-from .run import BlockRunner, landed
+from .run import BlockRunner, landed, refuse_nonfinite
 from .tables import write_tables
 
 if TYPE_CHECKING:
+    from ..engines import Engine
     from ..models import Model
 
 log = logging.getLogger("workbench")
@@ -44,6 +46,7 @@ def profile_model(
     max_length: int | None = None,
     stride: int | None = None,
     allow_nonfinite: bool = False,
+    engine: Engine | None = None,
 ) -> Store:
     """Runs the prompts through the model up to the last wanted site, and keeps the rows asked for in a store at `out`.
 
@@ -61,6 +64,8 @@ def profile_model(
         later token has at least max_length - stride tokens (BOS among them) before it. Positions and spans are the
         prompt's. A chat is cut into windows like any text, after its template.
     allow_nonfinite: NaN and Inf are refused unless True; each shard's manifest entry counts them.
+    engine: of `workbench.engines.open_engine`: its workers compute the blocks and write them to the folder, which all of
+        them must see. The bytes are those of one process. The model need not hold its weights (`load(weights=False)`).
 
     A run that was killed and is started again with the same arguments goes on where it was, and ends with the same
     bytes. The first Ctrl-C ends after the batch that runs, with the finished blocks kept. Where the device's memory
@@ -70,29 +75,25 @@ def profile_model(
     Raises UserError for bad arguments, for no prompts, for a prompt of no tokens, for values that are not finite, and
     for a folder that exists (unless `overwrite`), cannot be written, or is full; Stopped, a KeyboardInterrupt.
     """
+    if engine is not None and model.is_skeleton:
+        borrow_anatomy(model, engine, sites)
     plan = make_plan(model, prompts, sites=sites, tokens=tokens, batch_tokens=batch_tokens, dtype=dtype,
                      max_length=max_length, stride=stride)  # fmt: skip
     _warn_of_rounding(model, plan)
     temporary = Path(tempfile.mkdtemp(prefix="workbench-")) if out is None else None
     try:
         path = Path(out).expanduser() if out is not None else Path(temporary or "") / "profile"
-        _run(model, plan, path, overwrite, allow_nonfinite, keeps=out is not None)
+        if (engine is None or engine.name == "local") and not parts_of(path, plan.hash):
+            _run(model, plan, path, overwrite, allow_nonfinite, keeps=out is not None)
+        else:
+            from .spread import spread_store
+
+            spread_store(model, plan, path, engine, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Store.open(path).keep_until_closed(temporary)
-
-
-def run_blocks(
-    model: Model, plan: Plan, numbers: Iterable[int]
-) -> Iterator[tuple[int, dict[Site, Tensor], dict[Site, int]]]:
-    """Computes blocks of a plan (again): (number, rows [n, d] of each site, its values that are not finite).
-
-    >>> plan = make_plan(model, prompts)                                                  # doctest: +SKIP
-    >>> number, rows, nonfinite = next(run_blocks(model, plan, [3]))                       # doctest: +SKIP
-    """
-    return landed(BlockRunner(model, plan), numbers)
 
 
 def _run(model: Model, plan: Plan, path: Path, overwrite: bool, allow_nonfinite: bool, keeps: bool) -> None:
@@ -101,7 +102,7 @@ def _run(model: Model, plan: Plan, path: Path, overwrite: bool, allow_nonfinite:
         with writer:
             if writer.blocks:
                 log.info("%s: going on after %d of %d blocks", path, len(writer.blocks), len(plan.blocks))
-            _check_room(path.parent, plan.n_bytes - writer.n_bytes)
+            check_room(path.parent, plan.n_bytes - writer.n_bytes)
             _write_blocks(model, plan, writer, allow_nonfinite)
             writer.finish(plan.manifest, partial(write_tables, plan, model.tokenizer))
     except Stopped:
@@ -119,12 +120,13 @@ def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite
         runner = BlockRunner(model, plan, bar, stop)
         for number, rows, nonfinite in landed(runner, range(done, len(plan.blocks))):
             if any(nonfinite.values()):
-                _refuse_nonfinite(plan, number, rows, nonfinite, allow_nonfinite)
+                refuse_nonfinite(plan, number, rows, nonfinite, allow_nonfinite)
             writer.write(rows, nonfinite)
             bar.set_postfix_str(f"{writer.n_bytes / 2**20:.0f} MiB on disk", refresh=False)
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError where a disk has less room than that."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder} has {free / 2**20:.1f} MiB free and the profile needs {needed / 2**20:.1f} MiB more; "
@@ -137,21 +139,3 @@ def _warn_of_rounding(model: Model, plan: Plan) -> None:
         digits = "3 digits" if dtype == torch.float16 else "2 to 3 digits"
         log.warning("the store keeps %s, about %s of each value: moments, R2 and all else that is taken from it are of "
                     "rounded rows; float32 keeps them exact", plan.dtype, digits)  # fmt: skip
-
-
-def _refuse_nonfinite(
-    plan: Plan, number: int, rows: dict[Site, Tensor], counts: dict[Site, int], allowed: bool
-) -> None:
-    for site, count in counts.items():
-        if not count:
-            continue
-        if allowed:
-            log.warning("%s: %d values are NaN or infinite", site, count)
-            continue
-        row = int((~torch.isfinite(rows[site])).any(1).nonzero()[0])
-        prompt = plan.prompts[plan.prompt_of(plan.blocks[number].start + row)]
-        advice = "load the model in another dtype"
-        if plan.dtype == "float16":
-            advice = "float16 ends at 65504: store bfloat16 or float32"
-        raise UserError(f"{site}: {count} values are NaN or infinite in {plan.dtype}, first in prompt {prompt.id!r}; "
-                        f"{advice}, or pass allow_nonfinite=True (--allow-nonfinite)")  # fmt: skip

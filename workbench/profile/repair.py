@@ -215,7 +215,7 @@ def _made(
     beside: Path, manifest: dict[str, Any], broken: list[str], model: Model, plan: Plan
 ) -> Iterator[tuple[str, Path]]:
     from ..store.shards import write_shard
-    from .profile import run_blocks
+    from .run import run_blocks
     from .tables import write_tables
 
     if set(TABLES) & set(broken):

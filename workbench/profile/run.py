@@ -218,3 +218,31 @@ def landed(runner: BlockRunner, numbers: Iterable[int]) -> Iterator[tuple[int, R
             waiting = None
     if waiting is not None:
         yield waiting.settle()
+
+
+def run_blocks(
+    model: Model, plan: Plan, numbers: Iterable[int]
+) -> Iterator[tuple[int, dict[Site, Tensor], dict[Site, int]]]:
+    """Computes blocks of a plan (again): (number, rows [n, d] of each site, its values that are not finite).
+
+    >>> plan = make_plan(model, prompts)                                                  # doctest: +SKIP
+    >>> number, rows, nonfinite = next(run_blocks(model, plan, [3]))                       # doctest: +SKIP
+    """
+    return landed(BlockRunner(model, plan), numbers)
+
+
+def refuse_nonfinite(plan: Plan, number: int, rows: dict[Site, Tensor], counts: dict[Site, int], allowed: bool) -> None:
+    """Raises UserError for values of a block that are not finite, with the first prompt of theirs; warns where allowed."""
+    for site, count in counts.items():
+        if not count:
+            continue
+        if allowed:
+            log.warning("%s: %d values are NaN or infinite", site, count)
+            continue
+        row = int((~torch.isfinite(rows[site])).any(1).nonzero()[0])
+        prompt = plan.prompts[plan.prompt_of(plan.blocks[number].start + row)]
+        advice = "load the model in another dtype"
+        if plan.dtype == "float16":
+            advice = "float16 ends at 65504: store bfloat16 or float32"
+        raise UserError(f"{site}: {count} values are NaN or infinite in {plan.dtype}, first in prompt {prompt.id!r}; "
+                        f"{advice}, or pass allow_nonfinite=True (--allow-nonfinite)")  # fmt: skip

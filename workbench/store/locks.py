@@ -51,6 +51,28 @@ def claim(partial: Path, out: Path) -> int:
         time.sleep(WAIT / 50)
 
 
+@contextmanager
+def claim_shared(partial: Path, out: Path) -> Iterator[None]:
+    """Marks the unfinished folder of what becomes `out` as used by one of several processes, which know of one another.
+
+    Raises UserError where one run writes there alone, the folder is a link, or it cannot be made.
+    """
+    handle = None
+    try:
+        partial.mkdir(exist_ok=True)
+        check_no_link(partial)
+        handle = os.open(partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as err:
+        raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
+    except PermissionError as err:
+        raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def check_no_link(*folders: Path) -> None:
     """Raises UserError where one of these is a link: what it leads to is not ours to change."""
     for folder in folders:

@@ -4,6 +4,7 @@ All of it happens in a hidden folder beside the store, `.NAME.partial`:
 
     journal.jsonl   the hash of the plan, then one line for each finished block
     store/          the shards so far; at the end the tables and the manifest; then it takes the place of NAME
+    parts/          blocks that other processes computed, until they are taken over; see `parts`
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class StoreWriter:
                 block = json.loads(line)
             except ValueError:
                 break  # the line that was being written when the run was killed
-            if not line.endswith("\n") or not self._whole(block, _shard_name(len(blocks))):
+            if not line.endswith("\n") or not self._whole(block, shard_name(len(blocks))):
                 break
             blocks.append(block)
         return blocks
@@ -135,16 +136,32 @@ class StoreWriter:
             pending.result()
 
     def _write_block(self, number: int, tensors: dict[Site, Tensor], nonfinite: dict[Site, int]) -> None:
-        name = _shard_name(number)
+        name = shard_name(number)
         try:
             entry = write_shard(self.store / name, {str(site): rows for site, rows in tensors.items()})
-            block = {"file": name, **entry, "nonfinite": {str(site): nonfinite[site] for site in tensors}}
-            with self.journal.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(block) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            self._note({"file": name, **entry, "nonfinite": {str(site): nonfinite[site] for site in tensors}})
         except OSError as err:
             raise self._full(err, number) from err
+
+    def adopt(self, file: Path, entry: dict[str, Any]) -> None:
+        """Takes a whole shard that was written beside, on the same disk, as the next block; `file` is gone then.
+
+        entry: its rows, bytes, sha256 and nonfinite.
+        """
+        self._settle()
+        name = shard_name(len(self.blocks))
+        try:
+            os.replace(file, self.store / name)
+            sync(self.store / "shards")
+            self._note({"file": name, **{key: entry[key] for key in ("rows", "bytes", "sha256", "nonfinite")}})
+        except OSError as err:
+            raise self._full(err, len(self.blocks)) from err
+
+    def _note(self, block: dict[str, Any]) -> None:
+        with self.journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(block) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
         self.blocks.append(block)
 
     def finish(self, manifest: dict[str, Any], write_tables: Callable[[Path], None]) -> None:
@@ -184,5 +201,5 @@ def partial_of(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
     return f"shards/{number:05d}.safetensors"
