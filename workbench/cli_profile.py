@@ -7,16 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_engine import Address, CpusPerWorker, EngineName, GpusPerWorker, Workers, engine_of, load_for
 from .cli_errors import stops_told
-from .cli_options import MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json, Out, Overwrite
-from .cli_values import pair_list, printed_json, site_list
+from .cli_options import MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json, Overwrite
+from .cli_values import is_url, pair_list, part_of, printed_json, site_list
 from .errors import UserError
 
 
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)],
-    out: Out,
+    out: Annotated[str, typer.Option(help="folder to make, or a URL (s3://..., gs://...) for a store")],
     sites: Annotated[str | None, typer.Option(help="such as resid_post.4,resid_pre.5 [every resid_post]")] = None,
     layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 or -1: resid_post of these")] = None,
     tokens: Annotated[
@@ -48,13 +49,22 @@ def profile(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="keep NaN and Inf, and count them")
     ] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="blocks I, I+N, ... alone; env: by RANK or a Slurm task")
+    ] = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, bytes and an estimate of the time")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Keeps a model's activations in a store on disk.
 
-    Stopped with Ctrl-C or killed, the same command goes on where it was.
+    Stopped with Ctrl-C or killed, the same command goes on where it was. After every --part I/N was run, on any machine
+    that sees --out, the same command without --part makes the store of them.
     """
     wanted = site_list(sites, layers)
     if folds > 1 and not moments:
@@ -64,48 +74,83 @@ def profile(
     if moments and (store_dtype is not None or allow_nonfinite):
         raise UserError(f"{'--allow-nonfinite' if store_dtype is None else '--store-dtype'} is of a store, and --moments "
                         "keeps none; leave one of the two out")  # fmt: skip
-    wanted_pairs, kept = pair_list(pairs), store_dtype or "float32"
+    mine = part_of(part)
+    if mine is not None and (moments or engine != "local" or is_url(out)):
+        raise UserError("--part is of a store in a folder and of the local engine: it leaves spreading to your scheduler; "
+                        "leave --moments, --engine and the URL out")  # fmt: skip
+    if moments and is_url(out):
+        raise UserError(f"--out {out}: moments are written to a folder; give one")
+    wanted_pairs, kept, target = pair_list(pairs), store_dtype or "float32", out if is_url(out) else Path(out)
     from .profile.arguments import check_arguments, check_target
 
     check_arguments(sites=wanted, tokens=tokens, dtype=kept, batch_tokens=batch_tokens)
     try:
-        check_target(out, moments=moments, overwrite=overwrite)
+        if isinstance(target, Path):
+            check_target(target, moments=moments, overwrite=overwrite)
     except UserError as err:
         if not dry_run:
             raise
         typer.echo(f"warning: {err}", err=True)  # whatever it costs, it could not be written there
-    from .models import load
     from .prompts import PromptSet
 
     read = PromptSet.load(prompts, column=column, limit=limit, seed=seed, chat=chat)
     read = read if system is None else read.with_system(system)
     options: dict[str, Any] = {"sites": wanted, "tokens": tokens, "batch_tokens": batch_tokens, "max_length": max_length,
                                "stride": stride}  # fmt: skip
-    loaded = load(model, dtype=dtype, device=device, backend=backend)
-    if dry_run:
-        from .profile.cost import profile_cost
+    with stops_told(), engine_of(
+        "local" if dry_run else engine, *([None] * 4 if dry_run else [address, workers, gpus_per_worker, cpus_per_worker])
+    ) as opened:  # fmt: skip
+        loaded = load_for(opened, model, dtype=dtype, device=device, backend=backend)
+        if dry_run:
+            from .profile.cost import profile_cost
 
-        of = {"moments": True, "folds": folds, "pairs": wanted_pairs, "dtype": "auto"} if moments else {"dtype": kept}
-        cost = profile_cost(loaded, read, out, **of, **options)
-        return printed_json(cost.as_dict()) if as_json else typer.echo(str(cost))
-    with stops_told():
-        if moments:
-            made = _moments(loaded, read, out, folds=folds, pairs=wanted_pairs, seed=seed or 0, overwrite=overwrite,
-                            **options)  # fmt: skip
+            of = (
+                {"moments": True, "folds": folds, "pairs": wanted_pairs, "dtype": "auto"}
+                if moments
+                else {"dtype": kept}
+            )
+            cost = profile_cost(loaded, read, target if isinstance(target, Path) else None, **of, **options)
+            return printed_json(cost.as_dict()) if as_json else typer.echo(str(cost))
+        if mine is not None:
+            made = _part(loaded, read, target, mine, dtype=kept, allow_nonfinite=allow_nonfinite, **options)
+        elif moments:
+            made = _moments(loaded, read, Path(out), folds=folds, pairs=wanted_pairs, seed=seed or 0, overwrite=overwrite,
+                            engine=opened, **options)  # fmt: skip
         else:
-            made = _store(loaded, read, out, dtype=kept, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
-                          **options)  # fmt: skip
+            made = _store(loaded, read, target, dtype=kept, allow_nonfinite=allow_nonfinite, overwrite=overwrite,
+                          engine=opened, **options)  # fmt: skip
+        made |= opened.about()
     if as_json:
         return printed_json(made)
+    if mine is not None:
+        return typer.echo(f"{out}: part {part} is done, {made['blocks']} blocks; the same without --part ends it")
     typer.echo(f"{out}: {made['rows']} rows at {', '.join(made['sites'])}")
 
 
-def _store(*args: Any, **options: Any) -> dict[str, Any]:
-    from .profile import profile_model
+def _part(
+    model: Any, prompts: Any, out: Any, part: tuple[int, int], allow_nonfinite: bool, **options: Any
+) -> dict[str, Any]:
+    from .profile.plan import make_plan
+    from .profile.spread import spread_part
 
-    store = profile_model(*args, **options)
-    return {"store": str(store.path), "rows": store.n_rows, "sites": [str(s) for s in store.sites],
-            "prompt_hash": store.prompt_hash, "bytes": store.n_bytes}  # fmt: skip
+    plan = make_plan(model, prompts, **options)
+    done = spread_part(model, plan, out, part, allow_nonfinite=allow_nonfinite)
+    return {"store": str(out), "part": part[0], "parts": part[1], "blocks": done}
+
+
+def _store(model: Any, prompts: Any, out: Path | str, **options: Any) -> dict[str, Any]:
+    if is_url(out):
+        from .profile.spread import profile_to_url
+
+        manifest = profile_to_url(model, prompts, str(out), **options)
+        sites, rows = list(manifest["sites"]), manifest["n_rows"]
+        found, size = manifest["prompts"]["hash"], sum(shard["bytes"] for shard in manifest["shards"])
+    else:
+        from .profile import profile_model
+
+        store = profile_model(model, prompts, out, **options)
+        sites, rows, found, size = [str(s) for s in store.sites], store.n_rows, store.prompt_hash, store.n_bytes
+    return {"store": str(out), "rows": rows, "sites": sites, "prompt_hash": found, "bytes": size}
 
 
 def _moments(model: Any, prompts: Any, out: Path, **options: Any) -> dict[str, Any]:

@@ -196,6 +196,19 @@ def import_(
     _made(import_store(source, out, format=format, prompts=prompts, model=model, overwrite=overwrite), as_json)
 
 
+@stores.command()
+def fetch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="such as s3://bucket/profile, where a profile was written")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder to make")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Copies a store from a URL into a folder and checks every file. Stopped, the same command goes on."""
+    from .store.remote import fetch_store
+
+    _made(fetch_store(url, out, overwrite=overwrite), as_json)
+
+
 def _check(paths: list[Path]) -> None:
     """Every row is read anyway, so damaged ones are told before they are copied."""
     from .store.checkup import find_damage

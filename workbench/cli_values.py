@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import typer
@@ -41,6 +43,45 @@ def layer_list(text: str) -> list[int]:
             )
         found += range(first, last + 1)
     return found
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is a URL and no folder.
+
+    >>> is_url("s3://bucket/run"), is_url("runs/s3")
+    (True, False)
+    """
+    return "://" in str(place)
+
+
+RANKS = (
+    ("RANK", "WORLD_SIZE", 0),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("SLURM_PROCID", "SLURM_NTASKS", 0),
+)
+"""where torchrun and Slurm say which process of how many this is, and what they count from"""
+
+
+def part_of(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """What `--part 2/8` names: which part, counted from 0, of how many; `env`: as torchrun or Slurm say.
+
+    >>> part_of("2/8"), part_of("env", {"RANK": "1", "WORLD_SIZE": "4"})
+    ((2, 8), (1, 4))
+    """
+    if text is None:
+        return None
+    if text == "env":
+        for rank, size, first in RANKS:
+            if rank in environment and size in environment:
+                start = int(environment.get(first, 0)) if isinstance(first, str) else first
+                return int(environment[rank]) - start, int(environment[size])
+        raise UserError(
+            "--part env: neither torchrun (RANK, WORLD_SIZE) nor Slurm says which process this is; give I/N"
+        )
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"cannot read --part {text!r}; write I/N with I from 0 to N - 1, such as 0/8, or env")
+    return int(match[1]), int(match[2])
 
 
 def site_list(sites: str | None, layers: str | None) -> list[int] | list[str] | None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from workbench.engines import Engine
+from workbench.engines import Engine, LocalEngine
 from workbench.errors import UserError
 from workbench.models import Model, load
+from workbench.profile import pieces, profile_model, run_blocks
 from workbench.profile import plan as plans
-from workbench.profile import profile_model, run_blocks
-from workbench.profile.pieces import piece_of, plan_of, settings_of
+from workbench.profile.pieces import piece_of, plan_of, settings_of, write_piece
 from workbench.profile.plan import make_plan
-from workbench.profile.spread import spread_part
+from workbench.profile.spread import profile_to_url, spread_part
+from workbench.store import Store, parts
+from workbench.store.remote import fetch_store
 
 from ..conftest import make_model
 
@@ -77,8 +80,73 @@ def test_a_value_that_is_not_finite_names_its_prompt(saved_model: Model, tmp_pat
         broken.module.get_input_embeddings().weight[20] = torch.inf
     plan = make_plan(broken, PROMPTS, tokens="all")
     with pytest.raises(UserError, match=r"resid_post\.0: .* NaN or infinite in float32, first in prompt '2'"):
-        for part in range(2):
-            spread_part(broken, plan, tmp_path / "x", (part, 2), allow_nonfinite=False)
+        spread_part(broken, plan, tmp_path / "x", (0, 1), allow_nonfinite=False)
+
+
+def test_a_store_at_a_url_is_fetched_with_the_bytes_of_one(saved_model: Model, whole: Path, tmp_path: Path):
+    url = (tmp_path / "far").as_uri()
+    with pytest.raises(UserError, match=r"far: has no manifest.json: it is no store, or its profile is not finished"):
+        fetch_store(url, tmp_path / "near")
+    (tmp_path / "far" / "shards").mkdir(parents=True)
+    (tmp_path / "far" / "shards" / "99999.safetensors").touch()  # of a larger profile that was stopped
+    profile_to_url(saved_model, PROMPTS, url, tokens="all")
+    assert contents(tmp_path / "far") == contents(whole)
+    store = fetch_store(url, tmp_path / "near")
+    store.verify()
+    assert contents(tmp_path / "near") == contents(whole)
+    with pytest.raises(UserError, match=r"exists already; choose another URL or pass overwrite=True"):
+        profile_to_url(saved_model, PROMPTS, url, tokens="all")
+    with pytest.raises(UserError, match=r"is at a URL.*`workbench stores fetch file://"):
+        Store.open(url)
+
+
+def test_a_profile_to_a_url_goes_on_where_it_was_stopped(
+    saved_model: Model, whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    url, asked = "memory://bucket/store", []
+
+    def stopped(model: Model, piece: pieces.Piece, **options: Any) -> Any:
+        asked.append(piece.number)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return write_piece(model, piece, **options)
+
+    monkeypatch.setattr(pieces, "write_piece", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        profile_to_url(saved_model, PROMPTS, url, tokens="all")
+    profile_to_url(saved_model, PROMPTS, url, tokens="all")
+    assert asked[:3] == [0, 1, 2]
+    assert asked[3:] == list(range(2, len(asked) - 1))
+    assert contents(fetch_store(url, whole.parent / "back").path) == contents(whole)
+
+
+def test_what_was_damaged_at_a_url_is_not_fetched(saved_model: Model, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "far")
+    shard = sorted((tmp_path / "far" / "shards").iterdir())[2]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"shards/00002.safetensors is not what its manifest says"):
+        fetch_store((tmp_path / "far").as_uri(), tmp_path / "near")
+    assert not (tmp_path / "near").exists()
+    shutil.copy(whole / "shards" / shard.name, shard)
+    assert contents(fetch_store((tmp_path / "far").as_uri(), tmp_path / "near").path) == contents(whole)
+    with pytest.raises(UserError, match=r"cannot reach nosuch://bucket/x.*give s3://, gs:// or file://"):
+        fetch_store("nosuch://bucket/x", tmp_path / "other")
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "SEEN_WITHIN", 0.1)
+    with pytest.raises(UserError, match=r"a worker on .* does not see .*a folder that all machines share, or a URL"):
+        parts.FolderParts(tmp_path / ".x.partial", "0" * 64).check("mark")
+
+
+def test_a_plan_for_other_devices_than_the_workers_have_is_refused(model_folder: Path, saved_model: Model):
+    class Far(LocalEngine):
+        name, device = "ray", "map"
+
+    with pytest.raises(
+        UserError, match=r"the workers compute on cuda and the model was loaded on cpu; load it with weights"
+    ):
+        profile_model(saved_model, PROMPTS, engine=Far())
 
 
 @pytest.mark.xdist_group("ray")

@@ -103,8 +103,9 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
         """Runs `task(model, piece, **common)` for every piece and yields (index of the piece, result) as they come in.
 
-        model: a `Model`, the recipe of one, or None for tasks that need none (they are given None). task: a function by its dotted path, `module:function`, so that nothing
-            but data is sent. pieces: taken one by one, as workers get free; they, `common` and the results are plain
+        model: a `Model`, the recipe of one, or None for tasks that need none (they are given None).
+        task: a function by its dotted path, `module:function`, so that nothing but data is sent.
+        pieces: taken one by one, as workers get free; they, `common` and the results are plain
             data, numpy arrays (a worker may not write to those that it is given) or tensors on the CPU.
         stop: asked between pieces; raises its `Stopped`. Work that was begun is then dropped.
         A piece whose worker dies is done again on another one, `ATTEMPTS` times at most. What a task raises is raised

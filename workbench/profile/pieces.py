@@ -13,7 +13,8 @@ import numpy as np
 from ..errors import UserError
 from ..prompts import Prompt, PromptSet
 from ..sites import Site
-from ..store.parts import FolderParts
+from ..store.parts import FolderParts, Parts
+from ..store.remote import UrlParts
 from .plan import Plan
 from .run import refuse_nonfinite, run_blocks
 from .spool import Numbers, Spool
@@ -106,9 +107,13 @@ def write_piece(
     model: Model, piece: Piece, *, settings: dict[str, Any], place: str, mark: str | None, allow_nonfinite: bool
 ) -> dict[str, Any]:
     """Computes a block and writes it to its place; the entry of its shard. A task of engines."""
-    parts = FolderParts(Path(place), settings["plan"])
-    if mark is not None:
-        parts.check(mark)
+    parts: Parts
+    if "://" in place:
+        parts = UrlParts(place, settings["plan"])
+    else:
+        parts = folder = FolderParts(Path(place), settings["plan"])
+        if mark is not None:
+            folder.check(mark)
     plan = plan_of(piece, settings)
     _check_widths(model, plan)
     _, rows, nonfinite = next(run_blocks(model, plan, [0]))

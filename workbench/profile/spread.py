@@ -17,9 +17,10 @@ from ..interrupts import Stopped, first_interrupt_noted
 from ..progress import progress
 from ..store.locks import claim_shared
 from ..store.parts import FolderParts
+from ..store.remote import UrlParts, numbers_left
 from ..store.writer import StoreWriter, partial_of
-from .pieces import piece_of, settings_of
-from .plan import Plan
+from .pieces import borrow_anatomy, piece_of, settings_of
+from .plan import Plan, make_plan
 from .profile import check_room
 from .tables import write_tables
 
@@ -44,7 +45,7 @@ def spread_store(
             mark = parts.make()
             there = parts.entries()
             _take(writer, parts, there, range(len(plan.blocks)))
-            left = [i for i in range(len(writer.blocks), len(plan.blocks)) if i not in there]
+            left = numbers_left([*range(len(writer.blocks)), *there], len(plan.blocks))
             if len(left) < len(plan.blocks):
                 log.info("%s: going on after %d of %d blocks", path, len(plan.blocks) - len(left), len(plan.blocks))
             common = {"settings": settings_of(plan), "place": str(writer.partial), "mark": mark,
@@ -59,6 +60,46 @@ def spread_store(
             writer.finish(plan.manifest, partial(write_tables, plan, model.tokenizer))
     except Stopped:
         raise Stopped("stopped: what is finished is kept; run the same again to go on") from None
+
+
+def profile_to_url(
+    model: Model, prompts: Any, url: str, *, engine: Engine | None = None, overwrite: bool = False,
+    allow_nonfinite: bool = False, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """`profile_model` to a URL that fsspec reaches, such as s3://bucket/profile; the manifest of the store there.
+
+    options: sites, tokens, batch_tokens, dtype, max_length, stride. `workbench stores fetch URL FOLDER` gives the store, with
+    the bytes that a profile into a folder has. Two profiles at once to one URL are not kept apart. Raises UserError as
+    `profile_model` does, and where the URL cannot be reached.
+    """
+    if engine is not None and model.is_skeleton:
+        borrow_anatomy(model, engine, options.get("sites"))
+    plan = make_plan(model, prompts, **options)
+    return spread_url(model, plan, url, engine, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+
+
+def spread_url(
+    model: Model, plan: Plan, url: str, engine: Engine | None, *, overwrite: bool, allow_nonfinite: bool
+) -> dict[str, Any]:
+    """Makes the store at a URL; its manifest, which is written last. Run again it goes on where it was."""
+    engine = engine or LocalEngine()
+    check_device(model, engine)
+    parts = UrlParts(url, plan.hash)
+    parts.begin(overwrite=overwrite)
+    there = parts.entries()
+    left = numbers_left(there, len(plan.blocks))
+    if there:
+        log.info("%s: going on after %d of %d blocks", url, len(there), len(plan.blocks))
+    common = {"settings": settings_of(plan), "place": url, "mark": None, "allow_nonfinite": allow_nonfinite}
+    try:
+        with first_interrupt_noted() as stop, _bar(model, plan, left) as bar:
+            made = engine.spread(model, TASK, (piece_of(plan, i) for i in left), common=common, stop=stop)
+            for index, entry in made:
+                there[left[index]] = entry
+                bar.update(plan.tokens_of(plan.blocks[left[index]]))
+    except Stopped:
+        raise Stopped("stopped: what is finished is kept; run the same again to go on") from None
+    return parts.commit(plan.manifest, there, partial(write_tables, plan, model.tokenizer))
 
 
 def spread_part(model: Model, plan: Plan, path: Path, part: tuple[int, int], *, allow_nonfinite: bool) -> int:

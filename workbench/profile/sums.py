@@ -36,6 +36,7 @@ from .plan import Block, Plan, make_plan
 from .run import BlockRunner
 
 if TYPE_CHECKING:
+    from ..engines import Engine
     from ..models import Model
 
 log = logging.getLogger("workbench")
@@ -59,6 +60,7 @@ def profile_moments(
     max_length: int | None = None,
     stride: int | None = None,
     overwrite: bool = False,
+    engine: Engine | None = None,
 ) -> list[Moments]:
     """The moments of the rows that `profile_model` would store, one for each fold of the prompts; their sum is of all.
 

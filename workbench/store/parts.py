@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MARKER = "marker"
 SEEN_WITHIN = 5.0
 """seconds in which what one machine wrote is to be seen by another"""
-_ENTRY = re.compile(r"(\d{5,})\.json")
+ENTRY = re.compile(r"(\d{5,})\.json")
 
 
 class Parts(Protocol):
@@ -61,7 +61,7 @@ class FolderParts:
         while not (self.folder / f".{MARKER}-{mark}").is_file():
             if time.monotonic() > end:
                 raise UserError(f"a worker on {os.uname().nodename} does not see {self.partial.parent}, where the store is "
-                                "written; give a folder that all machines share, or a URL (--out s3://BUCKET/NAME)")  # fmt: skip
+                                "written; give a folder that all machines share, or a URL (--out s3://...)")  # fmt: skip
             time.sleep(SEEN_WITHIN / 20)
 
     def shard(self, number: int) -> Path:
@@ -86,7 +86,7 @@ class FolderParts:
         """See `Parts.entries`."""
         found: dict[int, dict[str, Any]] = {}
         for file in self.folder.glob("*.json"):
-            match = _ENTRY.fullmatch(file.name)
+            match = ENTRY.fullmatch(file.name)
             if match is None or file.is_symlink():
                 continue
             entry, shard = json.loads(file.read_text(encoding="utf-8")), self.shard(int(match[1]))

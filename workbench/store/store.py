@@ -66,6 +66,9 @@ class Store:
         the manifest says, or whose header says other than the manifest; a pickle. A store that is replaced while it is
         open keeps its own rows, or says that it was replaced.
         """
+        if "://" in str(path):
+            raise UserError(f"store {path}: is at a URL, and a store is read from a folder; fetch it first: `workbench stores "
+                            f"fetch {path} FOLDER`")  # fmt: skip
         while True:
             folder = Folder(Path(path).expanduser())
             try:
