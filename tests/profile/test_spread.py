@@ -135,7 +135,7 @@ def test_what_was_damaged_at_a_url_is_not_fetched(saved_model: Model, whole: Pat
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parts, "SEEN_WITHIN", 0.1)
-    with pytest.raises(UserError, match=r"a worker on .* does not see .*a folder that all machines share, or a URL"):
+    with pytest.raises(UserError, match=r"a worker on .* does not see .*a folder that all machines share"):
         parts.FolderParts(tmp_path / ".x.partial", "0" * 64).check("mark")
 
 

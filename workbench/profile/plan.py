@@ -118,6 +118,11 @@ class Plan:
         part = slice(block.first, block.last)
         return int(self.spool.lengths[part][self.spool.sequences["n_rows"][part] > 0].sum())
 
+    def prompts_of(self, block: Block) -> np.ndarray:
+        """The prompt that each row of a block comes from."""
+        part = slice(block.first, block.last)
+        return np.repeat(self.spool.sequences["prompt"][part], self.spool.sequences["n_rows"][part])
+
     def prompt_of(self, row: int) -> int:
         """The prompt that a row comes from."""
         sequence = int(np.searchsorted(self.spool.sequences["first_row"], row, side="right")) - 1

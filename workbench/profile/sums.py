@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,8 +32,9 @@ from ..store.checks import MOMENTS, MOMENTS_FORMAT
 from ..store.locks import claim
 from ..tokens import Policy
 from ..work.room import memory_free
-from . import plan as plans
+from .pieces import borrow_anatomy
 from .plan import Block, Plan, make_plan
+from .reduction import add_rows, reduced
 from .run import BlockRunner
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ def profile_moments(
     folds: prompts are dealt into so many equal parts, drawn with `seed`.
     pairs: the two-site cross products to keep, as pairs of sites; None keeps all: L * (L + 1) / 2 matrices for L sites;
         those of each site with itself are always kept, and an empty list keeps no other.
+    engine: of `workbench.engines.open_engine`: its workers sum runs of blocks, which are added in a tree of one shape. The
+        sums are the same for any number of workers, and those of one process to 1e-12.
     products: dtype of the matrix products, on the model's device; sums are float64. The rows are in the model's dtype.
     Blocks are named like their sites (`resid_post.3`). The other arguments are those of `profile_model`. Raises what
     that does, and UserError for folds that are fewer than 1 or more than the prompts, for a pair of other sites, and for
@@ -76,20 +80,23 @@ def profile_moments(
 
     >>> total(profile_moments(model, prompts, folds=5)).cov("resid_post.1", "resid_post.2")    # doctest: +SKIP
     """
+    if engine is not None and model.is_skeleton:
+        borrow_anatomy(model, engine, sites)
     plan = make_plan(model, prompts, sites=sites, tokens=tokens, batch_tokens=batch_tokens, dtype="auto",
                      max_length=max_length, stride=stride, for_store=False)  # fmt: skip
     named = checked_pairs(model, plan, folds, pairs)
-    _check_room(model, plan, named, folds, saved=out is not None)
+    spread = engine is not None and engine.name != "local"
+    check_sums_room(torch.device("cpu") if spread else model.device, plan, named, folds, saved=out is not None)
     about = {"folds": folds, "seed": seed, "pairs": named, "products": str(products).removeprefix("torch.")}
+    if spread:
+        assert engine is not None
+        return _spread(model, plan, out, about, engine, overwrite)
     sums = _Sums(model, plan, folds, named, seed, products)
     if out is None:
         with first_interrupt_noted() as stop:
             sums.run(stop, None)
         return sums.folds
-    path = Path(out).expanduser()
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+    path = _free(Path(out).expanduser(), overwrite)
     with _Saved.locked(path, json_hash([plan.hash, about])) as saved:
         saved.restore(sums)
         try:
@@ -99,13 +106,45 @@ def profile_moments(
             saved.save(sums)
             raise Stopped(f"stopped: {sums.done} of {len(plan.blocks)} blocks are kept; run the same again to go "
                           "on") from None  # fmt: skip
-        with staged_folder(path, marker=MOMENTS, overwrite=overwrite) as folder:
-            files = _write_folds(sums.folds, folder)
-            write_json(
-                folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files}
-            )
+        _finish(sums.folds, plan, path, about, overwrite)
         saved.remove()
     return sums.folds
+
+
+def _finish(folds: list[Moments], plan: Plan, path: Path, about: dict[str, Any], overwrite: bool) -> None:
+    with staged_folder(path, marker=MOMENTS, overwrite=overwrite) as folder:
+        files = _write_folds(folds, folder)
+        write_json(folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files})
+
+
+def _spread(
+    model: Model, plan: Plan, out: str | Path | None, about: dict[str, Any], engine: Engine, overwrite: bool
+) -> list[Moments]:
+    """The same by the workers of an engine; see `reduction`."""
+    from .spread import check_device
+
+    check_device(model, engine)
+    key, fold_of = json_hash([plan.hash, about]), _dealt(len(plan.prompts), about["folds"], about["seed"])
+    with tempfile.TemporaryDirectory(prefix="workbench-") as temporary:
+        path = _free(Path(temporary) / "moments" if out is None else Path(out).expanduser().absolute(), overwrite)
+        with _Saved.locked(path, key) as saved:
+            try:
+                with first_interrupt_noted() as stop:
+                    folds = reduced(model, plan, fold_of, {**about, "key": key}, saved.folder, engine, stop)
+            except Stopped:
+                raise Stopped("stopped: the sums so far are kept; run the same again to go on") from None
+            if out is not None:
+                _finish(folds, plan, path, about, overwrite)
+            saved.remove()
+    return folds
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """Where a link leads; UserError where something is there already."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+    return path
 
 
 def load_moments(path: str | Path) -> list[Moments]:
@@ -156,9 +195,11 @@ def sums_bytes(plan: Plan, pairs: list[tuple[str, str]] | None, folds: int) -> i
     return moments_bytes({str(site): width for site, width in plan.widths.items()}, pairs, folds)
 
 
-def _check_room(model: Model, plan: Plan, pairs: list[tuple[str, str]] | None, folds: int, saved: bool) -> None:
+def check_sums_room(
+    device: torch.device, plan: Plan, pairs: list[tuple[str, str]] | None, folds: int, saved: bool
+) -> None:
     """Refuses sums that do not fit where they are held; a fold that is saved stands in the host's memory once more."""
-    one, device = sums_bytes(plan, pairs, 1), model.device
+    one = sums_bytes(plan, pairs, 1)
     host = one if saved else 0
     rooms = {device: folds * one + (host if device.type == "cpu" else 0)}
     if device.type == "cuda":
@@ -178,6 +219,15 @@ def _name(model: Model, plan: Plan, site: Site | str | int) -> str:
     return str(parsed)
 
 
+def _dealt(count: int, folds: int, seed: int) -> np.ndarray:
+    """The fold of each prompt."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    found = np.empty(count, dtype=np.int64)
+    found[order] = np.arange(count) % folds
+    return found
+
+
 def _write_folds(folds: list[Moments], folder: Path) -> dict[str, str]:
     for i, moments in enumerate(folds):
         moments.save(folder / f"fold-{i}.safetensors")
@@ -191,10 +241,7 @@ class _Sums:
                  products: torch.dtype) -> None:  # fmt: skip
         self.model, self.plan, self.pairs, self.products = model, plan, pairs, products
         self.folds, self.done = [self.empty() for _ in range(folds)], 0
-        dealt = list(range(len(plan.prompts)))
-        random.Random(seed).shuffle(dealt)
-        self.fold_of = np.empty(len(dealt), dtype=np.int64)
-        self.fold_of[dealt] = np.arange(len(dealt)) % folds
+        self.fold_of = _dealt(len(plan.prompts), folds, seed)
 
     def empty(self) -> Moments:
         return Moments(pairs=self.pairs, products=self.products)
@@ -214,19 +261,8 @@ class _Sums:
                     wait = max(SAVE_EVERY, SAVE_SHARE * (last - begin))
 
     def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
-        device = self.model.device
-        fold = torch.from_numpy(self.fold_of[self.plan.spool.rows(block.start, block.n)[0]])
-        for i, moments in enumerate(self.folds):
-            mine = (fold == i).nonzero().flatten()
-            if len(mine) == 0:
-                continue
-            step = max(1, plans.BLOCK_BYTES // self.plan.row_bytes)  # less than all of it for a prompt beyond a block
-            whole = len(mine) == block.n and block.n <= step
-            for part in mine.split(step):
-                moments.update({
-                    str(site): (v if whole else v.index_select(0, part.to(v.device))).to(device)
-                    for site, v in rows.items()
-                })  # fmt: skip
+        fold = torch.from_numpy(self.fold_of[self.plan.prompts_of(block)])
+        add_rows(self.folds, fold, block, rows, self.plan, self.model.device)
 
 
 class _Saved:
@@ -276,6 +312,7 @@ class _Saved:
 
     def remove(self) -> None:
         self._clear()
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
         (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):  # it holds what somebody else has put there
             self.folder.rmdir()

@@ -60,8 +60,8 @@ class FolderParts:
         end = time.monotonic() + SEEN_WITHIN
         while not (self.folder / f".{MARKER}-{mark}").is_file():
             if time.monotonic() > end:
-                raise UserError(f"a worker on {os.uname().nodename} does not see {self.partial.parent}, where the store is "
-                                "written; give a folder that all machines share, or a URL (--out s3://...)")  # fmt: skip
+                raise UserError(f"a worker on {os.uname().nodename} does not see {self.partial.parent}, which this is "
+                                "written to; give a folder that all machines share, or for a store a URL")  # fmt: skip
             time.sleep(SEEN_WITHIN / 20)
 
     def shard(self, number: int) -> Path:
