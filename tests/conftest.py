@@ -223,8 +223,11 @@ def saved_model(model_folder: Path) -> Model:
 
 @pytest.fixture(scope="session")
 def two_workers() -> Iterator[Engine]:
-    """Ray with two workers on a cluster of this machine: one for all tests, which are marked `xdist_group("ray")`."""
+    """Ray with two workers on a cluster of this machine: one for all tests, which are marked `xdist_group("ray")`.
+
+    The cluster says that it has three CPUs, so that a test may ask for a third.
+    """
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
-    with connected(None, n_cpus=2), open_engine("ray", workers=2) as engine:
+    with connected(None, n_cpus=3), open_engine("ray", workers=2) as engine:
         yield engine

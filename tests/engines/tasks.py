@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from workbench.errors import UserError
+from workbench.profile.pieces import write_piece
 
 
 def logits(model: Any, piece: Any, scale: float = 1.0) -> Any:
@@ -55,3 +56,17 @@ def sleeps(model: Any, piece: float) -> float:
 
 def threads(model: Any, piece: Any) -> tuple[int, str, str]:
     return torch.get_num_threads(), str(model.dtype), model.fingerprint_id
+
+
+def write_or_die(model: Any, piece: Any, folder: str, **options: Any) -> Any:
+    """`write_piece`, of which two workers die: one with nothing written, one that has written all but said nothing."""
+    mark = Path(folder) / str(piece.number)
+    first = piece.number in (1, 3) and not mark.exists()
+    if first:
+        mark.touch()
+    if first and piece.number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    entry = write_piece(model, piece, **options)
+    if first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return entry

@@ -11,7 +11,7 @@ from workbench.errors import UserError
 from workbench.maps.moments import Moments, total
 from workbench.models import load
 from workbench.profile import plan as profile_plan
-from workbench.profile import profile_model
+from workbench.profile import profile_model, room
 from workbench.profile import sums as profile_sums
 from workbench.profile.cost import profile_cost
 from workbench.profile.plan import make_plan
@@ -158,7 +158,7 @@ def test_the_bytes_are_those_that_are_then_held(llama, pairs):
 
 def test_sums_that_do_not_fit_are_refused_before_any_pass(llama, tmp_path, monkeypatch):
     size = moments_bytes({f"resid_post.{i}": llama.width for i in range(llama.n_layers)})
-    monkeypatch.setattr(profile_sums, "memory_free", lambda _: 2 * size)
+    monkeypatch.setattr(room, "memory_free", lambda _: 2 * size)
     profile_moments(llama, PROMPTS, tmp_path / "m")
     monkeypatch.setattr(llama, "run", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(UserError, match=r"of 3 sites in 2 folds need .* GiB on cpu, which has .*; give fewer sites"):
@@ -167,7 +167,7 @@ def test_sums_that_do_not_fit_are_refused_before_any_pass(llama, tmp_path, monke
 
 
 def test_the_memory_that_is_free_is_told():
-    assert profile_sums.memory_free(torch.device("cpu")) > 0
+    assert room.memory_free(torch.device("cpu")) > 0
 
 
 def test_a_model_in_float64_keeps_its_rows():

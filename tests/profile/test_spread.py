@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from workbench.profile.plan import make_plan
 from workbench.profile.spread import profile_to_url, spread_part
 from workbench.store import Store, parts
 from workbench.store.remote import fetch_store
+from workbench.store.writer import StoreWriter
 
 from ..conftest import make_model
 
@@ -151,8 +153,51 @@ def test_a_plan_for_other_devices_than_the_workers_have_is_refused(model_folder:
 
 @pytest.mark.xdist_group("ray")
 class TestRay:
-    def test_bytes_are_those_of_one_process(self, two_workers: Engine, model_folder: Path, whole: Path, tmp_path: Path):
+    @pytest.mark.parametrize("workers", [1, 2, 3])
+    def test_bytes_are_those_of_one_process(self, two_workers: Engine, model_folder: Path, whole: Path, tmp_path: Path,
+                                            workers: int, monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+        monkeypatch.setattr(two_workers, "workers", workers)
         skeleton = load(model_folder, weights=False)
         profile_model(skeleton, PROMPTS, tmp_path / "ray", tokens="all", engine=two_workers)
         assert contents(tmp_path / "ray") == contents(whole)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "ray"]
+
+    def test_sites_within_blocks_are_planned_without_weights(
+        self, two_workers: Engine, model_folder: Path, saved_model: Model, tmp_path: Path
+    ):
+        options: dict[str, Any] = {"sites": ["mlp_act.1", "attn_out.0"], "tokens": "last"}
+        one = profile_model(saved_model, PROMPTS, tmp_path / "one", **options)
+        skeleton = load(model_folder, weights=False)
+        profile_model(skeleton, PROMPTS, tmp_path / "ray", engine=two_workers, **options)
+        assert contents(tmp_path / "ray") == contents(one.path)
+
+    def test_lost_workers_and_a_stopped_driver_cost_no_byte(
+        self, two_workers: Engine, saved_model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        marks, adopt, before = tmp_path / "marks", StoreWriter.adopt, two_workers.redone
+        marks.mkdir()
+
+        def dying(self: Any, model: Any, task: str, pieces: Any, *, common: Any, stop: Any) -> Any:
+            return spread(
+                model, "tests.engines.tasks:write_or_die", pieces, common={**common, "folder": str(marks)}, stop=stop
+            )
+
+        def stopped(self: StoreWriter, *args: Any) -> None:
+            if len(self.blocks) == 5:
+                raise KeyboardInterrupt
+            adopt(self, *args)
+
+        spread = two_workers.spread
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "adopt", stopped)
+            patch.setattr(type(two_workers), "spread", dying)
+            with pytest.raises(KeyboardInterrupt):
+                profile_model(saved_model, PROMPTS, tmp_path / "ray", tokens="all", engine=two_workers)
+        assert two_workers.redone - before == 2
+        profile_model(saved_model, PROMPTS, tmp_path / "ray", tokens="all", engine=two_workers)
+        assert contents(tmp_path / "ray") == contents(whole)
+
+    def test_workers_write_to_a_url(self, two_workers: Engine, model_folder: Path, whole: Path, tmp_path: Path):
+        skeleton = load(model_folder, weights=False)
+        profile_to_url(skeleton, PROMPTS, (tmp_path / "far").as_uri(), tokens="all", engine=two_workers)
+        assert contents(tmp_path / "far") == contents(whole)

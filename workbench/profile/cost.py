@@ -12,8 +12,9 @@ import torch
 from ..work import Lengths, ModelShape, forward
 from ..work.room import disk_free, memory_free
 from .plan import Block, Plan, make_plan
+from .room import sums_bytes
 from .run import BlockRunner
-from .sums import Pairs, checked_pairs, sums_bytes
+from .sums import Pairs, checked_pairs
 
 if TYPE_CHECKING:
     from ..models import Model

@@ -27,6 +27,7 @@ from ..store.parts import FolderParts
 from . import plan as plans
 from .pieces import Piece, piece_of, plan_of, settings_of
 from .plan import Block, Plan
+from .room import check_sums_room
 from .run import BlockRunner
 from .spool import Numbers
 
@@ -165,8 +166,6 @@ def add_sums(model: None, piece: dict[str, Any], *, folder: str, folds: int) -> 
 
 def _summed(model: Model, run: Run, settings: dict[str, Any], about: dict[str, Any],
             shifts: Sequence[dict[str, np.ndarray]]) -> list[Moments]:  # fmt: skip
-    from .sums import check_sums_room
-
     dtype, device = getattr(torch, about["products"]), model.device
     pairs = None if about["pairs"] is None else [tuple(pair) for pair in about["pairs"]]
     points = [{name: torch.from_numpy(point.copy()).to(device) for name, point in shift.items()} for shift in shifts]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
-import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic import make_parent, staged_folder, write_json
+from ..atomic import staged_folder, write_json
 from ..errors import UserError
 from ..hashes import file_hash, json_hash
 from ..interrupts import Stopped, first_interrupt_noted
@@ -29,13 +25,14 @@ from ..progress import progress
 from ..sites import Site
 from ..small_files import plain_file, read_json
 from ..store.checks import MOMENTS, MOMENTS_FORMAT
-from ..store.locks import claim
 from ..tokens import Policy
-from ..work.room import memory_free
 from .pieces import borrow_anatomy
 from .plan import Block, Plan, make_plan
 from .reduction import add_rows, reduced
+from .room import check_sums_room
+from .room import moments_bytes as moments_bytes
 from .run import BlockRunner
+from .saved_sums import SavedSums, write_folds
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -91,13 +88,13 @@ def profile_moments(
     if spread:
         assert engine is not None
         return _spread(model, plan, out, about, engine, overwrite)
-    sums = _Sums(model, plan, folds, named, seed, products)
+    sums = Sums(model, plan, folds, named, seed, products)
     if out is None:
         with first_interrupt_noted() as stop:
             sums.run(stop, None)
         return sums.folds
     path = _free(Path(out).expanduser(), overwrite)
-    with _Saved.locked(path, json_hash([plan.hash, about])) as saved:
+    with SavedSums.locked(path, json_hash([plan.hash, about])) as saved:
         saved.restore(sums)
         try:
             with first_interrupt_noted() as stop:
@@ -113,7 +110,7 @@ def profile_moments(
 
 def _finish(folds: list[Moments], plan: Plan, path: Path, about: dict[str, Any], overwrite: bool) -> None:
     with staged_folder(path, marker=MOMENTS, overwrite=overwrite) as folder:
-        files = _write_folds(folds, folder)
+        files = write_folds(folds, folder)
         write_json(folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files})
 
 
@@ -127,7 +124,7 @@ def _spread(
     key, fold_of = json_hash([plan.hash, about]), _dealt(len(plan.prompts), about["folds"], about["seed"])
     with tempfile.TemporaryDirectory(prefix="workbench-") as temporary:
         path = _free(Path(temporary) / "moments" if out is None else Path(out).expanduser().absolute(), overwrite)
-        with _Saved.locked(path, key) as saved:
+        with SavedSums.locked(path, key) as saved:
             try:
                 with first_interrupt_noted() as stop:
                     folds = reduced(model, plan, fold_of, {**about, "key": key}, saved.folder, engine, stop)
@@ -168,48 +165,11 @@ def load_moments(path: str | Path) -> list[Moments]:
     return [load_file(path / name, named=False) for name in names]
 
 
-def moments_bytes(widths: Mapping[str, int], pairs: Iterable[tuple[str, str]] | None = None, folds: int = 1) -> int:
-    """The bytes of moments: of float64 sums and products of blocks with these widths, for each fold.
-
-    pairs: as of `Moments`: None keeps the products of all blocks with each other, an empty list those within each.
-
-    >>> moments_bytes({"a": 2, "b": 3}), moments_bytes({"a": 2, "b": 3}, [], folds=2)   # 8 * (2*2 + 2*3 + 3*3 + 2*(2+3))
-    (232, 368)
-    """
-    if pairs is None:
-        kept = set(combinations(sorted(widths), 2))
-    else:
-        kept = {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}
-    products = sum(width**2 for width in widths.values()) + sum(widths[a] * widths[b] for a, b in kept)
-    return 8 * folds * (products + 2 * sum(widths.values()))
-
-
 def checked_pairs(model: Model, plan: Plan, folds: int, pairs: Pairs | None) -> list[tuple[str, str]] | None:
     """The pairs by name; UserError for one of other sites, and for folds that the prompts do not make."""
     if not 1 <= folds <= len(plan.prompts):
         raise UserError(f"folds={folds} is not within 1 to {len(plan.prompts)}, the number of prompts")
     return None if pairs is None else [(_name(model, plan, a), _name(model, plan, b)) for a, b in pairs]
-
-
-def sums_bytes(plan: Plan, pairs: list[tuple[str, str]] | None, folds: int) -> int:
-    return moments_bytes({str(site): width for site, width in plan.widths.items()}, pairs, folds)
-
-
-def check_sums_room(
-    device: torch.device, plan: Plan, pairs: list[tuple[str, str]] | None, folds: int, saved: bool
-) -> None:
-    """Refuses sums that do not fit where they are held; a fold that is saved stands in the host's memory once more."""
-    one = sums_bytes(plan, pairs, 1)
-    host = one if saved else 0
-    rooms = {device: folds * one + (host if device.type == "cpu" else 0)}
-    if device.type == "cuda":
-        rooms[torch.device("cpu")] = 2 * host
-    for where, needed in rooms.items():
-        if needed > memory_free(where):
-            raise UserError(f"the moments of {len(plan.sites)} sites in {folds} fold{'s' if folds > 1 else ''} need "
-                            f"{needed / 2**30:.1f} GiB on {where}, which has {memory_free(where) / 2**30:.1f} GiB free; "
-                            "give fewer sites, fewer folds, or the pairs to keep: pairs=[...] (--pairs none keeps "
-                            "products within each site only)")  # fmt: skip
 
 
 def _name(model: Model, plan: Plan, site: Site | str | int) -> str:
@@ -228,13 +188,7 @@ def _dealt(count: int, folds: int, seed: int) -> np.ndarray:
     return found
 
 
-def _write_folds(folds: list[Moments], folder: Path) -> dict[str, str]:
-    for i, moments in enumerate(folds):
-        moments.save(folder / f"fold-{i}.safetensors")
-    return {f"fold-{i}.safetensors": file_hash(folder / f"fold-{i}.safetensors") for i in range(len(folds))}
-
-
-class _Sums:
+class Sums:
     """The running sums of each fold, after `done` blocks of the plan."""
 
     def __init__(self, model: Model, plan: Plan, folds: int, pairs: list[tuple[str, str]] | None, seed: int,
@@ -246,7 +200,7 @@ class _Sums:
     def empty(self) -> Moments:
         return Moments(pairs=self.pairs, products=self.products)
 
-    def run(self, stop: Any, saved: _Saved | None) -> None:
+    def run(self, stop: Any, saved: SavedSums | None) -> None:
         plan, last, wait = self.plan, time.monotonic(), SAVE_EVERY
         before = sum(plan.tokens_of(block) for block in plan.blocks[: self.done])
         desc = f"moments of {Path(self.model.name).name}"
@@ -263,71 +217,3 @@ class _Sums:
     def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
         fold = torch.from_numpy(self.fold_of[self.plan.prompts_of(block)])
         add_rows(self.folds, fold, block, rows, self.plan, self.model.device)
-
-
-class _Saved:
-    """The sums so far, in a hidden folder beside `out`; `now.json` names the last set that was written whole."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
-
-    @classmethod
-    @contextmanager
-    def locked(cls, out: Path, key: str) -> Iterator[_Saved]:
-        """One run at a time for each `out`."""
-        make_parent(out)
-        folder = out.parent / f".{out.name}.moments-partial"  # not a store's `.partial`, which may hold its only copy
-        lock = claim(folder, out)
-        try:
-            yield cls(folder, key)
-        finally:
-            os.close(lock)
-
-    def save(self, sums: _Sums) -> None:
-        folder = self.folder / f"after-{sums.done}"
-        if not folder.exists():
-            with staged_folder(folder, marker=MOMENTS) as new:
-                _write_folds(sums.folds, new)
-        files = {file.name: file_hash(file) for file in sorted(folder.glob("fold-*.safetensors"))}
-        write_json(self.folder / "now.json", {"key": self.key, "done": sums.done, "files": files})
-        self._clear(but=folder)
-
-    def restore(self, sums: _Sums) -> None:
-        """Takes up the sums of an earlier run with the same arguments; anything else is cleared away."""
-        try:
-            now = json.loads((self.folder / "now.json").read_text(encoding="utf-8"))
-            if now["key"] != self.key:
-                return self._clear()
-            done = int(now["done"])
-            folder = self.folder / f"after-{done}"
-            files = [folder / f"fold-{i}.safetensors" for i in range(len(sums.folds))]
-            if {file.name: file_hash(file) for file in files} != now["files"] or done > len(sums.plan.blocks):
-                log.warning("%s is damaged; its moments are made anew", folder)
-                return self._clear()
-        except (OSError, ValueError, KeyError, TypeError):
-            return self._clear()
-        sums.folds, sums.done = [_going_on(sums, Moments.load(file)) for file in files], done
-        self._clear(but=folder)
-        log.info("going on after %d of %d blocks", sums.done, len(sums.plan.blocks))
-
-    def remove(self) -> None:
-        self._clear()
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        (self.folder / "lock").unlink(missing_ok=True)
-        with suppress(OSError):  # it holds what somebody else has put there
-            self.folder.rmdir()
-
-    def _clear(self, but: Path | None = None) -> None:
-        """Removes what was made here, whole or while it was being written, and nothing else."""
-        for found in [*self.folder.glob("after-*"), *self.folder.glob(".after-*")]:
-            if found != but and found.is_dir() and not found.is_symlink():
-                shutil.rmtree(found, ignore_errors=True)
-        for found in [*self.folder.glob(".now.json.*"), *([self.folder / "now.json"] if but is None else [])]:
-            found.unlink(missing_ok=True)
-
-
-def _going_on(sums: _Sums, loaded: Moments) -> Moments:
-    if not loaded.n:
-        return sums.empty()
-    loaded.products = sums.products
-    return loaded.to(sums.model.device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError
+from ..hashes import file_hash
 from .shards import write_shard, write_synced
 from .writer import partial_of, shard_name
 
@@ -89,8 +90,11 @@ class FolderParts:
             match = ENTRY.fullmatch(file.name)
             if match is None or file.is_symlink():
                 continue
-            entry, shard = json.loads(file.read_text(encoding="utf-8")), self.shard(int(match[1]))
-            if shard.is_file() and not shard.is_symlink() and shard.stat().st_size == entry["bytes"]:
+            try:
+                entry, shard = json.loads(file.read_text(encoding="utf-8")), self.shard(int(match[1]))
+            except ValueError:
+                continue  # damaged: the block is computed again
+            if shard.is_file() and not shard.is_symlink() and file_hash(shard) == entry["sha256"]:
                 found[int(match[1])] = entry
         return found
 
