@@ -511,6 +511,25 @@ def _tell_growth(found: dict[str, Any]) -> str:
     return growth_bench.tell(found)
 
 
+def _engines(folder: Path) -> dict[str, Any]:
+    from . import engine_bench
+
+    return engine_bench.bench(folder)
+
+
+def _tell_engines(found: dict[str, Any]) -> str:
+    rows = [(name, f"{found['seconds'][name]:.2f}", f"{found['spread'][name]:.2f}", f"{found['ratio'][name]:.2f}")
+            for name in found["seconds"]]  # fmt: skip
+    same = f"The bytes of all {found['compared']} stores {'are equal' if found['equal'] else '**differ**'}."
+    return "\n\n".join([
+        f"A profile of the bundled recipient, every token in float32, in {found['pieces']} pieces, {found['repeats']} times in "
+        f"turns on {found['cores']} cores; the workers had loaded their replicas (the first profile with Ray, which waits for "
+        f"that, took {found['ready_s']:.1f} s):",
+        table(["engine", "seconds, median", "largest - smallest", "over local"], rows),
+        f"A piece that does nothing costs {1e3 * found['overhead_s']:.1f} ms by Ray. {same}",
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, Section] = {
     "speed": Section("Profiling against a plain forward pass", _speed, _tell_speed),
     "device-gpu": Section("A GPU's limits, and what is reached of them", _device, _tell_device, gpu=True),
@@ -528,5 +547,6 @@ SECTIONS: dict[str, Section] = {
     "fold-gpu": Section("Folded feed-forward networks on a GPU", _gpu_fold, _tell_fold, gpu=True),
     "growth": Section("How time grows with rows, width and layers", _growth, _tell_growth),
     "explorer": Section("The explorer on a large store, and under ten readers", _explorer, _tell_explorer),
+    "engines": Section("Engines: one process against Ray", _engines, _tell_engines),
     "faults": Section("Stores: kills and races", _faults, _tell_faults),
 }
