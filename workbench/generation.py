@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UserError
-from .memory import batches_that_fit
+from .memory import parts_that_fit
 from .progress import progress
 from .prompts import PromptSet, encode, pad
+from .replicas import batch_seed, run_batches
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
@@ -76,45 +77,80 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    adapter: Adapter | Blend | None,
+    adapters: Sequence[Adapter | Blend | None],
     seed: int,
     desc: str,
     on_text: Callable[[str], None] | None,
     **options: Any,
-) -> list[str]:
-    """See `Model.generate`."""
-    from transformers import GenerationConfig
-
+) -> list[list[str]]:
+    """The answers under each adapter; see `Model.generate`."""
     from .adapters.demonstrations import check_positions
 
     _check(model, max_new_tokens, batch_size, on_text is not None, options)
     prompts = PromptSet.load(prompts)
     encoded = encode(prompts, model.tokenizer, max_length=model.max_length - max_new_tokens)
-    check_positions(adapter, prompts, encoded)
-    given = {"pad_token_id": model.pad_id, "eos_token_id": model.end_ids or None, "do_sample": False, **options}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, **given)
-    if config.do_sample:  # what draws nothing leaves the generator to whoever draws meanwhile
-        torch.manual_seed(seed)
+    for adapter in adapters:
+        check_positions(adapter, prompts, encoded)
+    given = {"pad_token_id": model.pad_id, "eos_token_id": model.end_ids or None, "do_sample": False,
+             "max_new_tokens": max_new_tokens, **options}  # fmt: skip
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i])) if on_text is None else list(range(len(encoded)))
     size = batch_size if on_text is None else 1
-    answers: dict[int, str] = {}
-    with progress(total=len(encoded), desc=desc, unit="prompt") if on_text is None else nullcontext() as bar:
-        for batch in batches_that_fit(order[start : start + size] for start in range(0, len(order), size)):
-            with batch as rows:
-                ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-                call = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device),
-                        "generation_config": config}  # fmt: skip
-                if on_text is not None:
-                    call["streamer"] = _streamer(model.tokenizer, on_text)
-                edited = nullcontext() if adapter is None else adapter.on(model, prompt_lengths=mask.sum(1))
-                with torch.inference_mode(), edited:
-                    out = model.backend.call(model, "generate", call)
-                texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
-                step = len(texts) // len(rows)  # several samples a prompt: the first is kept
-                answers.update(zip(rows, texts[::step], strict=True))
-                if bar is not None:  # none beside text that comes word by word
-                    bar.update(len(rows))
-    return [answers[i] for i in range(len(encoded))]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    pieces = [(k, ([encoded[i] for i in rows], batch_seed(seed, number)))
+              for k in range(len(adapters)) for number, rows in enumerate(batches)]  # fmt: skip
+    answers = [[""] * len(encoded) for _ in adapters]
+    with (
+        progress(total=len(encoded) * len(adapters), desc=desc, unit="prompt")
+        if on_text is None
+        else nullcontext() as bar
+    ):
+        for i, texts in _answered(model, pieces, adapters, given, on_text):
+            rows = batches[i % len(batches)]
+            for row, text in zip(rows, texts, strict=True):
+                answers[i // len(batches)][row] = text
+            if bar is not None:  # none beside text that comes word by word
+                bar.update(len(rows))
+    return answers
+
+
+def _answered(
+    model: Model, pieces: list[Any], adapters: Sequence[Adapter | Blend | None], options: dict[str, Any],
+    on_text: Callable[[str], None] | None,
+) -> Iterator[tuple[int, list[str]]]:  # fmt: skip
+    if on_text is None:
+        return run_batches(model, "workbench.generation:answer_batch", pieces, adapters, options=options)
+    # word by word: here, whoever runs what is waited for
+    return ((i, answer_batch(model, data, adapters[k], options, on_text)) for i, (k, data) in enumerate(pieces))
+
+
+def answer_batch(
+    model: Model,
+    batch: tuple[list[list[int]], int],
+    adapter: Adapter | Blend | None,
+    options: dict[str, Any],
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The answers to one batch. batch: the ids of its prompts and the seed of what is drawn in it."""
+    from transformers import GenerationConfig
+
+    encoded, seed = batch
+    config = GenerationConfig(**options)
+    numbered = list(enumerate(encoded))
+
+    def run(part: Sequence[tuple[int, list[int]]]) -> list[str]:
+        if config.do_sample:  # what draws nothing leaves the generator to whoever draws meanwhile
+            torch.manual_seed(batch_seed(seed, part[0][0]))  # of a whole batch its own
+        ids, mask = pad([ids for _, ids in part], model.pad_id, "left")
+        call = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "generation_config": config}
+        if on_text is not None:
+            call["streamer"] = _streamer(model.tokenizer, on_text)
+        edited = nullcontext() if adapter is None else adapter.on(model, prompt_lengths=mask.sum(1))
+        with torch.inference_mode(), edited:
+            out = model.backend.call(model, "generate", call)
+        texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+        return texts[:: len(texts) // len(part)]  # several samples a prompt: the first is kept
+
+    return [text for texts in parts_that_fit(numbered, run) for text in texts]
 
 
 def check_room(model: Model, prompt: Any, max_new_tokens: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import UserError
+
+T, Made = TypeVar("T"), TypeVar("Made")
 
 log = logging.getLogger("workbench")
 ON_THE_HOST = "can't allocate memory"
@@ -70,6 +72,22 @@ def batches_that_fit(batches: Iterable[Sequence[int]], unit: str = "prompts") ->
             most = len(batch.rows) // 2
             _give_back()
             log.warning("out of memory with %d %s at once; going on with %d", len(batch.rows), unit, most)
+
+
+def parts_that_fit(items: Sequence[T], run: Callable[[Sequence[T]], Made], unit: str = "prompts") -> list[Made]:
+    """The results of `run` on all items at once, or, where memory runs out, on halves, on quarters, one after another.
+
+    >>> def run(part):
+    ...     if len(part) > 2: raise MemoryError
+    ...     return sum(part)
+    >>> parts_that_fit([1, 2, 3, 4], run)
+    [3, 7]
+    """
+    made: list[Made] = []
+    for batch in batches_that_fit([range(len(items))], unit):
+        with batch as rows:
+            made.append(run([items[i] for i in rows]))
+    return made
 
 
 def _give_back() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,16 @@ class Model:
     """A Hugging Face causal language model, ready to be read and edited. Made by `load`.
 
     Attributes: `module`, `tokenizer`, `name` (what it was loaded from), `folder` (its local files, where known),
-    `decoder` (the part that is not the LM head), `blocks_path`, `backend` (how it is read and edited).
+    `decoder` (the part that is not the LM head), `blocks_path`, `backend` (how it is read and edited), `engine` (who runs
+    its batches: see `replicas.spread_over`; None: itself), `edited` (how many edits are open).
     """
 
     def __init__(self, module: Any, tokenizer: Any, name: str, folder: Path | None = None, revision: str = "",
                  blocks: str | None = None, backend: Backend | None = None, elsewhere: str = "") -> None:  # fmt: skip
         self.module, self.tokenizer, self.name, self.folder, self.revision = module, tokenizer, name, folder, revision
         self.backend: Backend = backend or HooksBackend()
+        self.engine: Any = None
+        self.edited = 0
         self.blocks_path, self._blocks = find_blocks(module, blocks)
         self.decoder: nn.Module = getattr(module, "get_decoder", lambda: None)() or module
         self._elsewhere = elsewhere
@@ -138,7 +141,16 @@ class Model:
         self, edits: Mapping[Site, torch_hooks.Edit], prompt_lengths: Int[Tensor, " b"] | Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
         """Replaces the states h at each site by `fn(h, where)` inside the block; see `backends.torch_hooks.edit`."""
-        return self.backend.edit(self, edits, prompt_lengths)
+        return self._counted(self.backend.edit(self, edits, prompt_lengths))
+
+    @contextmanager
+    def _counted(self, edit: AbstractContextManager[None]) -> Iterator[None]:
+        with edit:
+            self.edited += 1
+            try:
+                yield
+            finally:
+                self.edited -= 1
 
     @property
     def missing(self) -> dict[str, str]:
@@ -208,11 +220,26 @@ class Model:
 
         Greedy unless `options` say otherwise (any argument of a Hugging Face GenerationConfig; `generation.Decoding` has
         the usual ones). Prompts are batched by length and padded left; greedy answers do not depend on `batch_size` but
-        for float noise. Sampling draws from torch's generator, which is seeded with `seed` here. With `on_text` the
-        prompts are answered one by one, and it is called with each piece of text as it comes.
+        for float noise. Sampling draws from torch's generator, which each batch seeds anew, with `seed` and its number.
+        With `on_text` the prompts are answered one by one, and it is called with each piece of text as it comes.
         """
-        return generation.generate(self, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=adapter,
-                                   seed=seed, desc=desc, on_text=on_text, **options)  # fmt: skip
+        return generation.generate(self, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapters=[adapter],
+                                   seed=seed, desc=desc, on_text=on_text, **options)[0]  # fmt: skip
+
+    def generate_each(
+        self,
+        prompts: Any,
+        adapters: Sequence[Adapter | Blend | None],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        desc: str = "generating",
+        **options: Any,
+    ) -> list[list[str]]:
+        """`generate` under each of several adapters, all batches at once: what replicas share out best."""
+        return generation.generate(self, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                   adapters=list(adapters), seed=seed, desc=desc, on_text=None, **options)  # fmt: skip
 
     def prove(self, layers: Sequence[int] | None = None) -> None:
         """Proves the sites in a few passes of 16 tokens; at `layers` (first, middle and last unless given) that writing

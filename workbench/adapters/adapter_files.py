@@ -48,6 +48,16 @@ def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False, st
         raise UserError(
             f"unknown storage {storage!r}; allowed: {', '.join(STORAGES)}, or None for the tensors as they are"
         )
+    header, tensors = header_and_tensors(adapter, storage)
+    with staged_folder(folder, marker=ADAPTER, overwrite=overwrite) as staged:
+        (staged / ADAPTER).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
+        if adapter.meta.get("kind") == "paste":
+            (staged / CARD).write_text(card_text(adapter), encoding="utf-8")
+
+
+def header_and_tensors(adapter: Adapter, storage: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What adapter.json and adapter.safetensors hold of an adapter."""
     header: dict[str, Any] = {
         "format": FORMAT,
         "version": 3 if storage else 2 if adapter.terms else 1,
@@ -70,11 +80,7 @@ def write_adapter(adapter: Adapter, folder: Path, *, overwrite: bool = False, st
             tensors |= {f"{prefix}{site}.{key}": tensor for key, tensor in kept.items()}
     header |= {"terms": entries} if adapter.terms else entries[0]
     header |= {"storage": storage} if storage else {}
-    with staged_folder(folder, marker=ADAPTER, overwrite=overwrite) as staged:
-        (staged / ADAPTER).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
-        (staged / "adapter.safetensors").write_bytes(to_bytes(tensors))
-        if adapter.meta.get("kind") == "paste":
-            (staged / CARD).write_text(card_text(adapter), encoding="utf-8")
+    return header, tensors
 
 
 def _prefixed(terms: list[Any]) -> list[tuple[str, Any]]:
@@ -84,8 +90,13 @@ def _prefixed(terms: list[Any]) -> list[tuple[str, Any]]:
 
 def read_adapter(folder: Path) -> Adapter:
     """Reads adapter.json and adapter.safetensors; UserError, in one line, for anything that is not whole."""
+    header = read_json(folder / ADAPTER, "write the adapter again")
+    return adapter_of(header, lambda: read_safetensors(folder / "adapter.safetensors")[0], folder)
+
+
+def adapter_of(header: Any, read: Callable[[], Mapping[str, Tensor]], folder: Path) -> Adapter:
+    """The adapter of `header_and_tensors`; errors name the files of `folder`, and `read` is called once the header is good."""
     file = folder / ADAPTER
-    header = read_json(file, "write the adapter again")
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") not in VERSIONS:
         raise UserError(f"{file} is not of format {FORMAT!r} version {' or '.join(map(str, VERSIONS))}")
     several = header["version"] == 2 or (header["version"] == 3 and "terms" in header)
@@ -94,7 +105,7 @@ def read_adapter(folder: Path) -> Adapter:
     entries = header["terms"] if several else [header]
     for entry in entries:
         _check_header(file, entry, _PLACES)
-    tensors, _ = read_safetensors(folder / "adapter.safetensors")
+    tensors = read()
     terms = [_assemble(folder, prefix, entry, tensors, packed) for prefix, entry in _prefixed(entries)]
     if len({term.positions for term in terms}) < len(terms):
         raise UserError(f"{file} is damaged: two of its terms have the same positions; write the adapter again")

@@ -18,10 +18,11 @@ from ..adapters.blend import Blend
 from ..adapters.demonstrations import answer_log_probs, check_positions, encode_demonstrations
 from ..backends.torch_hooks import tokens_needed
 from ..errors import UserError
-from ..memory import batches_that_fit
+from ..memory import parts_that_fit
 from ..models import Model
 from ..progress import progress
 from ..prompts import PromptSet, encode, opener_ids, pad
+from ..replicas import run_batches
 from .graders import find, grade
 from .statistics import Interval, mcnemar, mean_interval, rate
 
@@ -95,12 +96,29 @@ def measure(
     batch_size: int = 64,
 ) -> Measured:
     """Greedy answers of a model (with `adapter`, where given), graded, and the log-odds on the same prompts."""
+    return measure_each(model, behaviour, prompts, [(name, adapter)], max_new_tokens=max_new_tokens,
+                        batch_size=batch_size)[0]  # fmt: skip
+
+
+def measure_each(
+    model: Model,
+    behaviour: Behaviour,
+    prompts: PromptSet,
+    arms: Sequence[tuple[str, Adapter | None]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[Measured]:
+    """`measure` of several arms, (name, adapter) each; `seconds` are an equal share of those of all."""
     began = time.perf_counter()
-    what = f"{behaviour.name}: {name or 'answers'}"
-    answers = model.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter=adapter, desc=what)
-    passed = grade(behaviour.grader, answers, prompts, **behaviour.grader_args)
-    odds = log_odds(model, prompts, behaviour.openers, adapter, batch_size=2 * batch_size)
-    return Measured(name, tuple(answers), tuple(passed), odds, time.perf_counter() - began)
+    names, adapters = [name for name, _ in arms], [adapter for _, adapter in arms]
+    what = f"{behaviour.name}: {(names[0] or 'answers') if len(arms) == 1 else f'{len(arms)} arms'}"
+    answers = model.generate_each(prompts, adapters, max_new_tokens=max_new_tokens, batch_size=batch_size, desc=what)
+    passed = [grade(behaviour.grader, texts, prompts, **behaviour.grader_args) for texts in answers]
+    odds = log_odds_each(model, prompts, behaviour.openers, adapters, batch_size=2 * batch_size)
+    seconds = (time.perf_counter() - began) / max(1, len(arms))
+    return [Measured(name, tuple(texts), tuple(verdicts), row, seconds)
+            for name, texts, verdicts, row in zip(names, answers, passed, odds, strict=True)]  # fmt: skip
 
 
 def log_odds(
@@ -118,20 +136,54 @@ def log_odds(
 
     Raises UserError where S is the whole vocabulary, or an opener has no tokens.
     """
+    return log_odds_each(model, prompts, openers, [adapter], batch_size)[0]
+
+
+def log_odds_each(
+    model: Model,
+    prompts: PromptSet | Sequence[Any],
+    openers: Sequence[str],
+    adapters: Sequence[Adapter | Blend | None],
+    batch_size: int = 128,
+) -> Float[Tensor, "k n"]:
+    """`log_odds` under each of k adapters, all batches at once: what replicas share out best."""
     prompts = PromptSet.load(prompts)
     encoded = encode(prompts, model.tokenizer, max_length=model.max_length)
-    check_positions(adapter, prompts, encoded)
-    found = torch.empty(len(prompts), dtype=torch.float64)
-    chosen = _first_tokens(model, prompts, openers)
-    with progress(total=len(encoded), desc="log-odds", unit="prompt") as bar, torch.inference_mode():
-        for batch in batches_that_fit(_by_length(encoded, batch_size)):
-            with batch as rows:
-                ids, mask = pad([encoded[i] for i in rows], model.pad_id, "left")
-                with adapter.on(model) if adapter is not None else nullcontext():
-                    last = model.logits(ids, mask, last_only=True)[:, -1]
-                found[rows] = set_log_odds(last, chosen).cpu()
-                bar.update(len(rows))
-    return found
+    for adapter in adapters:
+        check_positions(adapter, prompts, encoded)
+    batches = list(_by_length(encoded, batch_size))
+    return _gathered(model, "log_odds_batch", encoded, batches, adapters, "log-odds",
+                     tokens=_first_tokens(model, prompts, openers))  # fmt: skip
+
+
+def log_odds_batch(
+    model: Model, batch: list[list[int]], adapter: Adapter | Blend | None, tokens: Sequence[int]
+) -> Float[Tensor, " b"]:
+    """The log-odds of one batch of encoded prompts."""
+
+    def run(part: Sequence[list[int]]) -> Tensor:
+        ids, mask = pad(list(part), model.pad_id, "left")
+        with torch.inference_mode(), adapter.on(model) if adapter is not None else nullcontext():
+            return set_log_odds(model.logits(ids, mask, last_only=True)[:, -1], tokens).cpu()
+
+    return torch.cat(parts_that_fit(batch, run))
+
+
+def _gathered(
+    model: Model, task: str, items: Sequence[Any], batches: Sequence[list[int]],
+    adapters: Sequence[Adapter | Blend | None], desc: str, **common: Any,
+) -> Tensor:  # fmt: skip
+    """The results [b, ...] of a task of this module on every batch of items under each adapter, [k, n, ...], float64."""
+    pieces = [(k, [items[i] for i in rows]) for k in range(len(adapters)) for rows in batches]
+    found: Tensor | None = None
+    with progress(total=len(items) * len(adapters), desc=desc, unit="prompt") as bar:
+        for number, result in run_batches(model, f"{__name__}:{task}", pieces, adapters, **common):
+            if found is None:
+                found = torch.empty(len(adapters), len(items), *result.shape[1:], dtype=torch.float64)
+            rows = batches[number % len(batches)]
+            found[number // len(batches)][rows] = result
+            bar.update(len(rows))
+    return torch.empty(len(adapters), len(items), dtype=torch.float64) if found is None else found
 
 
 def log_likelihood(
@@ -148,16 +200,24 @@ def log_likelihood(
     prompts = PromptSet.load(demonstrations)
     samples = encode_demonstrations(model, prompts)
     check_positions(adapter, prompts, [ids for ids, _ in samples])
-    found = torch.empty(len(samples), dtype=torch.float64)
-    with progress(total=len(samples), desc="log-likelihood", unit="prompt") as bar, torch.inference_mode():
-        for batch in batches_that_fit(_by_length([p + a for p, a in samples], batch_size)):
-            with batch as rows:
-                some = [samples[i] for i in rows]
-                lengths = torch.tensor([len(p) for p, _ in some])
-                with adapter.on(model, prompt_lengths=lengths) if adapter is not None else nullcontext():
-                    found[rows] = answer_log_probs(model, some).double().cpu()
-                bar.update(len(rows))
-    return found
+    batches = list(_by_length([p + a for p, a in samples], batch_size))
+    return _gathered(model, "log_likelihood_batch", samples, batches, [adapter], "log-likelihood")[0]
+
+
+def log_likelihood_batch(
+    model: Model, batch: list[tuple[list[int], list[int]]], adapter: Adapter | Blend | None
+) -> Float[Tensor, " b"]:
+    """The log-likelihoods of one batch of (prompt, answer)."""
+
+    def run(part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        lengths = torch.tensor([len(p) for p, _ in part])
+        with (
+            torch.inference_mode(),
+            adapter.on(model, prompt_lengths=lengths) if adapter is not None else nullcontext(),
+        ):
+            return answer_log_probs(model, list(part)).double().cpu()
+
+    return torch.cat(parts_that_fit(batch, run))
 
 
 def set_log_odds(logits: Float[Tensor, "b v"], tokens: Sequence[int]) -> Float[Tensor, " b"]:
@@ -234,13 +294,8 @@ def kl_on_text(
         )
     widest = max(map(len, encoded)) * model.module.get_input_embeddings().weight.shape[0]
     size = max(1, min(batch_size, LOGIT_BUDGET // widest))
-    sums = torch.zeros(len(encoded), 4, dtype=torch.float64)  # kl, base loss, edited loss, tokens
-    with progress(total=len(encoded), desc="neutral text", unit="text") as bar, torch.inference_mode():
-        for batch in batches_that_fit(_by_length(encoded, size), "texts"):
-            with batch as rows:
-                cuts = [min(len(encoded[i]) - 1, max(needed, round(split * len(encoded[i])))) for i in rows]
-                sums[rows] = _shift_batch(model, [encoded[i] for i in rows], cuts, adapter)
-                bar.update(len(rows))
+    cut = [(row, min(len(row) - 1, max(needed, round(split * len(row))))) for row in encoded]
+    sums = _gathered(model, "shift_batch", cut, list(_by_length(encoded, size)), [adapter], "neutral text")[0]
     kl, base, edited, tokens = sums.unbind(1)
     total = float(tokens.sum())
     per_text = kl / tokens
@@ -255,28 +310,34 @@ def shift_of_answers(
 
     answers: the ids of a prompt and of its answer, as `response_ids` gives them. KL as of `kl_on_text`.
     """
-    found = torch.empty(len(answers), dtype=torch.float64)
-    with torch.inference_mode():
-        for batch in batches_that_fit(_by_length([p + a for p, a in answers], batch_size), "answers"):
-            with batch as rows:
-                whole, cuts = [answers[i][0] + answers[i][1] for i in rows], [len(answers[i][0]) for i in rows]
-                kl, _, _, tokens = _shift_batch(model, whole, cuts, adapter).unbind(1)
-                found[rows] = kl / tokens
-    return found
+    whole = [(p + a, len(p)) for p, a in answers]
+    batches = list(_by_length([row for row, _ in whole], batch_size))
+    sums = _gathered(model, "shift_batch", whole, batches, [adapter], "answers' distributions")[0]
+    return sums[:, 0] / sums[:, 3]
 
 
-def _shift_batch(
-    model: Model, batch: list[list[int]], cuts: list[int], adapter: Adapter | None
+def shift_batch(
+    model: Model, batch: list[tuple[list[int], int]], adapter: Adapter | Blend | None
 ) -> Float[Tensor, "b 4"]:
-    """Sums over the continuation of each text: KL, loss of the plain and of the edited model, and how many tokens."""
-    ids, mask = pad(batch, model.pad_id, "right")
+    """Sums over the continuation of each text: KL, loss of the plain and of the edited model, and how many tokens.
+
+    batch: the ids of each text, and how many of them come before its continuation.
+    """
+    return torch.cat(parts_that_fit(batch, lambda part: _shift_part(model, part, adapter), "texts"))
+
+
+@torch.inference_mode()
+def _shift_part(
+    model: Model, batch: Sequence[tuple[list[int], int]], adapter: Adapter | Blend | None
+) -> Float[Tensor, "b 4"]:
+    ids, mask = pad([row for row, _ in batch], model.pad_id, "right")
     plain = model.logits(ids, mask)
     edited = plain
     if adapter is not None:
-        with adapter.on(model, prompt_lengths=torch.tensor(cuts)):
+        with adapter.on(model, prompt_lengths=torch.tensor([cut for _, cut in batch])):
             edited = model.logits(ids, mask)
-    parts = zip(plain, edited, batch, cuts, strict=True)
-    return torch.stack([_shift(p, q, torch.tensor(row), cut) for p, q, row, cut in parts])
+    parts = zip(plain, edited, batch, strict=True)
+    return torch.stack([_shift(p, q, torch.tensor(row), cut) for p, q, (row, cut) in parts])
 
 
 def _shift(
