@@ -22,14 +22,13 @@ from .backends.torch_hooks import tokens_needed
 from .convert import ConverterFits
 from .converter_specs import method_pairs
 from .errors import UserError
-from .evaluate.behaviour import log_odds
+from .evaluate.behaviour import log_odds_each
 from .evaluate.controls import at_length, delta_norm, mean_delta, random_converter, shuffled_pairs, sigma_length
 from .evaluate.idleness import ineffective
 from .evaluate.statistics import mean_interval, sign_agreement, spearman
 from .forecast import Candidate, Forecast, candidates_of, forecast_pastes, matched_candidates, paste_candidate, rank
 from .jobs import BehaviourTable
 from .layer_matching import match_layers, matched_sites
-from .progress import progress
 from .prompts import PromptSet, encode
 from .sensitivity import Gradients
 from .sites import Site
@@ -174,7 +173,8 @@ class BehaviourTransfer:
         t, job, donor = self.shared, self.shared.job, self.adapter("donor")
         prompts = t.prompts(self.table.validation)
         start = time.perf_counter()
-        effect = log_odds(t.donor, prompts, self.table.openers, donor) - log_odds(t.donor, prompts, self.table.openers)
+        acting, plain = log_odds_each(t.donor, prompts, self.table.openers, [donor, None])
+        effect = acting - plain
         target = float(effect.mean())
         idle = ineffective(self.name, mean_interval(effect))
         if idle is not None:
@@ -220,11 +220,9 @@ class BehaviourTransfer:
         """Measures the first candidates and an even spread of the rest on validation prompts."""
         t = self.shared
         step = max(1, len(ranked) // MEASURED)
-        for i in progress(
-            sorted({0, 1, 2, *range(0, len(ranked), step)} & set(range(len(ranked)))), desc="checking forecasts"
-        ):
-            adapter = self._folded(Choice(ranked[i].candidate, ranked[i].strength), donor)
-            after = log_odds(t.recipient, prompts, self.table.openers, adapter)
+        some = sorted({0, 1, 2, *range(0, len(ranked), step)} & set(range(len(ranked))))
+        adapters = [self._folded(Choice(ranked[i].candidate, ranked[i].strength), donor) for i in some]
+        for i, after in zip(some, log_odds_each(t.recipient, prompts, self.table.openers, adapters), strict=True):
             rows[i]["measured_on"] = float((after - before).mean())
 
     def _folded(self, f: Choice | Forecast, donor: Adapter, fits: ConverterFits | None = None) -> Adapter:

@@ -28,6 +28,7 @@ from .sites import Site, find_blocks, plain_module, text_config
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.blend import Blend
+    from .engines import Engine
 
 log = logging.getLogger("workbench")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +46,7 @@ class Model:
                  blocks: str | None = None, backend: Backend | None = None, elsewhere: str = "") -> None:  # fmt: skip
         self.module, self.tokenizer, self.name, self.folder, self.revision = module, tokenizer, name, folder, revision
         self.backend: Backend = backend or HooksBackend()
-        self.engine: Any = None
+        self.engine: Engine | None = None
         self.edited = 0
         self.blocks_path, self._blocks = find_blocks(module, blocks)
         self.decoder: nn.Module = getattr(module, "get_decoder", lambda: None)() or module

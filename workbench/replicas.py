@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,12 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.blend import Blend
+    from .engines import Engine
     from .models import Model
-
-Task = Callable[..., Any]
-"""called as task(model, data, adapter, **common): one batch, under an adapter or none"""
 
 
 @contextmanager
-def spread_over(engine: Any, *models: Model) -> Iterator[None]:
+def spread_over(engine: Engine | None, *models: Model) -> Iterator[None]:
     """Inside the block what `models` do in batches (answers, log-odds, text shifts) is spread over replicas by `engine`.
 
     The batches are those of a run on one machine and a batch's seed is its own, so that answers and figures are equal
@@ -45,45 +42,40 @@ def run_batches(
     model: Model,
     task: str,
     pieces: Sequence[tuple[int, Any]],
-    adapters: Sequence[Adapter | Blend | None] = (None,),
+    adapters: Sequence[Any] = (None,),
     **common: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Runs every piece and yields (its number, its result): in order here, as they come in from replicas.
 
     Args:
-        task: "module:function" of a `Task`.
+        task: the "module:function" of one batch, called as task(model, data, adapter, **common).
         pieces: (number of its adapter, data) each; data and common values are plain values, arrays or tensors.
+        adapters: an Adapter, a Blend or None each.
 
     Raises:
         UserError: where replicas would not do what is asked: the model is edited, in this process alone.
     """
-    engine = model.engine
-    if engine is None or engine.name == "local":
-        run = named(task)
-        yield from ((i, run(model, data, adapters[k], **common)) for i, (k, data) in enumerate(pieces))
-        return
-    if model.edited:
-        raise UserError("this model is edited inside a `with` block, which its replicas would not see; give the adapter as an "
-                        "argument, or leave the engine out")  # fmt: skip
-    from .engines import recipe_of
+    from .engines import LocalEngine
 
-    packed = [packed_adapter(adapter) for adapter in adapters]
-    sent = {"task": task, "adapters": packed, "common": common}
-    yield from engine.spread(recipe_of(model), "workbench.replicas:run_piece", list(pieces), sent)
+    engine = model.engine or LocalEngine()
+    if engine.name != "local":
+        if model.edited:
+            raise UserError("this model is edited inside a `with` block, which its replicas would not see; give the adapter "
+                            "as an argument, or leave the engine out")  # fmt: skip
+        adapters = [packed_adapter(adapter) for adapter in adapters]
+    sent = {"task": task, "adapters": adapters, "common": common}
+    yield from engine.spread(model, "workbench.replicas:run_piece", pieces, common=sent)
 
 
 def run_piece(
     model: Model, piece: tuple[int, Any], *, task: str, adapters: Sequence[Any], common: Mapping[str, Any]
 ) -> Any:
-    """One piece of `run_batches` on a replica."""
+    """One piece of `run_batches`, on a replica or on the model at hand."""
+    from .engines.engine import task_named
+
     number, data = piece
-    return named(task)(model, data, unpacked_adapter(adapters[number]), **common)
-
-
-def named(task: str) -> Task:
-    """The function of "module:function"."""
-    module, _, function = task.partition(":")
-    return getattr(importlib.import_module(module), function)
+    adapter = adapters[number]
+    return task_named(task)(model, data, unpacked_adapter(adapter) if isinstance(adapter, dict) else adapter, **common)
 
 
 def batch_seed(seed: int, number: int) -> int:
@@ -100,7 +92,7 @@ def batch_seed(seed: int, number: int) -> int:
 Packed = dict[str, Any]
 
 
-def packed_adapter(adapter: Adapter | Blend | None) -> Packed | None:
+def packed_adapter(adapter: Any) -> Packed | None:
     """An adapter as plain data: of each adapter its header and the bytes of its safetensors file."""
     from safetensors.torch import save
 
@@ -111,21 +103,21 @@ def packed_adapter(adapter: Adapter | Blend | None) -> Packed | None:
     if adapter is None:
         return None
     if not isinstance(adapter, Adapter | Blend):
-        raise UserError(f"a {type(adapter).__name__} does not travel to replicas of a model; give an Adapter or a Blend")
+        raise UserError(
+            f"a {type(adapter).__name__} does not travel to replicas of a model; give an Adapter or a Blend"
+        )
     parts = list(adapter.adapters) if isinstance(adapter, Blend) else [adapter]
     made = [header_and_tensors(replace(part, meta={})) for part in parts]
     schedules = list(adapter.schedules) if isinstance(adapter, Blend) else None
     return {"parts": [(header, save(tensors)) for header, tensors in made], "schedules": schedules}
 
 
-def unpacked_adapter(packed: Packed | None) -> Adapter | Blend | None:
+def unpacked_adapter(packed: Packed) -> Adapter | Blend:
     """What `packed_adapter` packed."""
     from safetensors.torch import load
 
     from .adapters.adapter_files import adapter_of
     from .adapters.blend import Blend
 
-    if packed is None:
-        return None
     made = [adapter_of(header, lambda data=data: load(data), Path("adapter")) for header, data in packed["parts"]]
     return made[0] if packed["schedules"] is None else Blend(made, packed["schedules"])

@@ -16,7 +16,7 @@ from ..adapters.adapter import Adapter
 from ..atomic import write_text
 from ..models import Model
 from ..prompts import PromptSet
-from .behaviour import Behaviour, Measured, kl_on_text, log_odds, measure
+from .behaviour import Behaviour, Measured, kl_on_text, log_odds_each, measure_each
 from .comparison import dose_response
 from .plugins import origin
 from .statistics import Interval, gain_share, mcnemar, mean_interval, rate, wilson
@@ -90,18 +90,28 @@ def _share_over_draws(values: Sequence[float], base: float, native: float) -> In
     return mean_interval([(v - base) / (native - base) for v in values])
 
 
-def _arm(b: BehaviourTransfer, model: Model, prompts: PromptSet, adapters: Sequence[Adapter | None], name: str) -> Arm:
-    """Answers and log-odds under each adapter; of several draws only the first few answer."""
+def _arms(
+    b: BehaviourTransfer, model: Model, prompts: PromptSet, drawn: Mapping[str, Sequence[Adapter | None]]
+) -> dict[str, Arm]:
+    """Answers and log-odds of each arm, under each of its adapters; of several draws only the first few answer.
+
+    All arms of a model go at once, so that replicas of it share the batches of all of them.
+    """
     table, evaluate = b.table, b.shared.job.evaluate
     behaviour = Behaviour(table.name, tuple(table.openers), table.grader, table.grader_args, table.score_name)
-    answering = adapters[: evaluate.rate_draws] if len(adapters) > 1 else adapters
-    graded = [
-        measure(model, behaviour, prompts, a, name=name, max_new_tokens=evaluate.max_new_tokens,
-                batch_size=evaluate.batch_size)
-        for a in answering
-    ]  # fmt: skip
-    rest = [log_odds(model, prompts, table.openers, a) for a in adapters[len(graded) :]]
-    return Arm(graded, torch.stack([*(m.log_odds for m in graded), *rest]))
+    answering = {
+        name: adapters[: evaluate.rate_draws] if len(adapters) > 1 else adapters for name, adapters in drawn.items()
+    }
+    graded = measure_each(model, behaviour, prompts, [(n, a) for n, some in answering.items() for a in some],
+                          max_new_tokens=evaluate.max_new_tokens, batch_size=evaluate.batch_size)  # fmt: skip
+    rest = [(n, a) for n, adapters in drawn.items() for a in adapters[len(answering[n]) :]]
+    odds = log_odds_each(model, prompts, table.openers, [a for _, a in rest])
+    made: dict[str, Arm] = {}
+    for name in drawn:
+        own = [m for m in graded if m.name == name]
+        more = [row for (n, _), row in zip(rest, odds, strict=True) if n == name]
+        made[name] = Arm(own, torch.stack([*(m.log_odds for m in own), *more]))
+    return made
 
 
 def _shown(answers: list[str], openers: list[str]) -> list[bool]:
@@ -123,19 +133,18 @@ def _side_effects(b: BehaviourTransfer, arms: Mapping[str, Adapter | None]) -> d
     if table.evaluation_not:
         away = t.prompts(table.evaluation_not)[: evaluate.limit]
         longest = max(len(t.recipient.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in table.openers)
-        for name, adapter in arms.items():
-            answers = t.recipient.generate(away, max_new_tokens=longest + 4, batch_size=evaluate.batch_size, adapter=adapter,
-                                           desc=f"{b.name} where not wanted, {name}")  # fmt: skip
+        made = t.recipient.generate_each(away, list(arms.values()), max_new_tokens=longest + 4,
+                                         batch_size=evaluate.batch_size, desc=f"{b.name} where not wanted")  # fmt: skip
+        for name, answers in zip(arms, made, strict=True):
             found["over_trigger"][name] = rate(_shown(answers, table.openers)).as_dict()
     for other in t.job.behaviours:
         if other.name == b.name:
             continue
         prompts = t.prompts(other.evaluation)[: evaluate.limit]
-        plain = log_odds(t.recipient, prompts, other.openers)
+        acting = {name: adapter for name, adapter in arms.items() if adapter is not None}
+        plain, *odds = log_odds_each(t.recipient, prompts, other.openers, [None, *acting.values()])
         found["log_odds_elsewhere"][other.name] = {
-            name: mean_interval(log_odds(t.recipient, prompts, other.openers, adapter) - plain).as_dict()
-            for name, adapter in arms.items()
-            if adapter is not None
+            name: mean_interval(row - plain).as_dict() for name, row in zip(acting, odds, strict=True)
         }
     return found
 
@@ -193,16 +202,15 @@ def _ratio(a: float, b: float) -> float | None:
 def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_file: str) -> dict[str, Any]:
     t, table = b.shared, b.table
     prompts = t.prompts(table.evaluation)[: t.job.evaluate.limit]
-    single: dict[str, tuple[Model, Adapter | None]] = {
-        "donor_base": (t.donor, None), "donor_adapter": (t.donor, b.adapter("donor")), "base": (t.recipient, None),
-        **({"native": (t.recipient, b.adapter("native"))} if with_native else {}),
-        "paste": (t.recipient, b.adapter("paste")), "pinv": (t.recipient, b.adapter("pinv")),
+    donors: dict[str, Adapter | None] = {"donor_base": None, "donor_adapter": b.adapter("donor")}
+    single: dict[str, Adapter | None] = {
+        "base": None, **({"native": b.adapter("native")} if with_native else {}),
+        **{name: b.adapter(name) for name in ("paste", "pinv", "mean_delta")},
     }  # fmt: skip
-    single["mean_delta"] = (t.recipient, b.adapter("mean_delta"))
-    arms = {name: _arm(b, model, prompts, [adapter], name) for name, (model, adapter) in single.items()}
     drawn = b.controls(chosen) if t.job.evaluate.draws else {}
-    arms |= {name: _arm(b, t.recipient, prompts, adapters, name) for name, adapters in drawn.items()}
-    ours = {n: [a] for n, (m, a) in single.items() if m is t.recipient and a is not None} | drawn
+    arms = _arms(b, t.donor, prompts, {name: [adapter] for name, adapter in donors.items()})
+    arms |= _arms(b, t.recipient, prompts, {**{name: [adapter] for name, adapter in single.items()}, **drawn})
+    ours = {name: [adapter] for name, adapter in single.items() if adapter is not None} | drawn
     lengths = {n: [float(np.mean([f(a) for a in adapters])) for f in (b.sigma, b.norm)] for n, adapters in ours.items()}
     rows = {}
     for name, arm in arms.items():
@@ -213,8 +221,7 @@ def _measure(b: BehaviourTransfer, chosen: Choice, with_native: bool, answers_fi
         result["gain_share"] = arms["paste"].share(arms["base"], arms["native"])
         others = [n for n in arms if n in ("pinv", "mean_delta", *drawn)]
         result["control_share"] = {n: arms[n].share(arms["base"], arms["native"]) for n in others}
-    kept = {n: a for n, (m, a) in single.items() if m is t.recipient}
-    result["side_effects"] = _side_effects(b, kept)
+    result["side_effects"] = _side_effects(b, single)
     # on the evaluation prompts: nothing is chosen by it
     result["dose"] = dose_response(t.recipient, prompts, table.openers, b.adapter("paste"), (1.0, *t.job.evaluate.dose))
     result["examples"] = _answers(b, prompts, arms, answers_file)

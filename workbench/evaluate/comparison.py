@@ -10,7 +10,7 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..models import Model
 from ..prompts import PromptSet
-from .behaviour import Measured, kl_on_text, log_odds
+from .behaviour import Measured, kl_on_text, log_odds_each
 from .statistics import mcnemar, mean_interval
 
 if TYPE_CHECKING:
@@ -50,12 +50,13 @@ def dose_response(
     that each strength costs there is wanted too. A point is {"strength", "log_odds": {"value", "low", "high"}, "kl"}.
     """
     prompts = PromptSet.load(prompts)
+    doses = [
+        replace(adapter, strength=adapter.strength * factor) if factor else None for factor in sorted({0.0, *factors})
+    ]
     points = []
-    for factor in sorted({0.0, *factors}):
-        dosed = replace(adapter, strength=adapter.strength * factor)
-        odds = mean_interval(log_odds(model, prompts, openers, dosed if factor else None))
-        point = {"strength": float(dosed.strength), "log_odds": odds.as_dict()}
+    for dosed, odds in zip(doses, log_odds_each(model, prompts, openers, doses), strict=True):
+        point = {"strength": float(dosed.strength) if dosed else 0.0, "log_odds": mean_interval(odds).as_dict()}
         if texts is not None:
-            point["kl"] = kl_on_text(model, texts, dosed).kl.value if factor else 0.0
+            point["kl"] = kl_on_text(model, texts, dosed).kl.value if dosed else 0.0
         points.append(point)
     return points

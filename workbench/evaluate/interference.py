@@ -16,7 +16,7 @@ from ..adapters.blend import Blend
 from ..errors import UserError
 from ..prompts import PromptSet, encode, pad
 from ..sites import Site
-from .behaviour import log_odds
+from .behaviour import log_odds_each
 from .statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def measure_interference(
         adapter.check(model)
     prompts = PromptSet.load(prompts)
     cosine, length = _deltas(model, list(named.values()), prompts, batch_size)
-    plain = log_odds(model, prompts, openers, batch_size=batch_size)
-    single = [log_odds(model, prompts, openers, a, batch_size=batch_size) - plain for a in named.values()]
-    joint = log_odds(model, prompts, openers, Blend(list(named.values())), batch_size=batch_size) - plain
+    asked = [None, Blend(list(named.values())), *named.values()]
+    plain, *moved = log_odds_each(model, prompts, openers, asked, batch_size)
+    joint, *single = (odds - plain for odds in moved)
     excess = joint - torch.stack(single).sum(0)
     return Interference(tuple(named), cosine, length, tuple(map(mean_interval, single)), mean_interval(joint),
                         mean_interval(excess))  # fmt: skip
