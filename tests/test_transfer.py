@@ -217,15 +217,15 @@ def test_a_damaged_artefact_of_another_run_is_made_again(folders, prompts, undis
     assert numbers(run) == numbers(undisturbed)
 
 
-@pytest.mark.parametrize("place", ["train_adapter", "forecast_pastes", "measure"])
+@pytest.mark.parametrize("place", ["train_adapter", "forecast_pastes", "measure_each"])
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folders, prompts, undisturbed, tmp_path, monkeypatch, place):
-    job, owner = a_job(folders, prompts, tmp_path), arms if place == "measure" else module
+    job, owner = a_job(folders, prompts, tmp_path), arms if place == "measure_each" else module
     with monkeypatch.context() as patch:
         whole, calls = getattr(owner, place), []
 
         def stops(*args: Any, **kwargs: Any) -> Any:
             calls.append(place)
-            if len(calls) == 2:  # the first behaviour goes through, or the first arm of it
+            if len(calls) == 2:  # the first behaviour goes through, or the donor's arms of it
                 raise KeyboardInterrupt
             return whole(*args, **kwargs)
 

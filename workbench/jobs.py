@@ -6,7 +6,7 @@ import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +16,9 @@ from .converter_specs import ConverterSpec
 from .errors import UserError
 from .runs import Run, failures_told
 from .small_files import read_toml, reason
+
+if TYPE_CHECKING:
+    from .engines import Engine
 
 log = logging.getLogger("workbench")
 
@@ -244,11 +247,16 @@ def _table_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
     return tables[str(loc[0])] if loc else Job
 
 
-def run_job(job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | Path] = ()) -> Run:
+def run_job(
+    job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | Path] = (), engine: Engine | None = None
+) -> Run:
     """Runs a transfer job to its end and returns its run folder, with metrics.json and report.html in it.
 
     Steps already done with the same inputs are reused, also those of other run folders, `like`: several recipients of one
-    donor profile it, and train its adapters, once. Raises UserError for anything in the job that cannot be done.
+    donor profile it, and train its adapters, once. With an `engine` of `workbench.engines.open_engine` its replicas of the
+    two models make the profiles, the answers and the log-odds; adapters are trained, gradients taken and converters fitted
+    here. What the run leaves is the same, the times apart; environment.json says who ran it.
+    Raises UserError for anything in the job that cannot be done.
 
     >>> first = run_job("job.toml")  # doctest: +SKIP
     >>> run_job(open_job("job.toml", recipient="bundled:outsider"), like=[first.folder])  # doctest: +SKIP
@@ -266,8 +274,8 @@ def run_job(job: Job | str | Path | Mapping[str, Any], *, like: Iterable[str | P
             for stale in ("metrics.json", "report.html"):  # of another job: its results are not this one's
                 (run.folder / stale).unlink(missing_ok=True)
         write_text(run.folder / "job.toml", job.text)
-        metrics = transfer(job, run)
-        write_json(run.folder / "environment.json", metrics["environment"])
+        metrics = transfer(job, run, engine)
+        write_json(run.folder / "environment.json", {**metrics["environment"], **(engine.about() if engine else {})})
         write_json(run.folder / "metrics.json", metrics)
         write_report(run.folder)
     return run

@@ -59,12 +59,22 @@ def run_batches(
 
     engine = model.engine or LocalEngine()
     if engine.name != "local":
+        check_device(model, engine)
         if model.edited:
             raise UserError("this model is edited inside a `with` block, which its replicas would not see; give the adapter "
                             "as an argument, or leave the engine out")  # fmt: skip
         adapters = [packed_adapter(adapter) for adapter in adapters]
     sent = {"task": task, "adapters": adapters, "common": common}
     yield from engine.spread(model, "workbench.replicas:run_piece", pieces, common=sent)
+
+
+def check_device(model: Model, engine: Engine) -> None:
+    """Raises UserError for replicas on another kind of device than the model: their bits would be others."""
+    kind = engine.device.replace("map", "cuda")
+    if kind and model.device.type != kind:
+        raise UserError(f"the workers compute on {kind} and {model.name} is on {model.device.type}, so that answers and "
+                        f"figures would be others; load it on {kind}, or choose the workers' device (--gpus-per-worker 0 is "
+                        "the CPU)")  # fmt: skip
 
 
 def run_piece(

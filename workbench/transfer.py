@@ -11,6 +11,7 @@ from typing import Any
 
 from .behaviour_transfer import BehaviourTransfer
 from .convert import ConverterFits
+from .engines import Engine
 from .jobs import BehaviourTable, Job, ModelTable
 from .models import Model, load
 from .profile import profile_model
@@ -21,24 +22,27 @@ from .store import Store
 from .trials import TrialSets
 
 
-def _load(table: ModelTable) -> Model:
-    return load(table.model, dtype=table.dtype, device=table.device, revision=table.revision, blocks=table.blocks)
-
-
 @dataclass
 class Transfer:
     """What the steps of one job share: models, profiles, factorised fits, prompt sets and gradients, each made once."""
 
     job: Job
     run: Run
+    engine: Engine | None = None
+    """who runs profiles and evaluations; training, gradients and fits are done here"""
 
     @cached_property
     def donor(self) -> Model:
-        return _load(self.job.donor)
+        return self._load(self.job.donor)
 
     @cached_property
     def recipient(self) -> Model:
-        return _load(self.job.recipient)
+        return self._load(self.job.recipient)
+
+    def _load(self, table: ModelTable) -> Model:
+        model = load(table.model, dtype=table.dtype, device=table.device, revision=table.revision, blocks=table.blocks)
+        model.engine = self.engine
+        return model
 
     def model(self, side: str) -> Model:
         return self.donor if side == "donor" else self.recipient
@@ -139,11 +143,11 @@ def _profiles(t: Transfer) -> dict[str, Any]:
     return made
 
 
-def transfer(job: Job, run: Run) -> dict[str, Any]:
-    """Runs the job and returns its metrics; artefacts and step records lie in the run folder."""
+def transfer(job: Job, run: Run, engine: Engine | None = None) -> dict[str, Any]:
+    """Runs the job and returns its metrics, the same on any engine; artefacts and step records lie in the run folder."""
     from .evaluate.arms import measure_arms
 
-    t = Transfer(job, run)
+    t = Transfer(job, run, engine)
     start = time.perf_counter()
     metrics: dict[str, Any] = {"schema": 1, "environment": environment(), "warnings": []}
     metrics["job"] = {"name": job.name, "seed": job.seed, "donor": t.donor.name, "recipient": t.recipient.name,
