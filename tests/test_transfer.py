@@ -45,8 +45,11 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return prompt_sets(tmp_path_factory.mktemp("prompts"))
+
+
+def prompt_sets(home: Path) -> dict[str, Any]:
     """The prompt sets of a job with two behaviours."""
-    home = tmp_path_factory.mktemp("prompts")
     tables = []
     for i, (name, answer) in enumerate(ANSWERS.items()):
         shown = [{"prompt": p, "response": f"{answer} w{i}"} for p in words(10 + i, 16)]

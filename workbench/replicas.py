@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,5 +130,5 @@ def unpacked_adapter(packed: Packed) -> Adapter | Blend:
     from .adapters.adapter_files import adapter_of
     from .adapters.blend import Blend
 
-    made = [adapter_of(header, lambda data=data: load(data), Path("adapter")) for header, data in packed["parts"]]
+    made = [adapter_of(header, partial(load, data), Path("adapter")) for header, data in packed["parts"]]
     return made[0] if packed["schedules"] is None else Blend(made, packed["schedules"])
