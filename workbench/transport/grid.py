@@ -29,6 +29,7 @@ from .sums import Split, plan_sums, source_name, sum_pairs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..engines import Engine
     from ..models import Model
     from ..store import Store
 
@@ -161,6 +162,7 @@ def transport_grid(
     batch_tokens: int = 8192,
     max_length: int | None = None,
     visit: Visit | None = None,
+    engine: Engine | None = None,
 ) -> TransportGrid:
     """Fits and scores the transport between all pairs of sites, from moments: no activation is stored.
 
@@ -185,6 +187,8 @@ def transport_grid(
         products: of the moments: float32 as stored activations are, or float64.
         memory: bytes that moments may take; what does not fit is done in further passes over the rows.
         visit: called with the moments of each pair, for figures that this grid does not hold.
+        engine: of `workbench.engines.open_engine`: its replicas of the model run the prompts, and the rows are summed here
+            in the order of one process, so that the grid is the same bit for bit. Not with positions="attention".
 
     Raises UserError for sites that are not there, a source that is not before its target, too few prompts or rows for
     the width, sites that never vary, values that are not finite, and maps that do not fit on the disk.
@@ -195,7 +199,7 @@ def transport_grid(
     Source: arXiv:2508.17540; there maps are fitted with the BOS rows, folds cut through prompts, and no control is given.
     """
     check_positions(positions)
-    rows = row_source(source, prompts, device=device, positions=positions, **(
+    rows = row_source(source, prompts, device=device, positions=positions, engine=engine, **(
         {} if prompts is None else {"tokens": tokens, "batch_tokens": batch_tokens, "max_length": max_length}))  # fmt: skip
     wanted = _pairs(rows, sites, pairs)
     split = Split.of(rows.n_prompts, folds=folds, shards=shards, holdout=holdout, seed=seed)

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from ..profile.plan import make_plan
+from ..profile.plan import Block, Plan, make_plan
 from ..profile.run import BlockRunner
 from ..progress import progress
 from ..rendering import special_ids
 from ..sites import Site
 from ..tokens import WITH_SPECIAL, Policy
 from .positions import ATTENTION, Index, is_first
+from .replica_rows import spread_rows
 from .routing import Route, RoutedRunner, Span
 
 if TYPE_CHECKING:
+    from ..engines import Engine
     from ..models import Model
     from ..store import Store
 
@@ -95,10 +98,12 @@ class ModelRows:
 
     def __init__(
         self, model: Model, prompts: Any, *, tokens: Policy = "all", batch_tokens: int = 8192,
-        max_length: int | None = None,
+        max_length: int | None = None, engine: Engine | None = None,
     ) -> None:  # fmt: skip
         from ..prompts import PromptSet
 
+        engine = engine or model.engine
+        self.engine = None if engine is None or engine.name == "local" else engine  # None: the model at hand
         self.model, self.prompts, self.tokens = model, PromptSet.load(prompts), tokens
         self.n_prompts, self.device = len(self.prompts), model.device
         # `all` passes over special tokens, BOS among them; it is asked for here and told apart afterwards
@@ -133,22 +138,35 @@ class ModelRows:
         """Rows as the model makes them; with `spans` it runs with eager attention, and each row has its routes."""
         plan = self._plan(sites)
         with progress(total=plan.n_tokens, desc="running the prompts", unit="tok", scale=True) as bar:
-            runner = RoutedRunner(self.model, plan, spans, bar) if spans else BlockRunner(self.model, plan, bar)
-            for block in plan.blocks:
-                prompt, position, token, _ = plan.spool.rows(block.start, block.n)
-                keep = np.ones(block.n, dtype=np.bool_)
-                if self._policy != self.tokens:
-                    keep = ~np.isin(token, self._special) | is_first(position)
-                rows, routes = (
-                    runner.run_routed(block, keep) if isinstance(runner, RoutedRunner) else (runner.run(block), {})
-                )
+            made = spread_rows(self.model, plan, self.engine, bar) if self.engine else self._here(plan, spans, bar)
+            for block, rows, routes in made:
+                prompt, position, _, _ = plan.spool.rows(block.start, block.n)
+                keep = self._kept(plan, block)
                 index = torch.from_numpy(np.flatnonzero(keep))
                 # on the device of the sums: a model that is spread has its sites on several
                 blocks = {site: h.index_select(0, index.to(h.device)).to(self.device) for site, h in rows.items()}
                 yield Rows(blocks, prompt[keep].astype(np.int64), position[keep].astype(np.int64),
                            {span: route.kept(keep) for span, route in routes.items()})  # fmt: skip
 
-    def _plan(self, sites: Sequence[Site]) -> Any:
+    def _here(
+        self, plan: Plan, spans: Sequence[Span], bar: Any
+    ) -> Iterator[tuple[Block, dict[Site, Tensor], Mapping[Span, Route]]]:
+        """The rows of each block, and their routes where there are spans, from the model at hand."""
+        if not spans:
+            runner = BlockRunner(self.model, plan, bar)
+            yield from ((block, runner.run(block), {}) for block in plan.blocks)
+            return
+        routed = RoutedRunner(self.model, plan, spans, bar)
+        yield from ((block, *routed.run_routed(block, self._kept(plan, block))) for block in plan.blocks)
+
+    def _kept(self, plan: Plan, block: Block) -> NDArray[np.bool_]:
+        """Which rows of a block take part."""
+        _, position, token, _ = plan.spool.rows(block.start, block.n)
+        if self._policy == self.tokens:
+            return np.ones(block.n, dtype=np.bool_)
+        return ~np.isin(token, self._special) | is_first(position)
+
+    def _plan(self, sites: Sequence[Site]) -> Plan:
         return make_plan(self.model, self.prompts, sites=list(sites), tokens=self._policy, **self._options)
 
 
@@ -158,7 +176,7 @@ RowSource = StoreRows | ModelRows
 
 def row_source(
     source: Store | Model | RowSource, prompts: Any, *, positions: str = "same",
-    device: torch.device | str | None = None, **options: Any,
+    device: torch.device | str | None = None, engine: Engine | None = None, **options: Any,
 ) -> RowSource:  # fmt: skip
     """A store, or a model with its prompts, as rows; UserError where the prompts or positions do not belong there."""
     from ..models import Model
@@ -167,6 +185,9 @@ def row_source(
     if positions == ATTENTION and isinstance(source, Store | StoreRows):
         raise UserError("positions='attention' needs the attention weights of a model that runs, and a store has none: "
                         "give the model and its prompts")  # fmt: skip
+    if engine is not None and not isinstance(source, Model):
+        raise UserError("an engine runs a model, and rows of a store are read here; leave the engine out, or give the model "
+                        "and its prompts")  # fmt: skip
     if isinstance(source, Store):
         if prompts is not None:
             raise UserError("a store has its prompts already; give prompts only with a model")
@@ -174,5 +195,9 @@ def row_source(
     if isinstance(source, Model):
         if prompts is None:
             raise UserError("a model needs prompts to run; give a PromptSet or what it reads")
-        return ModelRows(source, prompts, **options)
+        made = ModelRows(source, prompts, engine=engine, **options)
+        if made.engine is not None and positions == ATTENTION:
+            raise UserError(f"positions={ATTENTION!r} needs the attention maps of the model at hand, which no engine spreads; "
+                            "leave the engine out (--engine local), or choose other positions")  # fmt: skip
+        return made
     return source
