@@ -262,6 +262,7 @@ def run_job(
     >>> run_job(open_job("job.toml", recipient="bundled:outsider"), like=[first.folder])  # doctest: +SKIP
     """
     from .job_checks import check_job
+    from .replicas import noted
     from .report import write_report
     from .transfer import transfer
 
@@ -275,7 +276,7 @@ def run_job(
                 (run.folder / stale).unlink(missing_ok=True)
         write_text(run.folder / "job.toml", job.text)
         metrics = transfer(job, run, engine)
-        write_json(run.folder / "environment.json", {**metrics["environment"], **(engine.about() if engine else {})})
+        write_json(run.folder / "environment.json", {**metrics["environment"], **noted(engine)})
         write_json(run.folder / "metrics.json", metrics)
         write_report(run.folder)
     return run

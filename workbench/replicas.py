@@ -89,6 +89,11 @@ def run_piece(
     return task_named(task)(model, data, unpacked_adapter(adapter) if isinstance(adapter, dict) else adapter, **common)
 
 
+def noted(engine: Engine | None) -> dict[str, Any]:
+    """What is said of who made a result, beside the result, which is the same for all; nothing of the local engine."""
+    return {} if engine is None or engine.name == "local" else engine.about()
+
+
 def batch_seed(seed: int, number: int) -> int:
     """The seed of what is drawn in a batch: of the first `seed` itself, of others one drawn from it and their number.
 

@@ -132,7 +132,8 @@ def _profiles(t: Transfer) -> dict[str, Any]:
         ) -> dict[str, Any]:
             start = time.perf_counter()
             shutil.rmtree(path, ignore_errors=True)  # of other inputs, or damaged: the run's own, made again
-            store = profile_model(model, t.profiled, path, tokens=tokens, batch_tokens=size, overwrite=True)
+            store = profile_model(model, t.profiled, path, tokens=tokens, batch_tokens=size, overwrite=True,
+                                  engine=t.engine)  # fmt: skip
             return {"seconds": time.perf_counter() - start, "rows": store.n_rows, "sites": [str(s) for s in store.sites],
                     "model": model.name, "width": model.width}  # fmt: skip
 

@@ -147,27 +147,29 @@ def dying(model: Model, batch: Any, adapter: Any, folder: str) -> list[int]:
 
 @pytest.mark.xdist_group("ray")
 class TestRay:
-    def test_answers_and_figures_are_those_of_one_process_bit_for_bit(self, saved: Model, two: Engine):
-        alone = everything(saved)
+    def test_answers_and_figures_are_those_of_one_process_bit_for_bit(self, saved_model: Model, two_workers: Engine):
+        alone = everything(saved_model)
         for workers in (1, 2):
-            with only(two, workers), spread_over(two, saved):
-                assert everything(saved) == alone
+            with only(two_workers, workers), spread_over(two_workers, saved_model):
+                assert everything(saved_model) == alone
 
-    def test_a_worker_that_is_killed_costs_its_batch_alone(self, saved: Model, two: Engine, tmp_path: Path):
-        before = two.redone
+    def test_a_worker_that_is_killed_costs_its_batch_alone(
+        self, saved_model: Model, two_workers: Engine, tmp_path: Path
+    ):
+        before = two_workers.redone
         pieces = [(0, [i]) for i in range(5)]
-        with spread_over(two, saved):
-            found = dict(run_batches(saved, f"{__name__}:dying", pieces, [adapter()], folder=str(tmp_path)))
+        with spread_over(two_workers, saved_model):
+            found = dict(run_batches(saved_model, f"{__name__}:dying", pieces, [adapter()], folder=str(tmp_path)))
         assert found == {i: [10 * i] for i in range(5)}
-        assert two.redone - before == 1
+        assert two_workers.redone - before == 1
 
-    def test_an_edit_that_replicas_would_not_see_is_refused(self, saved: Model, two: Engine):
-        with spread_over(two, saved), adapter().on(saved):
+    def test_an_edit_that_replicas_would_not_see_is_refused(self, saved_model: Model, two_workers: Engine):
+        with spread_over(two_workers, saved_model), adapter().on(saved_model):
             with pytest.raises(UserError, match=r"is edited inside a `with` block, which its replicas would not see"):
-                saved.generate(["w1"])
-        assert saved.edited == 0
+                saved_model.generate(["w1"])
+        assert saved_model.edited == 0
 
-    def test_a_model_made_in_memory_is_refused(self, two: Engine):
+    def test_a_model_made_in_memory_is_refused(self, two_workers: Engine):
         model = make_model("llama")
-        with spread_over(two, model), pytest.raises(UserError, match=r"was made in memory"):
+        with spread_over(two_workers, model), pytest.raises(UserError, match=r"was made in memory"):
             model.generate(["w1"])

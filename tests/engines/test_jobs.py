@@ -35,11 +35,11 @@ def timeless(tree: Any) -> Any:
 
 
 @pytest.mark.xdist_group("ray")
-def test_a_job_leaves_the_same_on_ray(two: Engine, tmp_path: Path):
+def test_a_job_leaves_the_same_on_ray(two_workers: Engine, tmp_path: Path):
     sets = prompt_sets(tmp_path)
     (tmp_path / "models").mkdir()
     runs = []
-    for engine in (None, two):
+    for engine in (None, two_workers):
         job = a_job(tmp_path / "models", sets, tmp_path / (engine.name if engine else "local"), evaluate=QUICK,
                     behaviours=sets["tables"][:1], paste={"alphas": [0.1]})  # fmt: skip
         runs.append(run_job(job, engine=engine))
