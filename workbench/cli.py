@@ -10,14 +10,16 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from .cli_adapters import adapters
 from .cli_compare import compare
+from .cli_convert import convert
 from .cli_depth import depth
+from .cli_engine import Address, CpusPerWorker, EngineName, GpusPerWorker, Workers, engine_of
 from .cli_errors import FLAGS, guarded
 from .cli_fold import fold
 from .cli_forecast import forecast
@@ -25,7 +27,7 @@ from .cli_generate import chat, generate
 from .cli_geometry import geometry
 from .cli_grade import grade
 from .cli_lens import lens
-from .cli_options import MODEL_HELP, Device, Dtype, Json, Out, Overwrite, Plugin
+from .cli_options import MODEL_HELP, Device, Dtype, Json, Plugin
 from .cli_paste import paste
 from .cli_plan import plan
 from .cli_probe import probe
@@ -36,10 +38,13 @@ from .cli_stores import stores
 from .cli_train import train
 from .cli_transport import transport
 from .cli_ui import ui
-from .cli_values import alpha_value, layer_list
+from .cli_values import layer_list
 from .cli_values import printed_json as _json
 from .cli_values import printed_table as _table
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engines import Engine
 
 
 class _Group(TyperGroup):
@@ -134,29 +139,42 @@ def run(
     seed: Seed = None,
     quick: Quick = False,
     plugin: Plugin = None,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
     as_json: Json = False,
 ) -> None:
-    """Runs a job file. Steps already done with the same inputs are kept; run it again to go on after a stop."""
+    """Runs a job file. Steps already done with the same inputs are kept; run it again to go on after a stop.
+
+    With --engine ray, workers make the profiles, answers and log-odds; adapters are trained, forecasts made and converters
+    fitted in this process, which loads both models too. The metrics and artefacts are the same.
+    """
     if plugin is not None:
         from .evaluate.plugins import load_plugin
 
         load_plugin(plugin)
-    _run(job, recipient or [], donor=donor, out=out, seed=seed, quick=quick, as_json=as_json)
+    with engine_of(engine, address, workers, gpus_per_worker, cpus_per_worker) as opened:
+        _run(job, recipient or [], opened, donor=donor, out=out, seed=seed, quick=quick, as_json=as_json)
 
 
-def _run(source: str, recipients: list[str], *, as_json: bool, **changes: Any) -> None:
+def _run(
+    source: str, recipients: list[str], engine: Engine | None = None, *, as_json: bool, **changes: Any
+) -> None:  # fmt: skip
     from .job_options import open_jobs
     from .jobs import run_job
+    from .replicas import noted
 
     done: list[Path] = []
     for job in open_jobs(source, recipients, **changes):
-        done.append(run_job(job, like=done).folder)
+        done.append(run_job(job, like=done, engine=engine).folder)
         if not as_json:
             _told(done[-1])
     if as_json:
         from .summary import load_metrics
 
-        found = [load_metrics(folder) for folder in done]
+        found = [{**load_metrics(folder), **noted(engine)} for folder in done]
         _json(found[0] if len(recipients) < 2 else found)
 
 
@@ -193,55 +211,7 @@ app.command()(profile)
 app.command()(train)
 
 
-@app.command()
-def convert(
-    donor: Annotated[Path, typer.Argument(metavar="DONOR_STORE", help="profile of the donor")],
-    recipient: Annotated[
-        Path, typer.Argument(metavar="RECIPIENT_STORE", help="profile of the recipient, same prompts")
-    ],
-    out: Out,
-    donor_layers: Annotated[str | None, typer.Option(help="such as 0,4,8-12 [all of its profile]")] = None,
-    match: Annotated[
-        str, typer.Option(help="which recipient layer answers: nearest, floor, ends, cka, svcca, r2")
-    ] = "nearest",
-    method: Annotated[
-        str, typer.Option(help="ridge, ridge:cv, pinv as published, procrustes, rrr:16, pls:32, whitened, cycle:1")
-    ] = "ridge",
-    alpha: Annotated[str, typer.Option(help="ridge strength in units of the mean diagonal of X'X, or cv")] = "0.1",
-    pairing: Annotated[
-        str, typer.Option(help="rows that answer one another: last, or aligned (of all tokens)")
-    ] = "last",
-    holdout: Annotated[float, typer.Option(help="share of prompts kept for the quality figures")] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split")] = 0,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Fits converters between two profiles.
-
-    Prints how well each map fits prompts that it was not fitted on, beside two baselines.
-    """
-    layers = None if donor_layers is None else layer_list(donor_layers)
-    strength = alpha_value(alpha)
-    from .converter_files import fit_set, quality_rows, save_converters
-    from .store import Store
-
-    stores = Store.open(donor), Store.open(recipient)
-    for store in stores:
-        store.verify()  # every row is read for the fit anyway
-    made = fit_set(*stores, layers=layers, match=match, method=method, alpha=strength,
-                   holdout=holdout, seed=seed, pairing=pairing)  # fmt: skip
-    save_converters(made, out, overwrite=overwrite)
-    rows = quality_rows(made)
-    if as_json:
-        return _json({"converters": str(out), "maps": rows})
-    from .converter_table import quality_table
-
-    _table(quality_table(rows))
-    for warning in sorted({row["warning"] for row in rows if row["warning"]}):
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"{out}: {len(made)} converters")
-
-
+app.command()(convert)
 app.command()(forecast)
 app.command()(paste)
 app.command()(generate)

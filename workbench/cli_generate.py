@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from .cli_engine import Address, CpusPerWorker, EngineName, GpusPerWorker, Workers, engine_of, load_for
 from .cli_options import ADAPTER_HELP, MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json, Mismatch
 from .errors import UserError
 
@@ -60,6 +61,11 @@ def generate(
     device: Device = "auto",
     backend: Backend = "hooks",
     allow_mismatch: Mismatch = False,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
     as_json: Json = False,
 ) -> None:
     """Answers prompts, with adapters where they are given.
@@ -70,6 +76,9 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise UserError("give either prompts on the line or --prompts with a prompt set" +
                         (", not both" if prompt else ""))  # fmt: skip
+    if stream and engine != "local":
+        raise UserError(f"--stream shows words as they come from the model at hand, and --engine {engine} runs replicas of it; "
+                        "leave one of the two out")  # fmt: skip
     if stream and (as_json or beams > 1):
         raise UserError(f"--stream shows words as they come, and {'--json' if as_json else '--beams'} knows them at the end "
                         "only; leave one of the two out")  # fmt: skip
@@ -77,17 +86,21 @@ def generate(
     from .generation import Decoding
     from .models import load
     from .prompts import PromptSet
+    from .replicas import spread_over
 
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, top_k, beams, seed)
     read = PromptSet.load(prompts if prompts is not None else list(prompt or []), limit=limit)
-    held = load(model, dtype=dtype, device=device, backend=backend)
     if stream:
+        held = load(model, dtype=dtype, device=device, backend=backend)
         for one in read:
             typer.echo(f"> {one.user}")
             held.generate([one], adapter=used, on_text=_show, **decoding.options)
             typer.echo("\n")
         return
-    answers = held.generate(read, batch_size=batch_size, adapter=used, **decoding.options)
+    with engine_of(engine, address, workers, gpus_per_worker, cpus_per_worker) as opened:
+        held = load_for(opened, model, dtype=dtype, device=device, backend=backend)
+        with spread_over(opened, held):
+            answers = held.generate(read, batch_size=batch_size, adapter=used, **decoding.options)
     for one, answer in zip(read, answers, strict=True):
         if as_json:
             gold = {"gold": one.meta["gold"]} if "gold" in one.meta else {}

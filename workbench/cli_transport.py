@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_engine import Address, CpusPerWorker, EngineName, GpusPerWorker, Workers, engine_of
 from .cli_errors import stops_told
 from .cli_options import MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json
 from .cli_values import alpha_value, names_of, printed_json, printed_table, site_list
@@ -54,12 +55,18 @@ def transport(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "hooks",
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
     as_json: Json = False,
 ) -> None:
     """Fits and scores linear maps between all pairs of a model's layers, and writes a report.
 
     Held-out R2 beside baselines and a shuffled control; then, of those maps, their efficiency by rank, the features
-    that they carry (where there is a dictionary), and what they are worth to the model.
+    that they carry (where there is a dictionary), and what they are worth to the model. With --engine ray, workers run the
+    prompts of the grid; its sums and fits, the features and the causal figures are made in this process.
     """
     named = site_list(sites, layers)
     if pairs and named is not None:
@@ -71,6 +78,7 @@ def transport(
 
     from .models import load
     from .prompts import PromptSet
+    from .replicas import noted, spread_over
     from .transport.positions import check_positions
 
     check_positions(positions)
@@ -87,11 +95,12 @@ def transport(
     if dry_run:
         cost = transport_cost(loaded, read, out, job)
         return printed_json(cost.as_dict()) if as_json else typer.echo(str(cost))
-    with stops_told():
-        run = run_transport(loaded, read, out, job)
+    with engine_of(engine, address, workers, gpus_per_worker, cpus_per_worker) as opened, spread_over(opened, loaded):
+        with stops_told():
+            run = run_transport(loaded, read, out, job)
     metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     if as_json:
-        return printed_json(metrics)
+        return printed_json({**metrics, **noted(opened)})
     printed_table(_table(metrics))
     for warning in metrics["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
