@@ -92,7 +92,7 @@ def test_maps_know_tensors_and_nothing_of_models():
     ("layer", "above"),
     [
         (("errors", "atomic", "progress", "bundled", "sites", "offsets", "turns", "tokens", "prompts", "prompt_files",
-          "rendering", "models", "untrained", "generation", "conversation", "fingerprint", "anatomy", "work"),
+          "rendering", "models", "replicas", "untrained", "generation", "conversation", "fingerprint", "anatomy", "work"),
          ("cli", "jobs", "transfer", "profile", "store", "convert", "forecast", "paste", "evaluate", "report", "plots")),
         (("backends", "store"),
          ("cli", "jobs", "transfer", "profile", "convert", "forecast", "paste", "evaluate", "report", "plots", "adapters")),

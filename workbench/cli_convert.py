@@ -59,9 +59,10 @@ def convert(
     from .converter_files import fit_set, quality_rows, save_converters
     from .replicas import noted
 
+    if prompts is None:
+        _check_alone(profiles, engine)
     with engine_of(engine, address, workers, gpus_per_worker, cpus_per_worker) as opened:
         if prompts is None:
-            _check_alone(profiles, engine)
             stores = [_verified(path) for path in (donor, recipient)]
         else:
             tokens = "last" if pairing == "last" else "all"

@@ -115,9 +115,9 @@ def test_transport_makes_the_same_grid(home: Path, counted: Counted, tmp_path: P
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (("convert", "donor", "recipient", "--out", "x", "--engine", "ray"), "--engine is of --prompts, with which both models"),
+        (("convert", "donor", "recipient", "--out", "x", "--engine", "ray"), "--engine is of --prompts, with which both"),
         (("convert", "donor", "recipient", "--out", "x", "--profiles", "y"), "--profiles is of --prompts"),
-        (("generate", "donor", "w1", "--stream", "--engine", "ray"), "--stream shows words as they come from the model at hand"),
+        (("generate", "donor", "w1", "--stream", "--engine", "ray"), "--stream shows words as they come"),
         (("generate", "donor", "w1", "--workers", "2"), "--workers: of --engine ray alone"),
         (("run", "bundled:demo", "--address", "auto"), "--address: of --engine ray alone"),
         (("transport", "donor", "--prompts", "p.txt", "--out", "x", "--engine", "dask"), "unknown engine 'dask'"),
