@@ -213,7 +213,8 @@ def ran(tmp_path, monkeypatch) -> list[Any]:
     """In place of running jobs: keeps those it was given, and leaves the metrics of an example."""
     jobs: list[Any] = []
 
-    def run_job(job: Any, *, like: Any = ()) -> Any:
+    def run_job(job: Any, *, like: Any = (), engine: Any = None) -> Any:
+        assert engine is None or engine.name == "local"
         jobs.append(job)
         folder = tmp_path / "ran"
         folder.mkdir(exist_ok=True)
