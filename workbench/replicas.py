@@ -50,7 +50,7 @@ def run_batches(
 
     Args:
         task: the "module:function" of one batch, called as task(model, data, adapter, **common).
-        pieces: (number of its adapter, data) each; data and common values are plain values, arrays or tensors.
+        pieces: (number of its adapter, data) each; data, common values and results are plain values or arrays.
         adapters: an Adapter, a Blend or None each.
 
     Raises:

@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
@@ -158,7 +160,7 @@ def log_odds_each(
 
 def log_odds_batch(
     model: Model, batch: list[list[int]], adapter: Adapter | Blend | None, tokens: Sequence[int]
-) -> Float[Tensor, " b"]:
+) -> Float[np.ndarray, " b"]:
     """The log-odds of one batch of encoded prompts."""
 
     def run(part: Sequence[list[int]]) -> Tensor:
@@ -166,7 +168,7 @@ def log_odds_batch(
         with torch.inference_mode(), adapter.on(model) if adapter is not None else nullcontext():
             return set_log_odds(model.logits(ids, mask, last_only=True)[:, -1], tokens).cpu()
 
-    return torch.cat(parts_that_fit(batch, run))
+    return torch.cat(parts_that_fit(batch, run)).numpy()
 
 
 def _gathered(
@@ -175,15 +177,15 @@ def _gathered(
 ) -> Tensor:  # fmt: skip
     """The results [b, ...] of a task of this module on every batch of items under each adapter, [k, n, ...], float64."""
     pieces = [(k, [items[i] for i in rows]) for k in range(len(adapters)) for rows in batches]
-    found: Tensor | None = None
+    found: NDArray[np.float64] | None = None
     with progress(total=len(items) * len(adapters), desc=desc, unit="prompt") as bar:
         for number, result in run_batches(model, f"{__name__}:{task}", pieces, adapters, **common):
             if found is None:
-                found = torch.empty(len(adapters), len(items), *result.shape[1:], dtype=torch.float64)
+                found = np.empty((len(adapters), len(items), *result.shape[1:]))
             rows = batches[number % len(batches)]
-            found[number // len(batches)][rows] = result
+            found[number // len(batches), rows] = result
             bar.update(len(rows))
-    return torch.empty(len(adapters), len(items), dtype=torch.float64) if found is None else found
+    return torch.from_numpy(np.empty((len(adapters), len(items))) if found is None else found)
 
 
 def log_likelihood(
@@ -206,7 +208,7 @@ def log_likelihood(
 
 def log_likelihood_batch(
     model: Model, batch: list[tuple[list[int], list[int]]], adapter: Adapter | Blend | None
-) -> Float[Tensor, " b"]:
+) -> Float[np.ndarray, " b"]:
     """The log-likelihoods of one batch of (prompt, answer)."""
 
     def run(part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
@@ -217,7 +219,7 @@ def log_likelihood_batch(
         ):
             return answer_log_probs(model, list(part)).double().cpu()
 
-    return torch.cat(parts_that_fit(batch, run))
+    return torch.cat(parts_that_fit(batch, run)).numpy()
 
 
 def set_log_odds(logits: Float[Tensor, "b v"], tokens: Sequence[int]) -> Float[Tensor, " b"]:
@@ -318,12 +320,12 @@ def shift_of_answers(
 
 def shift_batch(
     model: Model, batch: list[tuple[list[int], int]], adapter: Adapter | Blend | None
-) -> Float[Tensor, "b 4"]:
+) -> Float[np.ndarray, "b 4"]:
     """Sums over the continuation of each text: KL, loss of the plain and of the edited model, and how many tokens.
 
     batch: the ids of each text, and how many of them come before its continuation.
     """
-    return torch.cat(parts_that_fit(batch, lambda part: _shift_part(model, part, adapter), "texts"))
+    return torch.cat(parts_that_fit(batch, lambda part: _shift_part(model, part, adapter), "texts")).numpy()
 
 
 @torch.inference_mode()

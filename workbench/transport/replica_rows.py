@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engines import in_order
@@ -49,10 +52,10 @@ def spread_rows(
         )
         for block, rows in zip(blocks, in_order(results), strict=True):
             bar.update(plan.tokens_of(block))
-            yield block, {Site.parse(name): h for name, h in rows.items()}, {}
+            yield block, {Site.parse(name): torch.from_numpy(h.copy()) for name, h in rows.items()}, {}
 
 
-def piece_rows(model: Model, piece: Piece, *, settings: dict[str, Any]) -> dict[str, Tensor]:
+def piece_rows(model: Model, piece: Piece, *, settings: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     """The rows of a block on a replica. A task of engines."""
     _, rows, _ = next(run_blocks(model, plan_of(piece, settings), [0]))
-    return {str(site): h for site, h in rows.items()}
+    return {str(site): h.numpy() for site, h in rows.items()}
