@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from .errors import UserError
 
-T, Made = TypeVar("T"), TypeVar("Made")
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 log = logging.getLogger("workbench")
 ON_THE_HOST = "can't allocate memory"

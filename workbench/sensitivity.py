@@ -16,7 +16,7 @@ from .adapters.demonstrations import answer_log_probs, check_lengths, encode_dem
 from .adapters.train import frozen
 from .backends.torch_hooks import Where
 from .errors import UserError
-from .evaluate.behaviour import set_log_odds
+from .evaluate.batch_tasks import set_log_odds
 from .memory import batches_that_fit
 from .progress import progress
 from .prompts import PromptSet, encode, opener_ids, pad

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter
 from .convert import ConverterFits
-from .evaluate.behaviour import set_log_odds
+from .evaluate.batch_tasks import set_log_odds
 from .forecast import Candidate, Forecast, paste_candidate
 from .memory import batches_that_fit
 from .progress import progress

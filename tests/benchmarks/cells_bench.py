@@ -19,7 +19,8 @@ from workbench.adapters.adapter import Adapter, LowRank
 from workbench.adapters.train import default_layer, train_adapter
 from workbench.convert import ConverterFits
 from workbench.converter_specs import method_pairs
-from workbench.evaluate.behaviour import log_odds, measure, set_log_odds
+from workbench.evaluate.batch_tasks import set_log_odds
+from workbench.evaluate.behaviour import log_odds, measure
 from workbench.evaluate.statistics import sign_agreement, spearman
 from workbench.forecast import Candidate, candidates_of, forecast_pastes, matched_candidates, paste_candidate, rank
 from workbench.jobs import Job

@@ -137,6 +137,29 @@ def test_an_engine_is_given_for_the_time_of_a_block(llama: Model):
     assert llama.engine is None
 
 
+def test_a_batch_that_does_not_fit_is_done_in_halves(llama: Model, monkeypatch: pytest.MonkeyPatch):
+    prompts, texts, given = PromptSet.load(TEXTS), [{"text": t} for t in TEXTS], adapter()
+    shown = [{"prompt": p, "response": "w4 w5"} for p in TEXTS]
+
+    def found() -> list[torch.Tensor]:
+        return [log_odds(llama, prompts, OPENERS, given), kl_on_text(llama, texts, given).per_text,
+                log_likelihood(llama, shown, given)]  # fmt: skip
+
+    whole, call, sizes = (found(), llama.generate(prompts, max_new_tokens=3)), llama.backend.call, []
+
+    def short_of_memory(model: Any, method: Any, options: Any, stop_after: Any = None) -> Any:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(model, method, options, stop_after)
+
+    monkeypatch.setattr(llama.backend, "call", short_of_memory)
+    for a, b in zip(found(), whole[0], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert llama.generate(prompts, max_new_tokens=3) == whole[1]
+    assert max(sizes) > 5
+
+
 def dying(model: Model, batch: Any, adapter: Any, folder: str) -> list[int]:
     """Kills its own process with the second batch, the first time."""
     if batch == [2] and not (Path(folder) / "died").exists():

@@ -9,7 +9,8 @@ import torch
 
 from workbench.adapters.adapter import Adapter, LowRank, vector
 from workbench.errors import UserError
-from workbench.evaluate.behaviour import Behaviour, kl_on_text, log_odds, measure, set_log_odds
+from workbench.evaluate.batch_tasks import set_log_odds
+from workbench.evaluate.behaviour import Behaviour, kl_on_text, log_odds, measure
 from workbench.models import Model
 from workbench.prompts import PromptSet, encode, opener_ids
 from workbench.sites import Site

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..prompts import PromptSet, encode, opener_ids
-from .behaviour import set_log_odds
+from .batch_tasks import set_log_odds
 
 if TYPE_CHECKING:
     import pandas as pd
