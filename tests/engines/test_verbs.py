@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from workbench.cli import app
-from workbench.engines import LocalEngine, Recipe
-from workbench.engines.engine import task_named
+from workbench.engines import LocalEngine
 
 from ..conftest import make_module, save_folder
+from .stand_in import StandIn
 
 PROMPTS = [" ".join(f"w{(7 * i * n + 3) % 150}" for i in range(3 + n % 5)) for n in range(1, 41)]
 
@@ -49,41 +48,23 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-class Counted:
-    """Stands for an engine of other processes: it loads a replica from the recipe, and counts what it was given."""
-
-    name, workers, redone, device = "ray", 2, 0, "cpu"
-
-    def __init__(self) -> None:
-        self.tasks: list[str] = []
-
-    def spread(self, model: Any, task: str, pieces: Any, *, common: Any = None, stop: Any = None) -> Iterator[Any]:
-        replica = (model if isinstance(model, Recipe) else Recipe.of(model)).load()
-        found = [(i, task_named(task)(replica, piece, **(common or {}))) for i, piece in enumerate(pieces)]
-        self.tasks += [task.rpartition(":")[2]] * len(found)
-        yield from reversed(found)  # as they come in
-
-    def about(self) -> dict[str, Any]:
-        return {"engine": "ray", "workers": 2, "redone": 0}
-
-
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    engine = Counted()
+def counted(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    engine = StandIn()
     monkeypatch.setattr(
         "workbench.engines.open_engine", lambda name, **_: nullcontext(engine if name == "ray" else LocalEngine())
     )
     return engine
 
 
-def test_generate_answers_the_same(home: Path, counted: Counted):
+def test_generate_answers_the_same(home: Path, counted: StandIn):
     line = ("generate", home / "donor", "--prompts", home / "p.txt", "--max-new-tokens", 4, "--batch-size", 7,
             "--temperature", 3)  # fmt: skip
     assert workbench(*line, "--engine", "ray").stdout == workbench(*line).stdout != ""
     assert counted.tasks == ["run_piece"] * 6
 
 
-def test_convert_profiles_two_models_and_fits_as_from_their_stores(home: Path, counted: Counted, tmp_path: Path):
+def test_convert_profiles_two_models_and_fits_as_from_their_stores(home: Path, counted: StandIn, tmp_path: Path):
     for side in ("donor", "recipient"):
         good("profile", home / side, "--prompts", home / "p.txt", "--out", tmp_path / side)
     good("convert", tmp_path / "donor", tmp_path / "recipient", "--out", tmp_path / "c")
@@ -101,7 +82,7 @@ def test_convert_profiles_two_models_and_fits_as_from_their_stores(home: Path, c
     assert good(*mixed)["maps"] == alone["maps"]
 
 
-def test_transport_makes_the_same_grid(home: Path, counted: Counted, tmp_path: Path):
+def test_transport_makes_the_same_grid(home: Path, counted: StandIn, tmp_path: Path):
     line = ("transport", home / "donor", "--prompts", home / "p.txt", "--layers", "0,2", "--grid-only", "--folds", 2,
             "--shards", 4)  # fmt: skip
     alone = good(*line, "--out", tmp_path / "alone")
@@ -128,6 +109,6 @@ def test_what_does_not_go_together_is_refused(home: Path, monkeypatch: pytest.Mo
     assert says in told(*line)
 
 
-def test_routed_positions_stay_here(home: Path, counted: Counted, tmp_path: Path):
+def test_routed_positions_stay_here(home: Path, counted: StandIn, tmp_path: Path):
     line = "transport", home / "donor", "--prompts", home / "p.txt", "--out", tmp_path / "x", "--grid-only"
     assert "which no engine spreads; leave the engine out" in told(*line, "--engine", "ray", "--positions", "attention")
