@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .runner import FOUND, HERE, State, has_atheris, write_down
+from .target import ROOM
 from .targets import TARGETS
 
 PATIENCE = 20.0
@@ -66,7 +67,14 @@ class Job:
             *(["--plain"] if self.plain else []),
         ]
         with open(self.file.with_suffix(".log"), "ab") as log:
-            self.process = subprocess.Popen(line, cwd=HERE.parents[1], stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                line,
+                cwd=HERE.parents[1],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, ROOM: str(self.file.parent)},
+            )
         self.began, self._last, self._first = time.monotonic(), (self.inputs, time.monotonic()), self.inputs
 
     def done(self) -> bool:

@@ -21,6 +21,8 @@ from . import bundles
 from .bundles import Entry
 from .watch import MEMORY, SECONDS, Broken, Watch, peak
 
+ROOM = "WORKBENCH_FUZZ_ROOM"
+"""names a folder for the places of targets, which whoever sets it takes away: atheris ends a process without a goodbye"""
 LONGEST = 2000
 """characters of an error's one line, the folder's name apart"""
 Repair = Callable[[list[Entry], random.Random], list[Entry]]
@@ -82,7 +84,7 @@ class Target:
     def _room(self) -> Path:
         """A place of this target and process, with good files beside it for links to lead to; never on a disk."""
         if self._state.get("pid") != os.getpid():
-            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            memory = os.environ.get(ROOM) or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
             room = Path(tempfile.mkdtemp(prefix="workbench-fuzz-", dir=memory))
             self._state.update(pid=os.getpid(), room=room)
             (room / "out").mkdir()
