@@ -53,15 +53,14 @@ def train(
     """
     where = site_list(sites, layers)
     apart = _share_or_set(validation)
-    from .adapters.train import default_layer, train_into
-    from .atomic import check_free
+    from .adapters.train import check_target, default_layer, train_into
     from .backends.torch_hooks import check_policy
     from .models import load
     from .prompts import PromptSet
     from .store import Store
 
     check_policy(positions)
-    check_free(out, marker="adapter.json", overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     learnt = PromptSet.load(demonstrations)
     store = None if profile is None else Store.open(profile)
     loaded = load(model, dtype=dtype, device=device, backend=backend)

@@ -309,14 +309,20 @@ def train_into(out: str | Path, model: Model, *args: Any, overwrite: bool = Fals
     where `out` exists, unless `overwrite`.
     """
     path = Path(out).expanduser()
-    checkpoint = path.parent / f".{path.name}.training.safetensors"
-    if _written(checkpoint) <= _written(path / "adapter.json"):  # killed once the adapter was there
-        checkpoint.unlink(missing_ok=True)
-    check_free(path, marker="adapter.json", overwrite=overwrite)
+    checkpoint = check_target(path, overwrite=overwrite)
     trained = train_adapter(model, *args, checkpoint=checkpoint, **options)
     trained.adapter.save(path, overwrite=overwrite)
     checkpoint.unlink(missing_ok=True)
     return trained
+
+
+def check_target(path: Path, *, overwrite: bool) -> Path:
+    """The checkpoint of a training into `path`; UserError where that exists, unless `overwrite`."""
+    checkpoint = path.parent / f".{path.name}.training.safetensors"
+    if _written(checkpoint) <= _written(path / "adapter.json"):  # killed once the adapter was there
+        checkpoint.unlink(missing_ok=True)
+    check_free(path, marker="adapter.json", overwrite=overwrite)
+    return checkpoint
 
 
 def _written(file: Path) -> int:
