@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from workbench.cli import app
 from workbench.cli_engine import load_for
-from workbench.cli_values import part_of
+from workbench.cli_values import own_device, part_of
 from workbench.engines import Engine, LocalEngine
 from workbench.errors import UserError
 from workbench.profile import plan as plans
@@ -62,6 +62,17 @@ def test_a_url_is_written_and_fetched(line: list[str], tmp_path: Path):
     assert json.loads(made.stdout)["store"] == url
     assert run("stores", "fetch", url, tmp_path / "near").exit_code == 0
     assert contents(tmp_path / "near") == contents(tmp_path / "far")
+
+
+def test_a_process_of_several_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert own_device("auto", "env", {"LOCAL_RANK": "3"}) == "cuda:3"
+    assert own_device("auto", "env", {"SLURM_LOCALID": "5"}) == "cuda:1"
+    assert own_device("cuda:0", "env", {"LOCAL_RANK": "3"}) == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the scheduler shows each process its own
+    assert own_device("auto", "env", {"LOCAL_RANK": "3"}) == "auto"
 
 
 def test_how_parts_are_read():

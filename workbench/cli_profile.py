@@ -10,7 +10,7 @@ import typer
 from .cli_engine import Address, CpusPerWorker, EngineName, GpusPerWorker, Workers, engine_of, load_for
 from .cli_errors import stops_told
 from .cli_options import MODEL_HELP, PROMPTS_HELP, Backend, Device, Dtype, Json, Overwrite
-from .cli_values import is_url, pair_list, part_of, printed_json, site_list
+from .cli_values import is_url, own_device, pair_list, part_of, printed_json, site_list
 from .errors import UserError
 
 
@@ -100,7 +100,7 @@ def profile(
     with stops_told(), engine_of(
         "local" if dry_run else engine, *([None] * 4 if dry_run else [address, workers, gpus_per_worker, cpus_per_worker])
     ) as opened:  # fmt: skip
-        loaded = load_for(opened, model, dtype=dtype, device=device, backend=backend)
+        loaded = load_for(opened, model, dtype=dtype, device=own_device(device, part), backend=backend)
         if dry_run:
             from .profile.cost import profile_cost
 

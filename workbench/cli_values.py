@@ -84,6 +84,21 @@ def part_of(text: str | None, environment: Mapping[str, str] = os.environ) -> tu
     return int(match[1]), int(match[2])
 
 
+def own_device(device: str, part: str | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The device of one process of several on a machine: of GPUs that all of them see each takes its own.
+
+    >>> own_device("cpu", "env", {"LOCAL_RANK": "1"}), own_device("auto", "1/2", {"LOCAL_RANK": "1"})
+    ('cpu', 'auto')
+    """
+    local = next((environment[key] for key in ("LOCAL_RANK", "SLURM_LOCALID") if key in environment), None)
+    if part != "env" or device != "auto" or local is None:
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(local) % count}" if count > 1 else device
+
+
 def site_list(sites: str | None, layers: str | None) -> list[int] | list[str] | None:
     """What `--sites resid_post.4,resid_pre.5` or `--layers 0,4,8-12` name; None where neither was given.
 
