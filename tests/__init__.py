@@ -1,1 +1,4 @@
-from . import typecheck as typecheck  # jaxtyping looks it up by this path
+from contextlib import suppress
+
+with suppress(TypeError):  # in a worker of Ray whose driver has nnsight: it adds to `object` what beartype cannot hash
+    from . import typecheck as typecheck  # jaxtyping looks it up by this path

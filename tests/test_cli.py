@@ -332,7 +332,7 @@ def profile_line(home: Path, out: Path, **options: Any) -> list[Any]:
 
 BAD_PROFILES = {
     "unknown model": ({"model": "/nowhere/model"}, ["/nowhere/model", "bundled:donor"]),
-    "unknown hub model": ({"model": "nobody/nothing"}, ["nobody/nothing", "bundled:donor"]),
+    "unknown hub model": ({"model": "nobody/nothing"}, ["nobody/nothing", "HF_HUB_OFFLINE", "hf download"]),
     "unknown bundled model": ({"model": "bundled:llama"}, ["bundled:llama", "allowed"]),
     "layer out of range": ({"layers": "0,9"}, ["layer 9", f"0 to {LAYERS - 1}"]),
     "layers that cannot be read": ({"layers": "0,x"}, ["'x'", "0,4,8-12"]),
@@ -610,7 +610,7 @@ def test_a_job_file_that_is_not_there(tmp_path):
     ("line", "words"),
     [
         (["nonsense"], ["nonsense", "workbench --help"]),
-        (["convert"], ["DONOR_STORE", "workbench convert --help"]),
+        (["convert"], ["DONOR", "workbench convert --help"]),
         (["profile", "m", "--nonsense"], ["--nonsense"]),
         (["--nonsense"], ["--nonsense"]),
         (["run", "job.toml", "--seed", "x"], ["seed"]),

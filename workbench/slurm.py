@@ -22,7 +22,7 @@ set -euo pipefail
 cd "${{SLURM_SUBMIT_DIR:-.}}"
 export RAY_USAGE_STATS_ENABLED=0
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-on() {{ srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" "${{@:2}}"; }}
+on() {{ exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" "${{@:2}}"; }}
 head_ip=$(on "${{nodes[0]}}" hostname --ip-address | tr ' ' '\n' | grep -m1 -E '^[0-9]+(\.[0-9]+){{3}}$')
 address="$head_ip:$((20000 + SLURM_JOB_ID % 20000))"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import make_module, save_folder
-from workbench import fingerprint
 from workbench.errors import UserError
+from workbench.hashes import file_hash
 from workbench.models import Model, load
 from workbench.prompts import pad
 from workbench.sites import Site
@@ -66,7 +66,7 @@ def test_weights_that_are_only_on_the_hub_are_known_by_their_files(models, monke
 
     class Info:
         siblings = [
-            *(File(f.name, fingerprint.file_hash(f)) for f in models[0].folder.glob("*.safetensors")),
+            *(File(f.name, file_hash(f)) for f in models[0].folder.glob("*.safetensors")),
             File("original/model.safetensors", "0" * 64),
         ]
 

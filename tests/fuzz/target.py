@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -113,6 +114,7 @@ class Target:
     @contextmanager
     def ready(self) -> Iterator[Target]:
         """It, warm inside the block."""
+        gc.collect()  # a store of an earlier test that is forgotten removes its folder: not while we look on
         try:
             self.warm()
             yield self

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from workbench.errors import UserError
 from workbench.profile import plan as profile_plan
-from workbench.profile import profile, profile_model
+from workbench.profile import profile_model
+from workbench.profile import run as profile_run
 from workbench.profile.repair import repair_store
 from workbench.prompts import PromptSet
 from workbench.sites import Site
@@ -334,13 +335,13 @@ def test_another_model_or_other_bits_leave_the_store_as_it_was(store, model, mon
     monkeypatch.setattr(profile_plan, "BLOCK_ROWS", 4)
     with pytest.raises(UserError, match=r"would make another profile: it differs in .*model\.fingerprint\.weights"):
         repair_store(store, model=make_model("llama", seed=1))
-    blocks = profile.run_blocks
+    blocks = profile_run.run_blocks
 
     def noisy(*args):
         for number, rows, bad in blocks(*args):
             yield number, {site: x + 1e-6 for site, x in rows.items()}, bad
 
-    monkeypatch.setattr(profile, "run_blocks", noisy)
+    monkeypatch.setattr(profile_run, "run_blocks", noisy)
     with pytest.raises(UserError, match=r"shards/00001\.safetensors came out with other bytes .* left as it was"):
         repair_store(store, model=model)
     assert tree(store) == before
