@@ -8,7 +8,7 @@ from workbench.adapters.adapter import LowRank
 from workbench.convert import ConverterFits, best_matching, fit_converters, layer_scores, match_layers
 from workbench.errors import UserError
 from workbench.maps.fit import fit_pinv, fit_ridge
-from workbench.paste import fold
+from workbench.paste import fold_part
 from workbench.profile import profile_model
 from workbench.sites import Site
 
@@ -101,7 +101,7 @@ def test_folding_without_forming_the_converters_equals_folding_them(stores, meth
     g = torch.Generator().manual_seed(0)
     part = LowRank(*(torch.randn(s, generator=g) for s in ((48, 3), (3,), (3, 48))))
     made = fits.converter(Site(1), Site(0), method, 0.1)
-    direct, formed = fits.fold(part, Site(1), Site(0), method, 0.1), fold(part, made.to_donor, made.to_recipient)
+    direct, formed = fits.fold(part, Site(1), Site(0), method, 0.1), fold_part(part, made.to_donor, made.to_recipient)
     h = stores[1].read(Site(0), dtype=torch.float32)
     error = (direct.delta(h) - formed.delta(h)).norm() / formed.delta(h).norm()
     assert error < 1e-5

@@ -12,7 +12,7 @@ from workbench.errors import UserError
 from workbench.forecast import Candidate, paste_candidate
 from workbench.jobs import Job
 from workbench.layer_matching import layer_scores, matched_sites
-from workbench.paste import fold
+from workbench.paste import fold_part
 from workbench.profile import profile_model
 from workbench.row_pairs import RowPairs
 from workbench.sites import Site
@@ -46,7 +46,7 @@ def distance(a, b, h):
 def test_folding_equals_folding_the_maps(stores, part, method, tokens):
     fits = ConverterFits(*stores[tokens], pairing="last" if tokens == "last" else "aligned")
     made, direct = fits.converter(*ENDS, method), fits.fold(part, *ENDS, method)
-    assert distance(direct, fold(part, made.to_donor, made.to_recipient), fits.states("recipient", ENDS[1])) < 1e-4
+    assert distance(direct, fold_part(part, made.to_donor, made.to_recipient), fits.states("recipient", ENDS[1])) < 1e-4
     assert made.quality_to_donor is not None
 
 
@@ -60,7 +60,7 @@ def test_rows_summed_up_in_batches_give_the_fold_of_rows_held(stores, part, meth
     if method == "pinv":  # its cut counts the width alone there; no direction is near either
         assert held.solver("donor", ENDS[0], False).s.shape == summed.solver("donor", ENDS[0], False).s.shape
     assert distance(summed.fold(part, *ENDS, method), held.fold(part, *ENDS, method), h) < 1e-5
-    assert distance(fold(part, *_maps(summed, method)), held.fold(part, *ENDS, method), h) < 1e-4
+    assert distance(fold_part(part, *_maps(summed, method)), held.fold(part, *ENDS, method), h) < 1e-4
 
 
 def _maps(fits, method):

@@ -11,7 +11,7 @@ from workbench.errors import UserError
 from workbench.maps.fit import fit_pinv, fit_ridge
 from workbench.maps.linear_map import LinearMap
 from workbench.maps.quality import quality
-from workbench.paste import capture, fold, fold_gram, paste_adapter, three_step
+from workbench.paste import capture, fold_gram, fold_part, paste_adapter, three_step
 from workbench.sites import Site
 
 D_DONOR, D_RECIPIENT, RANK = 40, 28, 4
@@ -53,15 +53,15 @@ def test_a8_fold_is_three_step(form, method):
     fit = fit_pinv if method == "pinv" else lambda a, b: fit_ridge(a, b, alpha=0.01).map
     there, back = fit(x, y + 3), fit(y + 3, x)
     h = noise(16, D_RECIPIENT, seed=9)
-    assert relative(fold(form, there, back).delta(h), three_step(form, there, back, h)) <= 1e-5
-    assert fold(form, there, back).width == D_RECIPIENT
+    assert relative(fold_part(form, there, back).delta(h), three_step(form, there, back, h)) <= 1e-5
+    assert fold_part(form, there, back).width == D_RECIPIENT
 
 
 @pytest.mark.parametrize("n", [20, 400])
 def test_a8_gram_path_is_pinv_path(n):
     x, y = rows(n)
     h = noise(16, D_RECIPIENT, seed=9)
-    through_maps = fold(part(), fit_pinv(x, y), fit_pinv(y, x)).delta(h)
+    through_maps = fold_part(part(), fit_pinv(x, y), fit_pinv(y, x)).delta(h)
     assert relative(fold_gram(part(), x, y).delta(h), through_maps) <= 1e-5
 
 
@@ -69,7 +69,7 @@ def test_the_map_back_never_adds_its_bias():
     x, y = rows(400)
     there, back = fit_pinv(x, y), fit_pinv(y, x)
     moved = LinearMap(back.weight, back.bias + 100)
-    assert fold(part(), there, moved) == fold(part(), there, back)
+    assert fold_part(part(), there, moved) == fold_part(part(), there, back)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -78,7 +78,7 @@ def test_a6_identity_transfer_is_native(dtype):
     itself = fit_pinv(states, states, dtype=dtype)
     assert float((itself.weight - torch.eye(D_DONOR)).abs().max()) <= 1e-4
     native, h = part().to(dtype), noise(16, D_DONOR, seed=9).to(dtype)
-    assert relative(fold(native, itself, itself).delta(h), native.delta(h)) <= 1e-4
+    assert relative(fold_part(native, itself, itself).delta(h), native.delta(h)) <= 1e-4
 
 
 def test_a7_few_rows_transfer_the_projection_and_warn():
@@ -88,7 +88,7 @@ def test_a7_few_rows_transfer_the_projection_and_warn():
     projector = torch.linalg.pinv(states) @ states
     native, h = part(d).to(torch.float64), noise(16, d, seed=9).double()
     expected = native.delta(h @ projector) @ projector
-    assert relative(fold(native, itself, itself).delta(h), expected) <= 1e-5
+    assert relative(fold_part(native, itself, itself).delta(h), expected) <= 1e-5
     captured = capture(native, states)
     assert captured.write == pytest.approx((n / d) ** 0.5, rel=0.15)
     assert captured.read == pytest.approx((n / d) ** 0.5, rel=0.15)

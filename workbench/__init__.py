@@ -49,7 +49,7 @@ _HOME = {
     "fits_of_recipients": "convert",
     "match_layers": "layer_matching",
     "layer_scores": "layer_matching",
-    "fold": "paste",
+    "fold_part": "paste",
     "paste_adapter": "paste",
     "gradients": "sensitivity",
     "answer_gradients": "sensitivity",

@@ -37,7 +37,7 @@ class Capture:
     """set where the write side loses more than a tenth"""
 
 
-def fold(part: LowRank, to_donor: LinearMap, to_recipient: LinearMap) -> LowRank:
+def fold_part(part: LowRank, to_donor: LinearMap, to_recipient: LinearMap) -> LowRank:
     """The adapter part of the recipient that equals converting, adapting and converting back.
 
     V' = to_donor.W @ V, b' = b + to_donor.b @ V, U' = U @ to_recipient.W. The map back never adds its bias: a delta is
@@ -51,7 +51,7 @@ def fold(part: LowRank, to_donor: LinearMap, to_recipient: LinearMap) -> LowRank
         UserError: widths that do not meet, naming them.
 
     >>> part = LowRank(torch.ones(2, 1), torch.zeros(1), torch.ones(1, 2))
-    >>> fold(part, LinearMap.identity(2), LinearMap.identity(2)) == part
+    >>> fold_part(part, LinearMap.identity(2), LinearMap.identity(2)) == part
     True
 
     Source: arXiv:2506.19140, eq. 3; there the three steps are taken at run time and the maps have no bias.
@@ -66,7 +66,7 @@ def fold(part: LowRank, to_donor: LinearMap, to_recipient: LinearMap) -> LowRank
 
 
 def fold_gram(part: LowRank, x: Float[Tensor, "n d_R"], y: Float[Tensor, "m d_D"]) -> LowRank:
-    """`fold` through the published converters, pinv(X) Y and pinv(Y) X, which are never formed.
+    """`fold_part` through the published converters, pinv(X) Y and pinv(Y) X, which are never formed.
 
     V' = pinv(X) (Y V), b' = b, U' = (U pinv(Y)) X, by the Cholesky factor of XX' where n < d and no direction is near
     being cut, else by the eigenvectors of the smaller Gram matrix of each side.
@@ -118,7 +118,7 @@ def three_step(
 ) -> Float[Tensor, "*batch d_R"]:
     """The recipient's delta as published: h_D = to_donor(h), delta_D = part.delta(h_D), delta_D @ to_recipient.W.
 
-    The reference that `fold` is tested against; at run time the fold is what is used.
+    The reference that `fold_part` is tested against; at run time the fold is what is used.
     """
     _check_widths(part, to_donor, to_recipient)
     return part.delta(to_donor(h)) @ to_recipient.weight.to(h)
@@ -162,7 +162,7 @@ def paste_adapter(
     pairs, evidence = [], []
     for site, part in adapter.parts.items():
         used = by_donor[site]
-        folded = fold(part, used.to_donor, used.to_recipient)
+        folded = fold_part(part, used.to_donor, used.to_recipient)
         parts[used.recipient] = parts[used.recipient] + folded if used.recipient in parts else folded
         pairs.append([str(site), str(used.recipient), used.method])
         if used.quality_to_donor or used.quality_to_recipient:

@@ -18,7 +18,7 @@ from workbench.adapters import Adapter
 from workbench.adapters.adapter_bias import read as read_bias
 from workbench.errors import UserError
 from workbench.maps.linear_map import LinearMap
-from workbench.paste import fold, three_step
+from workbench.paste import fold_part, three_step
 from workbench.sites import Site
 
 WIDTH, DOWN = 12, 3
@@ -103,7 +103,9 @@ def test_a_paste_carries_the_bias_of_the_write_side_as_it_carries_u(tmp_path):
     there = LinearMap(torch.randn(7, WIDTH, generator=g), torch.randn(WIDTH, generator=g))
     back = LinearMap(torch.randn(WIDTH, 7, generator=g), torch.randn(7, generator=g))
     h = torch.randn(5, 7, generator=g)
-    torch.testing.assert_close(fold(part, there, back).delta(h), three_step(part, there, back, h), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fold_part(part, there, back).delta(h), three_step(part, there, back, h), rtol=1e-4, atol=1e-4
+    )
 
 
 REFUSED = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.adapters.adapter import Adapter, LowRank
 from workbench.maps.linear_map import LinearMap
 from workbench.maps.solver import Solver
-from workbench.paste import fold, fold_gram
+from workbench.paste import fold_gram, fold_part
 from workbench.sites import Site
 
 from .timing import spread
@@ -57,7 +57,7 @@ def folding(folder: Path, n: int = PROMPTS, widths: tuple[int, int] = WIDTHS, la
     def dense() -> None:
         there, back = torch.linalg.pinv(x) @ y, torch.linalg.pinv(y) @ x
         zero = torch.zeros(1)
-        made.append(fold(part, LinearMap(there, zero.expand(donor)), LinearMap(back, zero.expand(recipient))))
+        made.append(fold_part(part, LinearMap(there, zero.expand(donor)), LinearMap(back, zero.expand(recipient))))
 
     full, ours = both(dense), fold_gram(part, x, y)
     difference = max(float((a - b).norm() / b.norm()) for a, b in ((ours.V, made[0].V), (ours.U, made[0].U)))
@@ -123,7 +123,8 @@ def generation(
     parts = {s: _part(donor, s.layer) for s in sites}
     zeros = torch.zeros(donor), torch.zeros(width)
     paste = (
-        Adapter({s: fold(parts[s], LinearMap(there[s], zeros[0]), LinearMap(back[s], zeros[1])) for s in sites}) * 1e-3
+        Adapter({s: fold_part(parts[s], LinearMap(there[s], zeros[0]), LinearMap(back[s], zeros[1])) for s in sites})
+        * 1e-3
     )
     ids = torch.randint(4, 50257, (batch, 32), generator=torch.Generator().manual_seed(2))
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
