@@ -79,8 +79,14 @@ def test_how_parts_are_read():
     slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}
     assert part_of("env", slurm) == (2, 4)
     assert part_of("env", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
+    stepped = {**slurm, "SLURM_ARRAY_TASK_ID": "23", "SLURM_ARRAY_TASK_STEP": "10"}  # --array=3-33:10
+    assert part_of("env", stepped) == (2, 4)
     with pytest.raises(UserError, match="neither torchrun"):
         part_of("env", {})
+    with pytest.raises(UserError, match="RANK='x' is no number"):
+        part_of("env", {"RANK": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="write I/N with I from 0"):
+        part_of("env", {"RANK": "5", "WORLD_SIZE": "2"})
     for bad in ("2/2", "1", "-1/4", "a/b", "0/0"):
         with pytest.raises(UserError, match="write I/N with I from 0"):
             part_of(bad)

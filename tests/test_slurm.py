@@ -28,8 +28,8 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     commands = {
         "srun": SRUN,
         "scontrol": "printf 'n1\\nn2\\nn3\\n'",
-        "hostname": "echo 'fe80::1 10.0.0.7 10.0.0.8'",
-        "ray": '[[ $1 == status ]] || exec sleep 30',
+        "hostname": "echo 'fe80::1 127.0.1.1 10.0.0.7 10.0.0.8'",
+        "ray": '[[ $1 == status ]] || { echo "token ${#RAY_AUTH_TOKEN}" >> "$CALLS"; exec sleep 30; }',
         "workbench": 'echo "workbench $*" >> "$CALLS"; [[ $2 != slow.toml ]] || '
         '{ trap \'echo stopped >> "$CALLS"; exit 130\' INT; while :; do sleep 0.05; done; }; exit 3',
     }  # fmt: skip
@@ -58,6 +58,7 @@ def test_ray_is_started_on_every_node_and_then_the_run(allocation):
     seen = calls(allocation)
     started = [line for line in seen if "ray start" in line]
     assert sorted(line[:2] for line in started) == ["n1", "n2", "n3"]
+    assert seen.count("token 64") == 3
     head = next(line for line in started if "--head" in line)
     assert head.startswith("n1: ")
     assert "--node-ip-address=10.0.0.7 --port=32345 --num-cpus=8 --num-gpus=4" in head

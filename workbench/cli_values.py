@@ -71,17 +71,25 @@ def part_of(text: str | None, environment: Mapping[str, str] = os.environ) -> tu
     if text is None:
         return None
     if text == "env":
-        for rank, size, first in RANKS:
-            if rank in environment and size in environment:
-                start = int(environment.get(first, 0)) if isinstance(first, str) else first
-                return int(environment[rank]) - start, int(environment[size])
-        raise UserError(
-            "--part env: neither torchrun (RANK, WORLD_SIZE) nor Slurm says which process this is; give I/N"
-        )
+        text = _part_told(environment)
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise UserError(f"cannot read --part {text!r}; write I/N with I from 0 to N - 1, such as 0/8, or env")
     return int(match[1]), int(match[2])
+
+
+def _part_told(environment: Mapping[str, str]) -> str:
+    """What torchrun or Slurm say, as `I/N`; of an array with a step its tasks are counted and not their numbers."""
+    for rank, size, first in RANKS:
+        if rank in environment and size in environment:
+            names = [rank, size, *([first, "SLURM_ARRAY_TASK_STEP"] if isinstance(first, str) else [])]
+            told = {name: environment[name] for name in names if name in environment}
+            if wrong := next((name for name, value in told.items() if not value.isdecimal()), None):
+                raise UserError(f"--part env: {wrong}={told[wrong][:40]!r} is no number; give I/N")
+            start = int(told.get(first, 0)) if isinstance(first, str) else first
+            step = max(1, int(told.get("SLURM_ARRAY_TASK_STEP", 1)))
+            return f"{(int(told[rank]) - start) // step}/{told[size]}"
+    raise UserError("--part env: neither torchrun (RANK, WORLD_SIZE) nor Slurm says which process this is; give I/N")
 
 
 def own_device(device: str, part: str | None, environment: Mapping[str, str] = os.environ) -> str:

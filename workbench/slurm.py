@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-SPREAD = ("profile", "transport", "convert", "run")
+SPREAD = ("profile", "transport", "convert", "generate", "run")
 """the verbs that take an engine"""
 WARNED = 120
 """seconds before the time is up at which a run is asked to stop, so that it keeps what it has and can go on"""
@@ -23,7 +23,10 @@ cd "${{SLURM_SUBMIT_DIR:-.}}"
 export RAY_USAGE_STATS_ENABLED=0
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 on() {{ exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" "${{@:2}}"; }}
-head_ip=$(on "${{nodes[0]}}" hostname --ip-address | tr ' ' '\n' | grep -m1 -E '^[0-9]+(\.[0-9]+){{3}}$')
+# whoever reaches the ports of a Ray without a token can run code there; srun hands the environment on
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')"
+head_ip=$(on "${{nodes[0]}}" hostname -I | tr ' ' '\n' | grep -E '^[0-9]+(\.[0-9]+){{3}}$' | grep -v -m1 '^127\.' || true)
+[[ -n $head_ip ]] || {{ echo "${{nodes[0]}} has no IPv4 address that other nodes reach" >&2; exit 1; }}
 address="$head_ip:$((20000 + SLURM_JOB_ID % 20000))"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 

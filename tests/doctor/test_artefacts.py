@@ -96,6 +96,28 @@ def test_a_store_that_is_damaged_and_one_that_is_not_finished(place, tmp_path):
     assert all(check.fix for check in checks)
 
 
+def test_one_flipped_bit_is_found_and_a_store_that_is_not_read_says_so(place, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(place / "runs" / "store", tmp_path / "store")
+    shard = next((tmp_path / "store" / "shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (check,) = of(diagnose(tmp_path), "store")
+    assert (check.status, "damaged" in check.found) == ("FAIL", True)
+    monkeypatch.setattr(artefacts, "READ", 10)
+    (check,) = of(diagnose(tmp_path), "store")
+    assert (check.status, "workbench stores verify" in check.found) == ("OK", True)
+
+
+def test_what_is_fine_is_one_line_where_it_would_be_many(tmp_path):
+    for i in range(artefacts.SHOWN + 1):
+        vector(Site(1), torch.ones(WIDTH)).save(tmp_path / f"a{i}")
+    (check,) = diagnose(tmp_path)
+    assert (check.status, check.found) == ("OK", f"{artefacts.SHOWN + 1} below {tmp_path} are as they should be")
+
+
 def test_a_folder_that_is_not_there_and_one_that_holds_nothing(tmp_path):
     assert of(diagnose(tmp_path), "artefacts")[0].status == "WARN"
 

@@ -155,7 +155,7 @@ def test_time_is_the_longest_of_its_parts(donor):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({}, "nothing says how much is read; give prompts, or how many tokens"),
-    ({"tokens": -1.0}, "are nothing to count; give more than 0"),
+    ({"tokens": -1.0}, "-1 tokens are nothing to plan; give a number from 1"),
     ({"tokens": 1e6, "policy": "first:3"}, "cannot be counted; plan with last or all"),
     ({"tokens": 1e6, "dtype": "int8"}, "unknown dtype 'int8'; allowed: auto, float32"),
     ({"tokens": 1e6, "store_dtype": "int8"}, "unknown store dtype 'int8'; allowed: auto, float32"),
@@ -168,11 +168,14 @@ def test_what_cannot_be_planned_is_refused(options, said, donor):
 
 
 def test_other_refusals(donor):
+    for tokens in (float("inf"), float("nan"), 0.4, 1e300):
+        with pytest.raises(UserError, match="tokens are nothing to plan"):
+            plan_profile(donor, rates=SMALL, tokens=tokens)
     with pytest.raises(UserError, match="plan with two sites at least"):
         plan_transport(donor, tokens=1e5, sites=[0], rates=SMALL)
     with pytest.raises(UserError, match="no prompts to plan for"):
         count_prompts(PromptSet(()), None)
-    with pytest.raises(UserError, match="0 tokens are nothing to plan; give a number above 0"):
+    with pytest.raises(UserError, match="0 tokens are nothing to plan; give a number from 1 to 1e"):
         Counted(Lengths.of([3]), 1.0).scaled(0)
     with pytest.raises(UserError, match="no data sheet of 'TPU' is known; there are A100, H100, H200"):
         preset("TPU")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..models import Model
 
 SHOWN = 4
+READ = 4 << 30
+"""bytes of a store that are read for what was damaged; of a larger one the sizes of its files are looked at"""
 HASHED = 4 << 30
 """bytes of weights that are read to tell whether a model is still the one of a store; a larger one is to be named"""
 
@@ -34,7 +36,7 @@ def look_at_artefacts(folder: Path, models: Sequence[Model] = ()) -> list[Check]
     if found.cut:
         checks.append(Check("WARN", "artefacts", f"{folder} holds too many folders: not all were looked at",
                             "name the folders of stores and runs themselves"))  # fmt: skip
-    return checks or [
+    return _few_lines(checks, folder) or [
         Check("WARN", "artefacts", f"{folder} holds no store, adapter or run", "give the folder that does")
     ]
 
@@ -43,7 +45,7 @@ def _few_lines(checks: list[Check], folder: Path) -> list[Check]:
     """What is fine, of a kind, in one line where it would be many."""
     counts = Counter(check.name for check in checks if check.status == "OK")
     kept = [c for c in checks if c.status != "OK" or counts[c.name] <= SHOWN]
-    return [*kept, *(Check("OK", name, f"{count} more below {folder} are as they should be")
+    return [*kept, *(Check("OK", name, f"{count} below {folder} are as they should be")
                      for name, count in counts.items() if count > SHOWN)]  # fmt: skip
 
 
@@ -74,15 +76,18 @@ def _store(entry: Entry, models: Sequence[Model], weights: dict[str, str]) -> It
     from ..store import Store
     from ..store.checkup import find_damage
 
-    if damage := find_damage(entry.path, quick=True):
+    read = entry.facts.get("bytes", 0) <= READ
+    if damage := find_damage(entry.path, quick=not read):
         yield Check("FAIL", "store", str(damage), f"run `workbench stores repair {entry.path}`")
         return
     with Store.open(entry.path) as store:
         stale = _of_its_model("stale store", entry.path, store.fingerprint, models, weights)
         stale = stale or _prompts(store)
-        yield stale or Check(
-            "OK", "store", f"{store}: of the model and the prompts that it names, as far as they are here"
+        checked = (
+            "every byte as it was written" if read else "its sizes alone were looked at: `workbench stores verify`"
         )
+        yield stale or Check("OK", "store", f"{store}: {checked}; of the model and the prompts that it names, as far as they "
+                             "are here")  # fmt: skip
         yield from _basis(store, [m for m in models if not difference_of(store.fingerprint, m.fingerprint)])
 
 

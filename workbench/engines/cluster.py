@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ TOKEN = secrets.token_hex(32)
 """of the clusters that this process starts: whoever reaches their ports has to know it"""
 LONGEST = 40
 """characters of the folder of a cluster: the names of its sockets in it are limited"""
+REACHED = 5.0
+"""seconds that an address is given to answer"""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a cluster of one machine, which listens on the loopback address alone
     "RAY_AUTH_MODE": "token",
@@ -52,7 +56,7 @@ def connected(address: str | None, n_cpus: int | None = None) -> Iterator[Any]:
         import ray
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        folder = None if address else _folder()
+        folder, lock = (None, None) if address else _folder()
         try:
             if address:
                 _join(ray, address, quiet)
@@ -63,6 +67,8 @@ def connected(address: str | None, n_cpus: int | None = None) -> Iterator[Any]:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
 
 
 _IMPORTED_HERE: list[bool] = []
@@ -77,16 +83,42 @@ def _reads_environment() -> bool:
 
 def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
+        _reach(address)
         ray.init(address=address, **options)
-    except Exception as err:  # of many kinds, by how far it came; each means the same to the user
+    except Exception as err:  # of many kinds, by how far it came
         reason = " ".join(str(err).split())[:200] or type(err).__name__
+        if "auth" in reason.lower() or "auth" in type(err).__name__.lower():
+            raise UserError(f"the Ray cluster at {address!r} asks for a token ({reason}); set RAY_AUTH_MODE=token and "
+                            "RAY_AUTH_TOKEN as they were when it was started") from err  # fmt: skip
         raise UserError(f"no Ray cluster answers at {address!r} ({reason}); start one with `ray start --head` and give its "
                         "address (HOST:6379), or leave --address out for one of this machine alone") from err  # fmt: skip
 
 
-def _folder() -> Path:
+def _reach(address: str) -> None:
+    """Tries HOST:PORT for some seconds; Ray itself would for minutes. OSError where nobody listens there."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED).close()
+
+
+def _folder() -> tuple[Path, int]:
+    """A folder for a cluster of our own, with its lock: a handle to be closed. Those of killed processes are removed."""
     found = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="wb-ray-", dir=found if len(found) <= LONGEST else "/tmp"))
+    place = Path(found if len(found) <= LONGEST else "/tmp")
+    for left in place.glob("wb-ray-*"):
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if os.fstat(handle).st_uid == os.getuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process is gone, however it ended
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+    folder = Path(tempfile.mkdtemp(prefix="wb-ray-", dir=place))
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return folder, handle
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 NAMES = ("local", "ray")
-VERSIONS = ("torch", "transformers", "safetensors")
+VERSIONS = ("workbench", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 """packages that the bits of a result hang on, so that the workers must have the driver's"""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("workbench")
 ATTEMPTS = 3
 """of one piece, before its worker's death is taken to be its own fault"""
+JOINED = 120.0
+"""seconds that a cluster of many machines is given to come together"""
 TICK = 0.2
 """seconds between two looks at whether a stop was asked for"""
 PATIENCE = 30.0
@@ -66,18 +70,20 @@ class RayEngine:
                 f"gpus_per_worker={gpus_per_worker}: give 0, a share of one GPU such as 0.5, or a whole number"
             )
         with connected(address) as ray:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            has_gpu = any(node.get("GPU", 0) for node in nodes)
-            gpus = float(has_gpu) if gpus_per_worker is None else gpus_per_worker
+            nodes = _nodes(ray)
+            gpus = float(any(node.get("GPU", 0) for node in nodes)) if gpus_per_worker is None else gpus_per_worker
             cpus = cpus_per_worker or 1
+            if address is not None and workers is not None:
+                nodes = _joined(ray, workers, gpus, cpus)
             device = "cpu" if not gpus else "cuda" if gpus <= 1 else "map"
             count = workers or _room(nodes, gpus, cpus if gpus or cpus_per_worker else _own_threads()) or 1
             _check_room(count, _room(nodes, gpus, cpus), gpus, cpus)
             engine = cls(ray, count, device, gpus, cpus, cpus_per_worker)
-            try:
-                yield engine
-            finally:
-                engine.close()
+            with _terminated_as_interrupted():
+                try:
+                    yield engine
+                finally:
+                    engine.close()
 
     def spread(
         self, model: Model | Recipe | None, task: str, pieces: Iterable[Any], *, common: Mapping[str, Any] | None = None,
@@ -163,6 +169,31 @@ class RayEngine:
             if (level, text) not in self._told:
                 self._told.add((level, text))
                 log.log(level, "%s", text)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A SIGTERM, which schedulers and containers send, acts as a Ctrl-C: Ray's own handler would abort the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _joined(ray: Any, workers: int, gpus: float, cpus: int) -> list[dict[str, float]]:
+    """The nodes of a cluster once so many workers fit, or after `JOINED` seconds: machines join one by one."""
+    until = time.monotonic() + JOINED
+    while _room(nodes := _nodes(ray), gpus, cpus) < workers and time.monotonic() < until:
+        time.sleep(1)
+    return nodes
 
 
 def _own_threads() -> int:

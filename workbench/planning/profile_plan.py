@@ -16,7 +16,7 @@ from ..work.rates import Rates, measured
 from ..work.shape import ITEMSIZE
 from .plan import Plan
 from .steps import moments_step, store_step, transport_steps
-from .texts import Counted, count_prompts
+from .texts import Counted, check_tokens, count_prompts
 
 FEWER = "fewer sites or layers, fewer folds, fewer pairs (pairs=[]), or batches of fewer tokens (batch_tokens)"
 SMALLER = 'fewer sites, store_dtype="bfloat16", tokens="last", or moments in place of a store'
@@ -57,7 +57,7 @@ def plan_profile(
         tokens: how many tokens in all, in place of those that the prompts have.
         rates: the machine, `preset("H100")` say; this one, measured, unless given. gpus: how many of it, each with a replica.
 
-    Raises UserError for what `profile_model` refuses of these, and for a number of tokens that is not above 0.
+    Raises UserError for what `profile_model` refuses of these, and for a number of tokens below 1.
 
     >>> print(plan_profile("meta-llama/Llama-3.1-8B", tokens=1e8, policy="all", rates=preset("H100")))  # doctest: +SKIP
     """
@@ -132,6 +132,7 @@ def _counted(
         raise UserError("nothing says how much is read; give prompts, or how many tokens (--tokens 1e8)")
     if policy not in ("last", "all"):
         raise UserError(f"without prompts tokens={policy!r} cannot be counted; plan with last or all")
+    check_tokens(tokens)
     texts = Lengths.even(tokens, min(length, shape.context))
     return Counted(texts, texts.tokens if policy == "all" else texts.sequences)
 

@@ -14,6 +14,15 @@ from ..work import Lengths
 
 SAMPLE = 1000
 """prompts that are counted where their number of tokens is given"""
+MOST_TOKENS = 1e15
+"""that can be planned: some ten times what any model was trained on"""
+
+
+def check_tokens(tokens: float) -> None:
+    """UserError for a number of tokens that nobody profiles."""
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(f"{tokens:g} tokens are nothing to plan; give a number from 1 to {MOST_TOKENS:g}, such as "
+                        "--tokens 1e8")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,7 @@ class Counted:
 
     def scaled(self, tokens: float) -> Counted:
         """As many texts like these as make so many tokens; UserError for a number that is not above 0."""
-        if not 0 < tokens < float("inf"):
-            raise UserError(f"{tokens:g} tokens are nothing to plan; give a number above 0, such as --tokens 1e8")
+        check_tokens(tokens)
         times = tokens / self.texts.tokens
         return Counted(self.texts.scaled(times), self.rows * times)
 
