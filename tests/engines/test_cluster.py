@@ -40,15 +40,13 @@ def test_an_address_where_nobody_listens_is_told_at_once():
         cluster._join(never, address, {})
 
 
-def test_a_cluster_that_asks_for_a_token_says_so():
-    class Unauthenticated(Exception):
-        pass
-
+def test_a_cluster_that_listens_and_takes_nobody_in_says_what_it_may_ask_for():
     def init(**_: object) -> None:
-        raise Unauthenticated("InvalidAuthToken")
+        raise ConnectionError("Failed to connect")
 
-    with pytest.raises(UserError, match=r"asks for a token .*RAY_AUTH_TOKEN"):
-        cluster._join(SimpleNamespace(init=init), "auto", {})
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        with pytest.raises(UserError, match=r"does not take this process in \(Failed to connect\); .*RAY_AUTH_TOKEN"):
+            cluster._join(SimpleNamespace(init=init), f"127.0.0.1:{there.getsockname()[1]}", {})
 
 
 def test_folders_of_processes_that_are_gone_are_removed_and_those_in_use_stay(

@@ -82,23 +82,28 @@ def _reads_environment() -> bool:
 
 
 def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
+    reached = False
     try:
-        _reach(address)
+        reached = _reach(address)
         ray.init(address=address, **options)
     except Exception as err:  # of many kinds, by how far it came
         reason = " ".join(str(err).split())[:200] or type(err).__name__
-        if "auth" in reason.lower() or "auth" in type(err).__name__.lower():
-            raise UserError(f"the Ray cluster at {address!r} asks for a token ({reason}); set RAY_AUTH_MODE=token and "
-                            "RAY_AUTH_TOKEN as they were when it was started") from err  # fmt: skip
+        if reached:
+            raise UserError(f"the Ray cluster at {address!r} does not take this process in ({reason}); where it was started "
+                            "with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as they were there, and use its "
+                            "versions of Python and Ray") from err  # fmt: skip
         raise UserError(f"no Ray cluster answers at {address!r} ({reason}); start one with `ray start --head` and give its "
                         "address (HOST:6379), or leave --address out for one of this machine alone") from err  # fmt: skip
 
 
-def _reach(address: str) -> None:
-    """Tries HOST:PORT for some seconds; Ray itself would for minutes. OSError where nobody listens there."""
+def _reach(address: str) -> bool:
+    """Tries HOST:PORT for some seconds, where Ray itself would for minutes; OSError where nobody listens there. False for an
+    address of another form, which is Ray's to find."""
     host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED).close()
+    if not host or not port.isdigit():
+        return False
+    socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED).close()
+    return True
 
 
 def _folder() -> tuple[Path, int]:
