@@ -17,7 +17,7 @@ from workbench.errors import UserError
 from workbench.slurm import sbatch_script
 
 SRUN = """while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done
-echo "$node: $*" >> "$CALLS"
+echo "$node: $* (token of ${#RAY_AUTH_TOKEN})" >> "$CALLS"
 exec "$@"
 """
 
@@ -29,8 +29,9 @@ def allocation(tmp_path: Path) -> dict[str, str]:
         "srun": SRUN,
         "scontrol": "printf 'n1\\nn2\\nn3\\n'",
         "hostname": "echo 'fe80::1 127.0.1.1 10.0.0.7 10.0.0.8'",
-        "ray": '[[ $1 == status ]] || { echo "token ${#RAY_AUTH_TOKEN}" >> "$CALLS"; exec sleep 30; }',
-        "workbench": 'echo "workbench $*" >> "$CALLS"; [[ $2 != slow.toml ]] || '
+        "ray": "[[ $1 == status ]] || exec sleep 30",
+        "workbench": 'echo "workbench $*" >> "$CALLS"; [[ $2 != my* ]] || '
+        'until [[ $(grep -c "ray start" "$CALLS") -ge 3 ]]; do sleep 0.02; done; [[ $2 != slow.toml ]] || '
         '{ trap \'echo stopped >> "$CALLS"; exit 130\' INT; while :; do sleep 0.05; done; }; exit 3',
     }  # fmt: skip
     (tmp_path / "bin").mkdir()
@@ -58,7 +59,7 @@ def test_ray_is_started_on_every_node_and_then_the_run(allocation):
     seen = calls(allocation)
     started = [line for line in seen if "ray start" in line]
     assert sorted(line[:2] for line in started) == ["n1", "n2", "n3"]
-    assert seen.count("token 64") == 3
+    assert all(line.endswith("(token of 64)") for line in started)
     head = next(line for line in started if "--head" in line)
     assert head.startswith("n1: ")
     assert "--node-ip-address=10.0.0.7 --port=32345 --num-cpus=8 --num-gpus=4" in head
@@ -120,5 +121,8 @@ def test_the_command_writes_a_file_and_checks_the_job(tmp_path):
         app, ["slurm", "--", "profile", "bundled:donor", "--prompts", "bundled:profile", "--out", "s"]
     )
     assert "workbench profile bundled:donor --prompts bundled:profile --out s --engine ray" in other.stdout
+    wrong = CliRunner().invoke(app, ["slurm", "--", "profile", "m", "--prompts", "p", "--out", "s", "--nodes", "2"])
+    assert wrong.exit_code != 0
+    assert "workbench profile: No such option: --nodes" in wrong.output
     (tmp_path / "bad.toml").write_text("x = 1\n")
     assert CliRunner().invoke(app, ["slurm", str(tmp_path / "bad.toml")]).exit_code != 0

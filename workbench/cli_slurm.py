@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever this release of typer keeps it
+
+
+def _check_words(words: list[str]) -> None:
+    """UserError for arguments and options that the verb does not take: better heard now than when the nodes are there."""
+    from .cli import app
+    from .errors import UserError
+
+    verb: Any = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    try:
+        verb.make_context(words[0], [*words[1:], "--engine", "ray"])
+    except _UsageError as err:
+        told = err.format_message().rstrip(".")
+        raise UserError(f"workbench {words[0]}: {told}; options of the script stand before the --") from err
 
 
 def slurm(
@@ -38,6 +53,7 @@ def slurm(
         words, nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_node=cpus_per_node, gpus_per_worker=gpus_per_worker,
         time=time, name=name, options=option or (), setup=setup,
     )  # fmt: skip
+    _check_words(words)
     if len(words) == 2 and words[0] == "run":
         from .job_options import open_job
 
