@@ -51,6 +51,12 @@ def test_a_store_beside_its_model_is_whole_of_it_and_raw(place):
     assert "computed again" in basis.found
 
 
+def test_a_store_of_a_model_that_was_not_named_says_so(place):
+    checks = of(diagnose("bundled:donor", place / "runs"), "store")
+    assert [check.status for check in checks] == ["OK", "WARN"]
+    assert "was compared with nothing" in checks[1].found
+
+
 def test_a_store_whose_model_has_other_weights_now_is_stale(place, tmp_path):
     changed = tmp_path / "llama"
     changed.symlink_to(save_folder(make_module("llama", seed=1), tmp_path / "other"))

@@ -88,6 +88,9 @@ def _store(entry: Entry, models: Sequence[Model], weights: dict[str, str]) -> It
         )
         yield stale or Check("OK", "store", f"{store}: {checked}; of the model and the prompts that it names, as far as they "
                              "are here")  # fmt: skip
+        if models and all(difference_of(store.fingerprint, m.fingerprint) for m in models) and stale is None:
+            yield Check("WARN", "store", f"{entry.path} is of {store.name}, which was not named, and was compared with nothing",
+                        f"name it too: `workbench doctor {store.name} {entry.path}`")  # fmt: skip
         yield from _basis(store, [m for m in models if not difference_of(store.fingerprint, m.fingerprint)])
 
 
