@@ -60,10 +60,13 @@ def test_folders_of_processes_that_are_gone_are_removed_and_those_in_use_stay(
     (tmp_path / "wb-ray-link").symlink_to(tmp_path)
     other, second = cluster._folder()
     assert {p.name for p in tmp_path.iterdir()} == {mine.name, other.name, "wb-ray-link"}
+    assert lock is not None
+    assert second is not None
     os.close(lock)
     os.close(second)
     third, last = cluster._folder()
     assert {p.name for p in tmp_path.iterdir() if not Path(p).is_symlink()} == {third.name}
+    assert last is not None
     os.close(last)
 
 

@@ -13,7 +13,8 @@ from ..catalogue import Entry, catalogue
 from ..errors import UserError
 from ..fingerprint import difference_of
 from ..hashes import weights_hash
-from .check import Check, failed, size_text
+from ..store.views import size_text
+from .check import Check, failed
 
 if TYPE_CHECKING:
     from ..models import Model

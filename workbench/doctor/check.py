@@ -25,11 +25,3 @@ def failed(name: str, err: Exception, fix: str) -> Check:
     """An error as a check: what it says to do, after its last semicolon, is the fix; `fix` where it says nothing."""
     found, _, said = str(err).rpartition("; ")
     return Check("FAIL", name, found, said) if found else Check("FAIL", name, said, fix)
-
-
-def size_text(n: int) -> str:
-    """
-    >>> size_text(3 << 30), size_text(5 << 20)
-    ('3.0 GiB', '5 MiB')
-    """
-    return f"{n / 2**30:.1f} GiB" if n >= 1 << 30 else f"{n / 2**20:.0f} MiB"

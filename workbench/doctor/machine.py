@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..bundled import PREFIX, bundled_path
 from ..errors import UserError
-from .check import Check, size_text
+from ..store.views import size_text
+from .check import Check
 
 SHOWN = ("torch", "transformers", "safetensors", "scikit-learn", "pyarrow")
 LOW_DISK, FULL_DISK = 5 << 30, 200 << 20

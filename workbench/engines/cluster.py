@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..store.locks import hold
 
 TOKEN = secrets.token_hex(32)
 """of the clusters that this process starts: whoever reaches their ports has to know it"""
@@ -106,24 +106,17 @@ def _reach(address: str) -> bool:
     return True
 
 
-def _folder() -> tuple[Path, int]:
+def _folder() -> tuple[Path, int | None]:
     """A folder for a cluster of our own, with its lock: a handle to be closed. Those of killed processes are removed."""
     found = tempfile.gettempdir()
     place = Path(found if len(found) <= LONGEST else "/tmp")
     for left in place.glob("wb-ray-*"):
-        with suppress(OSError):
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if os.fstat(handle).st_uid == os.getuid():
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process is gone, however it ended
-                    shutil.rmtree(left, ignore_errors=True)
-            finally:
+        with suppress(OSError):  # gone meanwhile
+            if not left.is_symlink() and left.stat().st_uid == os.getuid() and (handle := hold(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
                 os.close(handle)
     folder = Path(tempfile.mkdtemp(prefix="wb-ray-", dir=place))
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return folder, handle
+    return folder, hold(folder)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..work.rates import Rates
-from ..work.work import Work
+from ..work.work import Work, duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,17 +169,6 @@ def size(n: float) -> str:
         return "-"
     step = min(max(int(math.log10(n) // 3), 0), 6)
     return f"{n / 1000**step:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[step]}"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(0.0021), duration(42.4), duration(150), duration(9000), duration(1e6)
-    ('2 ms', '42 s', '2.5 min', '2.5 h', '11.6 days')
-    """
-    for limit, unit, name in ((1, 1e-3, "ms"), (90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.1f} {name}" if unit > 1 else f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86400:,.1f} days"
 
 
 def _count(n: float) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from ..work import Lengths, ModelShape, forward
 from ..work.room import disk_free, memory_free
+from ..work.work import duration
 from .plan import Block, Plan, make_plan
 from .room import sums_bytes
 from .run import BlockRunner
@@ -57,7 +58,7 @@ class Cost:
             f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
             *held,
             f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
-            f"about {_duration(self.seconds)} for the forward passes (an estimate, from a few batches), {self.flops:.2e} FLOPs",
+            f"about {duration(self.seconds)} for the forward passes (an estimate, from a few batches), {self.flops:.2e} FLOPs",
         ])  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,13 +112,3 @@ def _estimate(model: Model, plan: Plan, batches: list[tuple[Block, list[int]]], 
             if warm:
                 spent, read = spent + time.perf_counter() - start, read + sizes[i]
     return spent / read * sum(sizes)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42.4), _duration(150), _duration(9000)
-    ('42 s', '2.5 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

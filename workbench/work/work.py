@@ -42,3 +42,14 @@ class Work:
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"flops": self.flops, "by_dtype": dict(self.by_dtype), "moved": self.moved, "disk": self.disk}
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.0021), duration(42.4), duration(150), duration(9000), duration(1e6)
+    ('2 ms', '42 s', '2.5 min', '2.5 h', '11.6 days')
+    """
+    for limit, unit, name in ((1, 1e-3, "ms"), (90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.1f} {name}" if unit > 1 else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:,.1f} days"
