@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,21 @@ SRUN = """while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; sh
 echo "$node: $* (token of ${#RAY_AUTH_TOKEN})" >> "$CALLS"
 exec "$@"
 """
+SLOW = """import os, signal, sys, time
+
+def told(word):
+    with open(os.environ["CALLS"], "a") as calls:
+        calls.write(word + "\\n")
+
+def stopped(*_):
+    told("stopped")
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, stopped)
+told("begun")
+while True:
+    time.sleep(0.05)
+"""  # no shell script: bash may forget an interrupt that comes while it waits for a child
 
 
 @pytest.fixture
@@ -30,10 +47,11 @@ def allocation(tmp_path: Path) -> dict[str, str]:
         "scontrol": "printf 'n1\\nn2\\nn3\\n'",
         "hostname": "echo 'fe80::1 127.0.1.1 10.0.0.7 10.0.0.8'",
         "ray": "[[ $1 == status ]] || exec sleep 30",
-        "workbench": 'echo "workbench $*" >> "$CALLS"; [[ $2 != my* ]] || '
-        'until [[ $(grep -c "ray start" "$CALLS") -ge 3 ]]; do sleep 0.02; done; [[ $2 != slow.toml ]] || '
-        '{ trap \'echo stopped >> "$CALLS"; exit 130\' INT; while :; do sleep 0.05; done; }; exit 3',
+        "workbench": f'[[ $2 != slow.toml ]] || exec {shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / "slow"))}; '
+        'echo "workbench $*" >> "$CALLS"; [[ $2 != my* ]] || '
+        'until [[ $(grep -c "ray start" "$CALLS") -ge 3 ]]; do sleep 0.02; done; exit 3',
     }  # fmt: skip
+    (tmp_path / "slow").write_text(SLOW)
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
         file = tmp_path / "bin" / name
@@ -46,6 +64,13 @@ def allocation(tmp_path: Path) -> dict[str, str]:
 def calls(allocation: dict[str, str]) -> list[str]:
     file = Path(allocation["CALLS"])
     return file.read_text().splitlines() if file.exists() else []
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether a process has set a handler of its own for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -72,13 +97,12 @@ def test_ray_is_started_on_every_node_and_then_the_run(allocation):
 def test_the_run_is_interrupted_before_its_time_is_up_and_ends_by_itself(allocation):
     script = sbatch_script(["run", "slow.toml"])
     running = subprocess.Popen(["bash", "-c", script], env=allocation, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 30
-    while not any(line.startswith("workbench") for line in calls(allocation)):
+    until = time.monotonic() + 100
+    while not ("begun" in calls(allocation) and catches(running.pid, signal.SIGUSR1)):
         assert time.monotonic() < until
         time.sleep(0.02)
-    time.sleep(0.2)
     running.send_signal(signal.SIGUSR1)
-    assert running.wait(timeout=30) == 130
+    assert running.wait(timeout=100) == 130
     assert calls(allocation)[-1] == "stopped"
 
 
