@@ -22,12 +22,13 @@ from workbench.profile import plan as profile_plan
 from workbench.profile import profile_model
 from workbench.profile import run as profile_run
 from workbench.profile.repair import repair_store
+from workbench.profile.sums import profile_moments
 from workbench.prompts import PromptSet
 from workbench.sites import Site
 from workbench.store import Store
 from workbench.store.checks import manifest_text
 from workbench.store.checkup import find_damage, verify_stores
-from workbench.store.leftovers import find_leftovers, remove_leftovers
+from workbench.store.leftovers import clear_after, find_leftovers, remove_leftovers
 from workbench.store.listing import compact_sites, describe_store, find_stores
 from workbench.store.locks import held, is_held
 from workbench.store.merge import merge_stores
@@ -391,6 +392,46 @@ def test_one_that_is_taken_up_after_it_was_listed_stays(tmp_path):
     with held(partial):
         (done,) = remove_leftovers(listed)
     assert done.kept
+    assert partial.exists()
+
+
+def test_what_is_left_of_a_finished_store_goes_when_its_name_is_refused_again(store, model):
+    partial = store.parent / f".{store.name}.partial"
+    for names, stays in ((["journal.jsonl", "lock"], False), ([], False), (["journal.jsonl", "store"], True),
+                         (["old"], True), (["lock", "mine.txt"], True)):  # fmt: skip
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name in names:
+            (partial / name).touch()
+        with pytest.raises(UserError, match="exists already"):
+            profile_model(model, PROMPTS, store)
+        assert partial.exists() == stays, names
+    (partial / "mine.txt").unlink()
+    with held(partial):
+        clear_after(store)
+        assert partial.exists()
+    clear_after(store)
+    assert not partial.exists()
+
+
+def test_saved_sums_go_only_beside_the_moments_that_they_were_of(tmp_path, model):
+    out, partial = tmp_path / "m", tmp_path / ".m.moments-partial"
+    profile_moments(model, PROMPTS, out)
+    key = json.loads((out / "moments.json").read_text())["key"]
+    for names, now, stays in ((["lock"], None, False), (["lock", "after-3"], key, False), (["after-3"], "other", True),
+                              (["mine.txt"], key, True), (["after-3"], None, False)):  # fmt: skip
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name in names:
+            (partial / name).touch()
+        if now is not None:
+            (partial / "now.json").write_text(json.dumps({"key": now}))
+        with pytest.raises(UserError, match="exists already"):
+            profile_moments(model, PROMPTS, out)
+        assert partial.exists() == stays, names
+    partial.mkdir()
+    (partial / "now.json").write_text("[")
+    clear_after(out)
     assert partial.exists()
 
 

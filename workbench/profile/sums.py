@@ -25,6 +25,7 @@ from ..progress import progress
 from ..sites import Site
 from ..small_files import plain_file, read_json
 from ..store.checks import MOMENTS, MOMENTS_FORMAT
+from ..store.leftovers import clear_after
 from ..tokens import Policy
 from .pieces import borrow_anatomy
 from .plan import Block, Plan, make_plan
@@ -94,7 +95,7 @@ def profile_moments(
             sums.run(stop, None)
         return sums.folds
     path = _free(Path(out).expanduser(), overwrite)
-    with SavedSums.locked(path, json_hash([plan.hash, about])) as saved:
+    with SavedSums.locked(path, _key(plan, about)) as saved:
         saved.restore(sums)
         try:
             with first_interrupt_noted() as stop:
@@ -111,7 +112,13 @@ def profile_moments(
 def _finish(folds: list[Moments], plan: Plan, path: Path, about: dict[str, Any], overwrite: bool) -> None:
     with staged_folder(path, marker=MOMENTS, overwrite=overwrite) as folder:
         files = write_folds(folds, folder)
-        write_json(folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files})
+        write_json(folder / MOMENTS, {**plan.manifest, "format": MOMENTS_FORMAT, "schema": 1, **about, "files": files,
+                                      "key": _key(plan, about)})  # fmt: skip
+
+
+def _key(plan: Plan, about: dict[str, Any]) -> str:
+    """What the sums follow from: two runs of the same key may go on with each other's."""
+    return json_hash([plan.hash, about])
 
 
 def _spread(
@@ -121,7 +128,7 @@ def _spread(
     from .spread import check_device
 
     check_device(model, engine)
-    key, fold_of = json_hash([plan.hash, about]), _dealt(len(plan.prompts), about["folds"], about["seed"])
+    key, fold_of = _key(plan, about), _dealt(len(plan.prompts), about["folds"], about["seed"])
     with tempfile.TemporaryDirectory(prefix="workbench-") as temporary:
         path = _free(Path(temporary) / "moments" if out is None else Path(out).expanduser().absolute(), overwrite)
         with SavedSums.locked(path, key) as saved:
@@ -140,6 +147,7 @@ def _free(path: Path, overwrite: bool) -> Path:
     """Where a link leads; UserError where something is there already."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not overwrite:
+        clear_after(path)
         raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
     return path
 

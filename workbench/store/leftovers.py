@@ -7,11 +7,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .checks import MANIFEST, TABLES
+from ..small_files import read_json
+from .checks import MANIFEST, MOMENTS, TABLES
 from .locks import LOCK, hold, is_held
 
 _PARTIAL = re.compile(r"\.(.+)\.partial")
@@ -87,6 +89,39 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
             continue
         done.append(now if now.kept else _remove(now))
     return done
+
+
+def clear_after(out: Path) -> None:
+    """Removes what is beside a store or moments of a run that was stopped after they had their name: work of no further use.
+    Anything else stays, and so does what a process holds."""
+    for ending, over in ((".partial", _renamed), (".moments-partial", _summed)):
+        partial = out.parent / f".{out.name}{ending}"
+        if partial.is_symlink() or not partial.is_dir() or not over(partial, out):
+            continue
+        with suppress(OSError):  # a folder that cannot be written
+            if (handle := hold(partial)) is not None:
+                try:
+                    if over(partial, out):
+                        shutil.rmtree(partial)
+                finally:
+                    os.close(handle)
+
+
+def _renamed(partial: Path, out: Path) -> bool:
+    """Whether the store that was made in this folder has left it."""
+    return (out / MANIFEST).is_file() and {entry.name for entry in os.scandir(partial)} <= {"journal.jsonl", LOCK}
+
+
+def _summed(partial: Path, out: Path) -> bool:
+    """Whether the moments are those that this folder's sums were of, or it holds no sums."""
+    names = {entry.name for entry in os.scandir(partial)}
+    if names <= {LOCK} or not all(map(_MOMENTS.fullmatch, names)):
+        return names <= {LOCK}
+    try:
+        key = read_json(out / MOMENTS)["key"]
+        return "now.json" not in names or read_json(partial / "now.json")["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _remove(one: Leftover) -> Leftover:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from ..errors import UserError
@@ -33,7 +34,7 @@ def claim(partial: Path, out: Path) -> int:
     UserError where another run writes there, the folder is a link, or it cannot be made.
     """
     end = time.monotonic() + WAIT
-    while True:
+    for attempt in count(1):
         try:
             partial.mkdir(exist_ok=True)
             check_no_link(partial)
@@ -46,9 +47,10 @@ def claim(partial: Path, out: Path) -> int:
             handle = None  # likewise
         except OSError as err:
             raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
-        if time.monotonic() > end:
-            raise UserError(f"{out} is being written by another run; wait for it or choose another folder")
+        if time.monotonic() > end and attempt > 2:  # it may have been this process that stood still
+            break
         time.sleep(WAIT / 50)
+    raise UserError(f"{out} is being written by another run; wait for it or choose another folder")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..hashes import file_hash
 from ..sites import Site
 from .checks import MANIFEST, TABLES, check_manifest, manifest_text
+from .leftovers import clear_after
 from .locks import check_no_link, claim
 from .shards import write_shard, write_synced
 
@@ -71,6 +72,7 @@ class StoreWriter:
         if not self.out.exists():
             return
         if not self.overwrite:
+            clear_after(self.out)
             raise UserError(f"{self.out} exists already; choose another folder or pass overwrite=True (--overwrite)")
         if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
