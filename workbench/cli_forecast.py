@@ -58,6 +58,7 @@ def forecast(
     error, changes elsewhere, KL on plain text, length of the delta.
     """
     from .adapters.adapter import Adapter
+    from .atomic import check_free
     from .convert import ConverterFits
     from .converter_specs import method_pairs
     from .forecast import RIDGES, paste_candidate
@@ -67,8 +68,8 @@ def forecast(
 
     if unwanted is not None and not opener:
         raise UserError("--not is of openers; give --opener too")
-    if out is not None and out.exists() and not overwrite:
-        raise UserError(f"{out} is there already; give another --out, or --overwrite")
+    if out is not None:
+        check_free(out, marker="adapter.json", overwrite=overwrite)
     given = Adapter.load(adapter)
     stores = Store.open(donor_store), Store.open(recipient_store)
     methods = method_pairs(method) if method else list(RIDGES)
