@@ -42,7 +42,7 @@ def run(home: Path, name: str, engine: Any) -> Run:
 
 def check(alone: Run, other: Run) -> None:
     found = equality_of(alone.folder, other.folder)
-    assert found.equal, found.summary()
+    assert found.equal, found.summary
     assert found.files > 5
     assert json.loads((other.folder / "environment.json").read_text())["engine"] == "ray"
     assert "engine" not in json.loads((alone.folder / "environment.json").read_text())

@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of several threads is not forked
 os.environ.setdefault("WORKBENCH_PROGRESS", "0")
 
-from .subjects import SUBJECTS, prepare
+from .subjects import SUBJECTS, prepare, prepare_given
 from .trials import FAULTS, Found, every, tried
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=8, help="events of a step at which a fault is put; 0: all")
     parser.add_argument("--sample", type=int, help="so many cases, every fault and every step among them")
     parser.add_argument("--seed", type=int, default=0, help="of the events and the sample")
-    parser.add_argument("--only", help="faults, with commas")
+    parser.add_argument("--only", help=f"faults, with commas, of {', '.join(FAULTS)} [all]")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     given = parser.parse_args()
     if unknown := set(given.subjects) - set(SUBJECTS):
@@ -50,10 +50,11 @@ def matrix(folder: Path, subjects: list[str], given: Any) -> dict[str, Any]:
     import_all()
     logging.getLogger("workbench").setLevel(logging.CRITICAL)  # of what this process looks at; children have their own
     prepare(folder)
+    prepare_given(folder)
     found: list[Found] = []
     steps: dict[str, list[str]] = {}
     wanted = set(given.only.split(",")) if given.only else set(FAULTS)
-    for whole, cases in every(folder, subjects, given.each or 10**9, given.seed):
+    for whole, cases in every(folder, subjects, given.each or 10**9, given.seed, engine="worker" in wanted):
         steps[whole.subject.name] = list(dict.fromkeys(event.place for event in whole.events))
         chosen = [case for case in cases if case.fault in wanted]
         if given.sample:

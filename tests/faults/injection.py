@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -71,6 +71,7 @@ class Watch:
     def install(self) -> None:
         """Wraps the calls of this process."""
         from workbench import atomic, runs
+        from workbench.engines.ray import RayEngine
 
         def wrap(
             owner: Any, name: str, kind: str, at: int = 0, when: Callable[..., bool] = lambda *_, **__: True
@@ -121,6 +122,13 @@ class Watch:
 
         runs.Run.step = watched_step  # type: ignore[method-assign]
         self._watch_models()
+        spread = RayEngine.spread
+
+        def watched_spread(*args: Any, **options: Any) -> Any:
+            self.event("spread")
+            return spread(*args, **options)
+
+        RayEngine.spread = watched_spread  # type: ignore[method-assign]
 
     def _watch_models(self) -> None:
         from torch.nn.modules.module import register_module_forward_pre_hook
@@ -145,6 +153,28 @@ def kill() -> None:
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0)  # for the handler, where this is the main thread
+
+
+def lose_a_worker() -> None:
+    """Kills the next worker of this process that is found at a piece."""
+    threading.Thread(target=_kill_a_worker, args=(os.getpid(),), daemon=True).start()
+
+
+def _kill_a_worker(driver: int) -> None:
+    while True:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                if (folder / "cmdline").read_bytes().startswith(b"ray::Replica.run") and _descends(folder.name, driver):
+                    return os.kill(int(folder.name), signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _descends(process: str, ancestor: int) -> bool:
+    while int(process) > 1:
+        if int(process) == ancestor:
+            return True
+        process = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[1]
+    return False
 
 
 class Failing:

@@ -22,6 +22,9 @@ from .injection import Event
 from .subjects import OUT, SUBJECTS
 from .trials import FAULTS, Case, Whole
 
+WITHOUT_A_MODEL = {"convert", "similarity", "probe", "paste", "adapters export", "grade", "stores merge", "stores export",
+                   "stores fetch"}  # fmt: skip
+
 
 def injected(*given: str) -> dict[str, Any]:
     """What the matrix, or a sample of it, finds in a process of its own, which forks."""
@@ -41,8 +44,9 @@ def check(found: dict[str, Any], subject: str, faults: set[str]) -> None:
 
 
 def test_a_sample_of_faults_at_every_step_of_a_job():
-    found = injected("run", "--sample", "8")
-    check(found, "run", set(FAULTS))
+    here = set(FAULTS) - {"worker"}  # a lost worker is tried in tests/engines, where Ray is started once
+    found = injected("run", "--sample", "8", "--only", ",".join(sorted(here)))
+    check(found, "run", here)
     assert set(found["steps"]["run"]) == {"start", *SHARED, *(f"{step}-counting" for step in EACH)}
     assert sum(one["kept"] for one in found["found"]) > 0
 
@@ -54,7 +58,8 @@ def test_a_sample_of_faults_of_every_other_verb_that_writes(subject):
     of_steps = len(found["steps"][subject]) > 1
     without = set() if of_steps else {"damage"}
     without |= set() if SUBJECTS[subject].locks else {"writers"}
-    without |= {"memory", "no memory"} if subject in ("convert", "similarity", "probe") else set()
+    without |= set() if SUBJECTS[subject].engine else {"worker"}
+    without |= {"memory", "no memory"} if subject in WITHOUT_A_MODEL else set()
     check(found, subject, set(FAULTS) - without)
 
 

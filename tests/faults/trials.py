@@ -16,8 +16,9 @@ from .children import Ended, fork
 from .injection import Event, Watch
 from .subjects import OUT, SUBJECTS, Subject
 
-FAULTS = ("kill", "interrupt", "full", "read-only", "memory", "no memory", "damage", "clock", "writers")
-"""lost workers are tried where there is an engine with workers"""
+FAULTS = ("kill", "interrupt", "full", "read-only", "memory", "no memory", "damage", "clock", "writers", "worker")
+ENGINE = ("--engine", "ray", "--workers", 2, "--cpus-per-worker", 1)
+"""of a verb whose worker is lost"""
 ADVICE = ("make room", "choose another", "run again", "run the same", "smaller", "another device", "shorter", "wait for it",
           "give another", "exists already")  # fmt: skip
 
@@ -68,32 +69,41 @@ def names(place: Path) -> set[str]:
     return {path.relative_to(place).as_posix() for path in place.rglob("*")}
 
 
-def undisturbed(home: Path, subject: Subject) -> Whole:
-    """Runs a subject with nothing done to it, and notes its events."""
-    place = home / "whole" / subject.name
+def undisturbed(home: Path, subject: Subject, *, engine: bool) -> Whole:
+    """Runs a subject with nothing done to it, and notes its events; on the engine too, for when it spreads its work."""
+    whole = Whole(subject, home / "whole" / subject.name, tuple(_events(home, subject.name, subject, ())))
+    if not (engine and subject.engine):
+        return whole
+    spread = [event for event in _events(home, f"{subject.name} by ray", subject, ENGINE) if event.kind == "spread"]
+    return replace(whole, events=(*whole.events, *spread))
+
+
+def _events(home: Path, name: str, subject: Subject, more: tuple[Any, ...]) -> list[Event]:
+    place = home / "whole" / name
     place.mkdir(parents=True)
-    noted = home / "whole" / f"{subject.name}.jsonl"
+    noted = home / "whole" / f"{name}.jsonl"
 
     def watch() -> None:
         stream = noted.open("a")
         Watch(place, lambda event: (stream.write(json.dumps(event) + "\n"), stream.flush())[0]).install()  # type: ignore[arg-type, func-returns-value]
 
-    ended = fork(subject.line(home, place), watch)
+    ended = fork([*subject.line(home, place), *more], watch)
     if ended.code:
-        raise RuntimeError(f"{subject.name}: {ended.said}")
-    events = tuple(Event(*json.loads(line)) for line in noted.read_text().splitlines())
-    return Whole(subject, place, events)
+        raise RuntimeError(f"{name}: {ended.said}")
+    return [Event(*json.loads(line)) for line in noted.read_text().splitlines()]
 
 
 def cases(whole: Whole, most: int, dice: random.Random) -> Iterator[Case]:
     """The cases of a subject: every fault at `most` events of each step; the first and the last first."""
     for step in whole.steps:
-        mine = [event for event in whole.events if event.step == step]
+        mine = [event for event in whole.events if event.step == step and event.kind != "spread"]
         passes = [event for event in mine if event.kind == "forward"]
+        spread = [event for event in whole.events if event.step == step and event.kind == "spread"]
         for fault in FAULTS:
             if fault == "damage" or (fault == "writers" and not whole.subject.locks):
                 continue
             among = passes if "memory" in fault else [e for e in mine if e.kind != "forward"] or mine
+            among = spread if fault == "worker" else among
             one = fault in ("no memory", "clock", "writers")
             for event in _some(among, 1 if one else most, dice):
                 yield Case(whole.subject.name, fault, event)
@@ -141,7 +151,7 @@ def tried(home: Path, whole: Whole, case: Case) -> Found:
         _flip(place / case.file)
         ended = Ended(0, "")
     else:
-        ended = fork(line, partial(_inject, case, place, line))
+        ended = fork([*line, *(ENGINE if case.fault == "worker" else ())], partial(_inject, case, place, line))
         wrong += list(_said(case, ended, whole))
     before = _stamps(place / OUT)
     wrong += list(_opens(place))
@@ -173,6 +183,7 @@ def _inject(case: Case, place: Path, line: list[Any]) -> None:
         "no memory": lambda: injection.out_of_memory(event, always=True),
         "clock": lambda: injection.at(event, injection.clock_backwards),
         "writers": lambda: injection.at(event, partial(_second, line, event.step == "start")),
+        "worker": lambda: injection.at(event, injection.lose_a_worker),
     }
     if case.fault in ("clock", "writers"):
         _shorten_waits()
@@ -203,8 +214,11 @@ def _said(case: Case, ended: Ended, whole: Whole) -> Iterator[str]:
         yield f"not told in one line: {' | '.join(said)[-400:]}"
     if case.fault == "kill" and ended.code != -9:
         yield f"it was not killed: {ended.code}"
-    if case.fault in ("clock", "writers") and ended.code:
+    early = case.fault == "writers" and case.event.step == "start" and "exists already" in ended.last
+    if case.fault in ("clock", "writers", "worker") and ended.code and not early:  # early: the second made it all
         yield f"it ended with {ended.code}: {ended.last}"
+    if case.fault == "worker" and "a worker was lost with piece" not in ended.said:
+        yield "that a worker was lost is not told"
     if case.fault == "interrupt" and ended.code not in (0, 130):
         yield f"it ended with {ended.code}: {ended.last}"
     if ended.code == 130 and not (ended.last.startswith("stopped") and "again" in ended.last):
@@ -259,6 +273,9 @@ def _unlike(whole: Whole, place: Path, *, loose: bool) -> list[str]:
         wrong.append(f"left behind: {', '.join(sorted(left))}")
     if lost:
         wrong.append(f"not there: {', '.join(sorted(lost))}")
+    for file in (path for path in whole.place.iterdir() if path.is_file() and path.name not in lost):
+        if (place / file.name).read_bytes() != file.read_bytes():
+            wrong.append(f"{file.name} differs")
     if not (place / OUT).is_dir():
         return wrong
     found = equality_of(whole.place / OUT, place / OUT)
@@ -284,11 +301,11 @@ def _flip(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
-def every(home: Path, chosen: list[str], most: int, seed: int) -> Iterator[tuple[Whole, list[Case]]]:
-    """Each subject undisturbed, with the cases to try on it."""
+def every(home: Path, chosen: list[str], most: int, seed: int, *, engine: bool) -> Iterator[tuple[Whole, list[Case]]]:
+    """Each subject undisturbed, with the cases to try on it. engine: with the worker that is lost among them."""
     for name in chosen:
         subject = SUBJECTS[name]
-        whole = undisturbed(home, subject)
+        whole = undisturbed(home, subject, engine=engine)
         yield whole, list(cases(whole, most, random.Random(f"{seed} {name}")))
 
 
