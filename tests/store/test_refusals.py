@@ -172,6 +172,7 @@ def test_a_pickle_is_never_loaded(store, tmp_path):
         ('{"format": "workbench.store", "format": "workbench.store"}', "has 'format' twice"),
         ('{"n_rows": NaN}', "holds NaN"),
         ('{"n_rows": -Infinity}', "holds -Infinity"),
+        ('{"n_rows": 1e999}', "holds 1e999"),
         ('{"n_rows": ' + "9" * 5000 + "}", "damaged"),
         ("[]", "not that of a store"),
         ("\0\0", "not JSON"),
@@ -277,6 +278,13 @@ def test_rows_of_prompts_that_there_are_not_are_refused(store, prompt):
         _ = forged.prompt_index
     with pytest.raises(UserError, match=r"rows\.parquet is damaged"):
         _table(store, "rows.parquet", pa.table({"prompt": prompt}), write_statistics=False).rows_of(0)
+
+
+def test_a_table_whose_rows_have_no_prompts_is_refused(store):
+    for rows, said in (({"text": ["a"] * N}, "has no column prompt"), ({"prompt": [[0]] * N}, "is damaged"),
+                       ({"prompt": ["a"] * N}, "is damaged")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"rows\.parquet {said}"):
+            _table(store, "rows.parquet", pa.table(rows)).rows_of(0)
 
 
 @pytest.mark.parametrize("content", ["{", "3", '[["role"]]', "[" * 100_000, '"another"', None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -61,7 +62,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     with os.fdopen(folder.open(MANIFEST), "rb") as stream:
         text = stream.read(MANIFEST_BYTES)
     try:
-        manifest = json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant)
+        manifest = json.loads(text.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant,
+                              parse_float=_finite)  # fmt: skip
         check_depth(manifest)
     except _Refused as err:
         raise UserError(f"store {path}: its {MANIFEST} {err}; refused") from None
@@ -97,6 +99,11 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise _Refused(f"holds {name}, which is no number of a manifest")
+
+
+def _finite(text: str) -> float:
+    found = float(text)
+    return found if math.isfinite(found) else _no_constant(f"{text:.20}")
 
 
 def _short(value: Any) -> str:

@@ -145,8 +145,10 @@ class Tables:
             raise self._damaged(name, err) from err
 
     def _spelt(self, name: str, table: Any) -> Any:
+        import pyarrow as pa
+
         for i, field in enumerate(table.schema):
-            if hasattr(field.type, "value_type"):
+            if pa.types.is_dictionary(field.type):
                 table = table.set_column(i, field.name, self._texts(name, table.column(i)))
         return table
 
@@ -183,12 +185,15 @@ class Tables:
     @cached_property
     def _groups(self) -> list[tuple[int, int, int]] | None:
         """The first row, and the first and the last prompt, of each row group; None where the table does not say."""
+        self._check_columns(TABLES[0], ["prompt"])
         meta = self._file(TABLES[0]).metadata
-        column = next(i for i in range(meta.num_columns) if meta.schema.column(i).name == "prompt")
+        column = next((i for i in range(meta.num_columns) if meta.schema.column(i).path == "prompt"), None)
+        if column is None:  # a nested one, which has leaves of other names
+            return None
         found, start = [], 0
         for i in range(meta.num_row_groups):
             statistics = meta.row_group(i).column(column).statistics
-            if statistics is None or not statistics.has_min_max:
+            if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
                 return None
             found.append((start, statistics.min, statistics.max))
             start += meta.row_group(i).num_rows
