@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import struct
@@ -62,6 +63,13 @@ def lying(header: bytes | dict[str, Any], length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(16)
 
 
+# a parquet file of no columns with a group of -2,496 rows, at which pyarrow ends the process
+FEWER_THAN_NO_ROWS = base64.b64decode(
+    "AACwAAAAUEFSMRUEGRw1ABgGc2NoZW1hFQAAFgAZHBkMFgAW/yYAFgAAGRwYDEFSUk9XOnNjaGVtYRhMLy8vLy96QUFBQUFRQUFBQUFBQUtBQXdBQmdB"
+    "RkFBZ0FDZ0FBQUFBQkJBQU1BQUFBQ0FBSUFBQUFCQUFJQUFBQUJBQUFBQUFBQUFBPQAYIHBhcnF1ZXQtY3BwLWFycm93IHZlcnNpb24gMjYuMC4xGQwA"
+    "pAAAAFBBUjE="
+)
+
 ONCE_BROKEN = [
     ("converters", {"converters.json": DEEP}),
     ("moments", {"moments.json": DEEP}),
@@ -82,6 +90,7 @@ ONCE_BROKEN = [
     ("probe-run", {"metrics.json": {"kind": 1, "label": LOUD, "best": [], "lines": []}}),
     ("probe-run", {"metrics.json": []}),
     ("torch", {"layer_3.pt": torch_bytes(torch.zeros(1).expand(1 << 40))}),
+    ("prompts-parquet", {"a.parquet": FEWER_THAN_NO_ROWS}),
     ("prompts-parquet", {"a.parquet": parquet([{"prompt": "x" * 50_000}] * 8000)}),
     ("prompts-parquet", {"a.parquet": parquet([{"messages": [{"role": "user", "content": "x" * 50_000}]}] * 8000)}),
     (

@@ -32,6 +32,7 @@ def parquet_batches(file: str | Path, *, named: bool = False) -> Iterator[Any]:
     most, total = max(SMALL, EXPANSION * path.stat().st_size), 0
     try:
         with pq.ParquetFile(path) as found:
+            check_rows(found.metadata)
             groups = [found.metadata.row_group(i).total_byte_size for i in range(found.metadata.num_row_groups)]
             _check(sum(groups), most)
             step = max(1, min(BATCH, SMALL // max(1, *groups, 1)))
@@ -42,6 +43,16 @@ def parquet_batches(file: str | Path, *, named: bool = False) -> Iterator[Any]:
                 yield batch
     except (pa.ArrowException, KeyError, TypeError, IndexError, OverflowError) as err:
         raise ValueError(f"not a parquet file ({(str(err).splitlines() or [type(err).__name__])[0][:120]})") from err
+
+
+def check_rows(metadata: Any) -> None:
+    """ValueError where a file's counts of rows are none that it can have: pyarrow ends the process on some of them."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise ValueError(f"it says that it has {metadata.num_rows} rows, in groups of {', '.join(map(str, rows[:4]))}")
+    if metadata.num_rows and not metadata.num_columns:
+        raise ValueError(f"it says that it has {metadata.num_rows} rows of no columns")
 
 
 def read_frame(file: str | Path) -> pd.DataFrame:

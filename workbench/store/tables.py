@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..hashes import json_list_hash
+from ..parquet_files import check_rows
 from .checks import MANIFEST, TABLES
 from .folder import Folder
 
@@ -52,16 +53,16 @@ class Tables:
         stream = os.fdopen(self.folder.open(name, size), "rb")
         try:
             file = pq.ParquetFile(stream)
+            check_rows(file.metadata)
             rows = file.metadata.num_rows
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             unpacked = sum(group.total_byte_size for group in groups)
-            inside = sum(group.num_rows for group in groups)
         except (pa.ArrowException, ValueError, OSError, KeyError, TypeError) as err:
             stream.close()
             raise self._damaged(name, err) from err
-        if not rows == inside == self.counts[name]:
-            raise UserError(f"store {self.folder.path}: {name} says that it holds {rows} lines (in groups of {inside}),"
-                            f" its {MANIFEST} says {self.counts[name]}; refused")  # fmt: skip
+        if rows != self.counts[name]:
+            raise UserError(f"store {self.folder.path}: {name} says that it holds {rows} lines, its {MANIFEST} says "
+                            f"{self.counts[name]}; refused")  # fmt: skip
         if not 0 <= unpacked <= max(SMALL, EXPANSION * size):
             raise self._bomb(name, unpacked)
         if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
