@@ -96,6 +96,7 @@ def profile_moments(
         return sums.folds
     path = _free(Path(out).expanduser(), overwrite)
     with SavedSums.locked(path, _key(plan, about)) as saved:
+        _free(path, overwrite)  # again: whoever had the lock before may just have made it
         saved.restore(sums)
         try:
             with first_interrupt_noted() as stop:
@@ -132,6 +133,7 @@ def _spread(
     with tempfile.TemporaryDirectory(prefix="workbench-") as temporary:
         path = _free(Path(temporary) / "moments" if out is None else Path(out).expanduser().absolute(), overwrite)
         with SavedSums.locked(path, key) as saved:
+            _free(path, overwrite)
             try:
                 with first_interrupt_noted() as stop:
                     folds = reduced(model, plan, fold_of, {**about, "key": key}, saved.folder, engine, stop)

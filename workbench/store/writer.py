@@ -42,18 +42,24 @@ class StoreWriter:
         out = Path(os.path.realpath(out)) if out.is_symlink() else out  # the link stays, and leads to the new store
         self.out, self.partial, self.overwrite = out, partial_of(out), overwrite
         self.store, self.journal = self.partial / "store", self.partial / "journal.jsonl"
-        self._check_target()
+        try:
+            self._check_target()
+        except UserError:
+            clear_after(out)
+            raise
         make_parent(out)
         self._lock = claim(self.partial, out)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: Future[None] | None = None
         try:
+            self._check_target()  # again: whoever had the lock before may just have made it
             check_no_link(self.store, self.store / "shards")
             if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
                 os.rename(self.partial / "old", out)
             self.blocks = self._resume(plan_hash)
         except BaseException:
             os.close(self._lock)  # or the place would be busy for as long as the error is kept
+            clear_after(self.out)
             raise
 
     def __enter__(self) -> StoreWriter:
@@ -72,7 +78,6 @@ class StoreWriter:
         if not self.out.exists():
             return
         if not self.overwrite:
-            clear_after(self.out)
             raise UserError(f"{self.out} exists already; choose another folder or pass overwrite=True (--overwrite)")
         if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
