@@ -148,6 +148,18 @@ def test_a_bias_of_the_write_side_is_one_more_rank(act, dtype):
     torch.testing.assert_close(nothing.constant(), nothing.delta(torch.randn(6)))
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e300, 10**400])
+def test_a_strength_that_no_tensor_can_have_is_refused(strength):
+    with pytest.raises(UserError, match="not a finite number"):
+        adapter(strength=strength)
+
+
+def test_a_strength_of_more_digits_than_an_integer_of_a_tensor_is_a_float():
+    huge = adapter(strength=10**30)
+    site = huge.sites[0]
+    assert huge.delta(site, torch.ones(1, huge.width)).isfinite().all()
+
+
 def test_steering_vector():
     v = torch.randn(6)
     a = vector(Site(2), v, positions="all", strength=3.0)

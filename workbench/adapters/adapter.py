@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -57,10 +56,12 @@ class Adapter:
     def __post_init__(self) -> None:
         from ..backends.torch_hooks import check_policy
 
-        if not math.isfinite(self.strength):
+        if not abs(self.strength) < float(torch.finfo(torch.float32).max):  # NaN neither
             raise UserError(
-                f"strength {self.strength} is not a finite number; 1 is the adapter as it is, 0 the plain model"
+                f"strength {self.strength!s:.40} is not a finite number; 1 is the adapter as it is, 0 the plain model"
             )
+        if abs(self.strength) > 1 << 53:  # no tensor is multiplied by an integer of more bits than it can hold
+            object.__setattr__(self, "strength", float(self.strength))
         if self.terms:
             object.__setattr__(self, "positions", " and ".join(term.positions for term in self.terms))
             object.__setattr__(self, "parts", _Apart(self.positions))
