@@ -124,6 +124,14 @@ def test_links_out_of_a_folder_and_pipes_are_refused(name, kind):
         assert time.monotonic() - begin < target.SECONDS
 
 
+def test_a_map_of_a_grid_that_is_a_link_out_of_it_is_refused():
+    with TARGETS["grid"].ready() as one:
+        entries = bundles.unpack(one.seeds()[0], len(one.names))
+        linked = [(i, bundles.LINK if one.names[i].startswith("operators/") else kind, data) for i, kind, data in entries]
+        assert linked != entries
+        assert one.refusal(bundles.pack(linked))
+
+
 @pytest.mark.parametrize("name", [n for n, one in TARGETS.items() if one.named and n not in ("answers", "training")])
 def test_a_pipe_that_the_user_names_is_not_waited_for(name):
     with TARGETS[name].ready() as one:

@@ -14,6 +14,7 @@ import torch
 from ..errors import UserError
 from ..maps.linear_map import LinearMap
 from ..sites import Site, depth
+from ..small_files import plain_file, reason
 
 if TYPE_CHECKING:
     from .pairs import SitePair
@@ -42,7 +43,10 @@ class MapFolder(Mapping["SitePair", LinearMap]):
         file = self.file(pair)
         if not file.is_file():
             raise KeyError(pair)
-        return LinearMap.load(file)
+        try:
+            return LinearMap.load(plain_file(file))
+        except (OSError, ValueError) as err:
+            raise err if isinstance(err, UserError) else UserError(f"{file}: {reason(err)}") from err
 
     def __contains__(self, pair: object) -> bool:
         return isinstance(pair, tuple) and len(pair) == 2 and self.file(pair).is_file()
