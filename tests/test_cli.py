@@ -253,7 +253,7 @@ def test_forecast_ranks_the_pastes_and_makes_the_first(home, tmp_path):
     assert [str(s) for s in kept.sites] == [found["pastes"][0]["pairs"][0][1]]
     assert found["pastes"][0]["measured"] is None
     told(workbench(*line, "--not", home / "prompts.txt"), "--not is of openers")
-    told(workbench(*line, "--opener", "w7", "--out", tmp_path / "first"), "is there already")
+    told(workbench(*line, "--opener", "w7", "--out", tmp_path / "first"), "exists already")
     told(workbench(*line), "has no response")
     told(workbench(*line, "--opener", "w7", "--recipient", home / "donor"), "is not a profile of")
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..work import Lengths, ModelShape, forward
 from ..work.room import disk_free, memory_free
 from ..work.work import duration
 from .plan import Block, Plan, make_plan
 from .room import sums_bytes
 from .run import BlockRunner
 from .sums import Pairs, checked_pairs
+from .told import passes_of, sums_flops
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -42,11 +42,13 @@ class Cost:
     memory: int = 0
     """bytes free where the sums of moments are held"""
     flops: float = 0.0
-    """of the forward passes, counted; those of moments are not among them"""
+    """of the forward passes, counted"""
+    sums_flops: float = 0.0
+    """of the moments, counted"""
 
     def __str__(self) -> str:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
-        held = []
+        held, summed = [], f", and {self.sums_flops:.3g} of the sums" if self.moments else ""
         if self.moments:
             short = "" if self.bytes <= self.memory else " - TOO LITTLE"
             held = [
@@ -58,7 +60,8 @@ class Cost:
             f"{self.tokens} tokens through the model, {self.padding:.1%} of what it reads is padding",
             *held,
             f"{self.bytes / 2**20:.1f} MiB to write, {self.free / 2**20:.0f} MiB free{room}",
-            f"about {duration(self.seconds)} for the forward passes (an estimate, from a few batches), {self.flops:.2e} FLOPs",
+            f"about {duration(self.seconds)} for the forward passes (an estimate, from a few batches), {self.flops:.3g} "
+            f"FLOPs{summed}",
         ])  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,19 +84,18 @@ def profile_cost(
     moments: what `profile_moments` would cost, with its `folds` and `pairs`. Its sums are held where the model is.
     """
     plan = make_plan(model, prompts, for_store=not moments, **options)
-    size, memory = plan.n_bytes, 0
+    size, memory, sums = plan.n_bytes, 0, 0.0
     if moments:
-        size = sums_bytes(plan, checked_pairs(model, plan, folds, pairs), folds)
+        named = checked_pairs(model, plan, folds, pairs)
+        size, sums = sums_bytes(plan, named, folds), sums_flops(plan, plan.blocks, named, model.device.type)
         memory = memory_free(model.device)
     batches = [(block, batch) for block in plan.blocks for batch in plan.batches(block)]
-    read = Lengths.of(plan.spool.lengths[plan.spool.sequences["n_rows"] > 0].tolist())
     sizes = [len(batch) * int(plan.spool.lengths[batch].max()) for _, batch in batches]
     return Cost(
         prompts=len(plan.prompts), rows=plan.n_rows, tokens=plan.n_tokens, bytes=size, blocks=len(plan.blocks),
         sites=[str(site) for site in plan.sites], dtype=plan.dtype, padding=1 - plan.n_tokens / sum(sizes),
         free=disk_free(out if out is not None else Path.cwd()), seconds=_estimate(model, plan, batches, sizes),
-        moments=moments, memory=memory,
-        flops=forward(ModelShape.of(model), read, stop_after=max(site.layer for site in plan.sites)).flops,
+        moments=moments, memory=memory, flops=passes_of(model, plan).flops, sums_flops=sums,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from .pieces import borrow_anatomy
 from .plan import Plan, make_plan
 from .run import BlockRunner, landed, refuse_nonfinite
 from .tables import write_tables
+from .told import tell
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -116,6 +118,7 @@ def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite
     bar = progress(
         total=plan.n_tokens, desc=f"profiling {Path(model.name).name}", unit="tok", initial=before, scale=True
     )
+    begin = time.monotonic()
     with first_interrupt_noted() as stop, bar:
         runner = BlockRunner(model, plan, bar, stop)
         for number, rows, nonfinite in landed(runner, range(done, len(plan.blocks))):
@@ -123,6 +126,7 @@ def _write_blocks(model: Model, plan: Plan, writer: StoreWriter, allow_nonfinite
                 refuse_nonfinite(plan, number, rows, nonfinite, allow_nonfinite)
             writer.write(rows, nonfinite)
             bar.set_postfix_str(f"{writer.n_bytes / 2**20:.0f} MiB on disk", refresh=False)
+    tell(model, plan, plan.blocks[done:], time.monotonic() - begin)
 
 
 def check_room(folder: Path, needed: int) -> None:

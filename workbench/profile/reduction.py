@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from .plan import Block, Plan
 from .room import check_sums_room
 from .run import BlockRunner
 from .spool import Numbers
+from .told import sums_flops, tell
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -84,6 +86,7 @@ def reduced(
         tokens = [sum(plan.tokens_of(plan.blocks[b]) for b in range(*span)) for span in spans]
         before = plan.n_tokens - sum(tokens)
         desc = f"moments of {Path(model.name).name}"
+        begin = time.monotonic()
         with progress(total=plan.n_tokens, desc=desc, unit="tok", initial=before, scale=True) as bar:
             for index, _ in engine.spread(
                 model, HERE + "sum_run", runs, common={**common, "shifts": shifts}, stop=stop
@@ -94,6 +97,8 @@ def reduced(
             for index, _ in engine.spread(None, HERE + "add_sums", nodes, common={"folder": str(parts.folder), "folds": folds},
                                           stop=stop):  # fmt: skip
                 tree.forget(nodes[index]["of"], folds)  # not by the worker: it may die and have to do it again
+        run = [plan.blocks[b] for span in spans for b in range(*span)]
+        tell(model, plan, run, time.monotonic() - begin, sums_flops(plan, run, about["pairs"], model.device.type))
     return [Moments.load(parts.folder / _file(tree.name(tree.height, 0), i)) for i in range(folds)]
 
 

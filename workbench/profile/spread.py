@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from .pieces import borrow_anatomy, piece_of, settings_of
 from .plan import Plan, make_plan
 from .profile import check_room
 from .tables import write_tables
+from .told import tell
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -51,12 +53,14 @@ def spread_store(
             common = {"settings": settings_of(plan), "place": str(writer.partial), "mark": mark,
                       "allow_nonfinite": allow_nonfinite}  # fmt: skip
             check_room(path.absolute().parent, plan.n_bytes - writer.n_bytes - sum(e["bytes"] for e in there.values()))
+            begin = time.monotonic()
             with first_interrupt_noted() as stop, _bar(model, plan, left) as bar:
                 made = engine.spread(model, TASK, (piece_of(plan, i) for i in left), common=common, stop=stop)
                 for index, entry in made:
                     there[left[index]] = entry
                     bar.update(plan.tokens_of(plan.blocks[left[index]]))
                     _take(writer, parts, there, range(len(writer.blocks), len(plan.blocks)))
+            tell(model, plan, [plan.blocks[i] for i in left], time.monotonic() - begin)
             writer.finish(plan.manifest, partial(write_tables, plan, model.tokenizer))
     except Stopped:
         raise Stopped("stopped: what is finished is kept; run the same again to go on") from None
@@ -91,6 +95,7 @@ def spread_url(
     if there:
         log.info("%s: going on after %d of %d blocks", url, len(there), len(plan.blocks))
     common = {"settings": settings_of(plan), "place": url, "mark": None, "allow_nonfinite": allow_nonfinite}
+    begin = time.monotonic()
     try:
         with first_interrupt_noted() as stop, _bar(model, plan, left) as bar:
             made = engine.spread(model, TASK, (piece_of(plan, i) for i in left), common=common, stop=stop)
@@ -99,6 +104,7 @@ def spread_url(
                 bar.update(plan.tokens_of(plan.blocks[left[index]]))
     except Stopped:
         raise Stopped("stopped: what is finished is kept; run the same again to go on") from None
+    tell(model, plan, [plan.blocks[i] for i in left], time.monotonic() - begin)
     return parts.commit(plan.manifest, there, partial(write_tables, plan, model.tokenizer))
 
 

@@ -34,6 +34,7 @@ from .room import check_sums_room
 from .room import moments_bytes as moments_bytes
 from .run import BlockRunner
 from .saved_sums import SavedSums, write_folds
+from .told import sums_flops, tell
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -211,7 +212,7 @@ class Sums:
         return Moments(pairs=self.pairs, products=self.products)
 
     def run(self, stop: Any, saved: SavedSums | None) -> None:
-        plan, last, wait = self.plan, time.monotonic(), SAVE_EVERY
+        plan, last, wait, begin_at, done = self.plan, time.monotonic(), SAVE_EVERY, time.monotonic(), self.done
         before = sum(plan.tokens_of(block) for block in plan.blocks[: self.done])
         desc = f"moments of {Path(self.model.name).name}"
         with progress(total=plan.n_tokens, desc=desc, unit="tok", initial=before, scale=True) as bar:
@@ -223,6 +224,14 @@ class Sums:
                     saved.save(self)
                     last = time.monotonic()
                     wait = max(SAVE_EVERY, SAVE_SHARE * (last - begin))
+        run = plan.blocks[done:]
+        tell(
+            self.model,
+            plan,
+            run,
+            time.monotonic() - begin_at,
+            sums_flops(plan, run, self.pairs, self.model.device.type),
+        )
 
     def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
         fold = torch.from_numpy(self.fold_of[self.plan.prompts_of(block)])
