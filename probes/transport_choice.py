@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
 from workbench.maps.linear_map import LinearMap
+from workbench.planning.steps import transport_steps
+from workbench.planning.texts import Counted
 from workbench.sites import Site, depth
 from workbench.transport.map_files import disk_free, maps_bytes
 from workbench.transport.pairs import SitePair, check_pairs, moment_sets, site_pairs
 from workbench.transport.rows import ModelRows
-from workbench.transport.sums import free_bytes, plan_sums
+from workbench.transport.sums import SHARE, free_bytes, plan_sums
+from workbench.work import ModelShape
 
 from .transport_job import TransportJob, check_job, dictionaries_of
 
@@ -172,6 +175,10 @@ class TransportCost:
     """over the prompts: moments that do not fit into memory at once are summed in several"""
     memory: int
     """bytes that moments may take"""
+    sums: float = 0.0
+    """FLOPs of the passes and of the moments that they are summed into; 0 where positions are not the same"""
+    fits: float = 0.0
+    """FLOPs of the grid's fits, controls and scores; causal figures and features come after these"""
 
     def __str__(self) -> str:
         room = "" if self.bytes <= self.free else " - TOO LITTLE"
@@ -181,6 +188,7 @@ class TransportCost:
             f"{_count(self.operators, 'map')} and {self.controls} of shuffled pairs to keep: {self.bytes / 2**20:.1f} MiB "
             f"to write, {self.free / 2**20:.0f} MiB free{room}",
             f"{self.passes} {times} over the prompts; {self.memory / 2**20:.0f} MiB of memory are free for moments",
+            *([f"{self.sums:.3g} FLOPs of passes and sums, {self.fits:.3g} of the grid's fits"] if self.sums else []),
         ])  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -204,4 +212,20 @@ def transport_cost(model: Model, prompts: PromptSet, out: str | Path, job: Trans
                        copies=moment_sets(job.folds, job.shards, first=rows.has_first), memory=memory)  # fmt: skip
     size = maps_bytes(choice.operators, widths) + maps_bytes(choice.controls, widths)
     return TransportCost(len(choice.pairs), len(choice.causal), len(choice.operators), len(choice.controls), size,
-                         disk_free(out), len(passes), memory)  # fmt: skip
+                         disk_free(out), len(passes), memory, *grid_flops(rows, choice.pairs, job, memory))  # fmt: skip
+
+
+def grid_flops(rows: ModelRows, pairs: Sequence[SitePair], job: TransportJob, memory: int) -> tuple[float, float]:
+    """FLOPs of the sums and of the fits of a grid at the same positions, and zeros of any other.
+
+    memory: bytes that moments may take, which decide on the passes.
+    """
+    if job.positions != "same":
+        return 0.0, 0.0
+    shape, dtype = ModelShape.of(rows.model), str(rows.model.dtype).removeprefix("torch.")
+    steps, _ = transport_steps(
+        shape, Counted(*rows.counted), sorted({site for pair in pairs for site in pair}), pairs=pairs, dtype=dtype,
+        memory=memory / SHARE + shape.bytes(dtype), folds=job.folds, shards=job.shards, holdout=job.holdout,
+        alpha="cv" if job.alpha == "cv" else "given", bos=rows.has_first, device=rows.device.type,
+    )  # fmt: skip
+    return steps[0].work.flops, steps[1].work.flops

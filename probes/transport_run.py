@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -23,11 +24,13 @@ from workbench.sites import Site
 from workbench.transport.grid import TransportGrid, transport_grid
 from workbench.transport.map_files import MapFolder
 from workbench.transport.pairs import SitePair
-from workbench.transport.sums import Split
+from workbench.transport.rows import ModelRows, RowSource, row_source
+from workbench.transport.sums import Split, free_bytes
+from workbench.work.work import duration
 
 from .efficiency import transport_efficiency
 from .features import Batch, store_batches
-from .transport_choice import Jumps, PairChoice
+from .transport_choice import Jumps, PairChoice, grid_flops
 from .transport_job import TransportJob, check_job, foreign, hash_of_tensors
 
 if TYPE_CHECKING:
@@ -165,13 +168,16 @@ class _Steps:
 
         job, choice, maps = self.job, self.choice, self.run.folder / FITTED
         shutil.rmtree(maps, ignore_errors=True)  # of a run that was stopped
+        rows = row_source(self.model, self.prompts, positions=job.positions, tokens=job.tokens)
+        memory, begin = free_bytes(self.model.device), time.monotonic()
         try:
             grid = transport_grid(
-                self.model, self.prompts, pairs=choice.pairs, tokens=job.tokens, positions=job.positions,
+                rows, pairs=choice.pairs, positions=job.positions,
                 alpha=job.alpha, folds=job.folds, shards=job.shards, holdout=job.holdout, seed=job.seed,
                 keep_maps=choice.operators, keep_controls=choice.controls, maps=maps,
                 visit=None if job.grid_only else visit,
             )  # fmt: skip
+            self._tell(rows, time.monotonic() - begin, memory)
             (self.run.folder / "steps" / "grid.json").unlink(
                 missing_ok=True
             )  # what stands there is about to be replaced
@@ -184,6 +190,15 @@ class _Steps:
             save_file(means, self.run.folder / "means.safetensors")
             made["efficiency"] = {"sizes": sizes}
         return made
+
+    def _tell(self, rows: RowSource, seconds: float, memory: int) -> None:
+        """What the grid took, counted, beside its time."""
+        sums, fits = (
+            grid_flops(rows, self.choice.pairs, self.job, memory) if isinstance(rows, ModelRows) else (0.0, 0.0)
+        )
+        if sums:
+            log.info("%d pairs in %s, %.3g FLOPs of passes and sums and %.3g of fits (%.3g a second)", len(self.choice.pairs),
+                     duration(seconds), sums, fits, (sums + fits) / max(seconds, 1e-9))  # fmt: skip
 
     @cached_property
     def _text(self) -> PromptSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ def test_chosen_pairs_are_measured_and_more_of_them_later(home, tmp_path):
     run = tmp_path / "run"
     whole = ("transport", home / "llama", "--prompts", home / "many.txt", "--pairs", "0:1,0:2", "--alpha", "0.1", "--folds", 2,
              "--shards", 2, "--keep-maps", "all", "--out", run)  # fmt: skip
-    assert "2 pairs of sites, causal figures of 1\n2 maps and 0" in good(*whole, "--causal", "0:1", "--dry-run").stdout
+    planned = good(*whole, "--causal", "0:1", "--dry-run").stdout
+    assert "2 pairs of sites, causal figures of 1\n2 maps and 0" in planned
     assert not run.exists()
     result = good(*whole, "--causal", "0:1")
+    (counted,) = re.findall(r"(\S+) FLOPs of passes and sums, (\S+) of the grid's fits", planned)
+    assert "{} FLOPs of passes and sums and {} of fits".format(*counted) in (run / "log.txt").read_text(
+        encoding="utf-8"
+    )
     assert "warning: causal figures and shortcuts are of 1 of 2 pairs" in result.stderr
     assert "--causal all measures every pair" in (run / "report.html").read_text(encoding="utf-8")
     assert set(pd.read_parquet(run / "causal.parquet")["target"]) == {"resid_post.1"}

@@ -127,7 +127,9 @@ def test_links_out_of_a_folder_and_pipes_are_refused(name, kind):
 def test_a_map_of_a_grid_that_is_a_link_out_of_it_is_refused():
     with TARGETS["grid"].ready() as one:
         entries = bundles.unpack(one.seeds()[0], len(one.names))
-        linked = [(i, bundles.LINK if one.names[i].startswith("operators/") else kind, data) for i, kind, data in entries]
+        linked = [
+            (i, bundles.LINK if one.names[i].startswith("operators/") else kind, data) for i, kind, data in entries
+        ]
         assert linked != entries
         assert one.refusal(bundles.pack(linked))
 

@@ -11,7 +11,7 @@ from ..maps.ridge import ALPHAS
 from ..profile.plan import BLOCK_BYTES, BLOCK_ROWS
 from ..profile.sums import moments_bytes
 from ..sites import Site
-from ..transport.pairs import moment_sets, site_pairs
+from ..transport.pairs import SitePair, moment_sets, site_pairs
 from ..transport.sums import SHARE
 from ..work import ModelShape, Work, forward, store_bytes
 from ..work.room import pass_bytes
@@ -62,15 +62,16 @@ def moments_step(
 def transport_steps(
     shape: ModelShape, counted: Counted, sites: Sequence[Site], *, dtype: str, memory: float, folds: int = 5,
     shards: int = 10, holdout: float = 0.25, alpha: str = "cv", bos: bool = True, batch_tokens: int = 8192,
-    device: str = "cpu",
+    device: str = "cpu", pairs: Sequence[SitePair] | None = None,
 ) -> tuple[list[Step], list[str]]:  # fmt: skip
-    """The sums of a transport between all pairs of sites, in as many passes as memory asks for, and its fits; what is wrong.
+    """The sums of a transport in as many passes as memory asks for, and its fits; what is wrong.
 
+    pairs: all pairs of the sites unless given.
     memory: bytes of the device, of which `transport.sums.SHARE` of what the model leaves is for moments. The shuffled
     control has sums and a fit of its own, and rows with BOS a second fit; causal figures and features come after these.
     """
     widths = {str(s): shape.width_of(s) for s in sites}
-    pairs = site_pairs(sites)
+    pairs = site_pairs(sites) if pairs is None else pairs
     if not pairs:
         raise UserError("a transport goes from one site to a later one; plan with two sites at least")
     named = [(str(a), str(b)) for a, b in pairs]

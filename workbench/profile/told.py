@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("workbench")
 
 
-def passes_of(model: Model, plan: Plan, blocks: Sequence[Block] | None = None) -> Work:
-    """The forward passes over blocks of a plan, all unless given: each text once, to the last layer that is kept."""
-    read = []
+def lengths_of(plan: Plan, blocks: Sequence[Block] | None = None) -> Lengths:
+    """The texts that blocks of a plan run, all unless given."""
+    read: list[int] = []
     for block in plan.blocks if blocks is None else blocks:
         part = slice(block.first, block.last)
         read += plan.spool.lengths[part][plan.spool.sequences["n_rows"][part] > 0].tolist()
-    return forward(ModelShape.of(model), Lengths.of(read), stop_after=max(site.layer for site in plan.sites))
+    return Lengths.of(read)
+
+
+def passes_of(model: Model, plan: Plan, blocks: Sequence[Block] | None = None) -> Work:
+    """The forward passes over blocks of a plan, all unless given: each text once, to the last layer that is kept."""
+    last = max(site.layer for site in plan.sites)
+    return forward(ModelShape.of(model), lengths_of(plan, blocks), stop_after=last)
 
 
 def sums_flops(plan: Plan, blocks: Sequence[Block], pairs: Sequence[tuple[str, str]] | None, device: str) -> float:

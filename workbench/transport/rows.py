@@ -15,10 +15,12 @@ from torch import Tensor
 from ..errors import UserError
 from ..profile.plan import Block, Plan, make_plan
 from ..profile.run import BlockRunner
+from ..profile.told import lengths_of
 from ..progress import progress
 from ..rendering import special_ids
 from ..sites import Site
 from ..tokens import WITH_SPECIAL, Policy
+from ..work import Lengths
 from .positions import ATTENTION, Index, is_first
 from .replica_rows import spread_rows
 from .routing import Route, RoutedRunner, Span
@@ -116,17 +118,26 @@ class ModelRows:
         return [Site(layer) for layer in range(self.model.n_layers)]
 
     @cached_property
+    def _first_plan(self) -> Plan:
+        return self._plan(self.every_site[:1])
+
+    @cached_property
     def has_first(self) -> bool:
-        spool = self._plan(self.every_site[:1]).spool
+        spool = self._first_plan.spool
         return bool(is_first(spool.rows(0, spool.n_rows)[1]).any())
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        manifest = self._plan(self.every_site[:1]).manifest
+        manifest = self._first_plan.manifest
         prompts = {key: manifest["prompts"][key] for key in ("name", "count", "hash")}
         tokens = manifest["tokens"] if self.tokens != "all" else "all"
         return {"model": manifest["model"]["name"], "fingerprint": manifest["model"]["fingerprint"], "prompts": prompts,
                 "tokens": tokens, "dtype": str(self.model.dtype).removeprefix("torch.")}  # fmt: skip
+
+    @cached_property
+    def counted(self) -> tuple[Lengths, int]:
+        """The texts of one pass, and its rows."""
+        return lengths_of(self._first_plan), self._first_plan.n_rows
 
     def site(self, site: Site | str | int) -> Site:
         return self.model.site(site)
