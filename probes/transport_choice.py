@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
 from workbench.maps.linear_map import LinearMap
-from workbench.planning.steps import transport_steps
+from workbench.planning.steps import grid_steps
 from workbench.planning.texts import Counted
 from workbench.sites import Site, depth
 from workbench.transport.map_files import disk_free, maps_bytes
 from workbench.transport.pairs import SitePair, check_pairs, moment_sets, site_pairs
 from workbench.transport.rows import ModelRows
-from workbench.transport.sums import SHARE, free_bytes, plan_sums
+from workbench.transport.sums import free_bytes, plan_sums
 from workbench.work import ModelShape
 
 from .transport_job import TransportJob, check_job, dictionaries_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from .dictionaries import Dictionary
 
+log = logging.getLogger("workbench")
 MANY = 28
 """pairs above which the causal figures and the shortcuts are of neighbouring sites alone, unless others are asked for"""
 CAUSAL = ("auto", "all", "neighbours", "none")
@@ -208,24 +210,34 @@ def transport_cost(model: Model, prompts: PromptSet, out: str | Path, job: Trans
     choice, rows = PairChoice.of(model, job), ModelRows(model, prompts, tokens=job.tokens)
     widths = {site: model.width_of(site) for pair in choice.pairs for site in pair}
     memory = free_bytes(model.device)
-    passes = plan_sums(rows, list(choice.pairs), positions=job.positions, control=job.positions != "shuffled",
-                       copies=moment_sets(job.folds, job.shards, first=rows.has_first), memory=memory)  # fmt: skip
+    passes = planned_passes(rows, choice.pairs, job, memory)
     size = maps_bytes(choice.operators, widths) + maps_bytes(choice.controls, widths)
     return TransportCost(len(choice.pairs), len(choice.causal), len(choice.operators), len(choice.controls), size,
-                         disk_free(out), len(passes), memory, *grid_flops(rows, choice.pairs, job, memory))  # fmt: skip
+                         disk_free(out), len(passes), memory, *grid_flops(rows, passes, job))  # fmt: skip
 
 
-def grid_flops(rows: ModelRows, pairs: Sequence[SitePair], job: TransportJob, memory: int) -> tuple[float, float]:
-    """FLOPs of the sums and of the fits of a grid at the same positions, and zeros of any other.
+def planned_passes(rows: ModelRows, pairs: Sequence[SitePair], job: TransportJob, memory: int) -> list[list[SitePair]]:
+    """The passes in which a grid sums its moments, within so many bytes."""
+    return plan_sums(rows, list(pairs), positions=job.positions, control=job.positions != "shuffled",
+                     copies=moment_sets(job.folds, job.shards, first=rows.has_first), memory=memory)  # fmt: skip
 
-    memory: bytes that moments may take, which decide on the passes.
+
+def grid_flops(rows: ModelRows, passes: Sequence[Sequence[SitePair]], job: TransportJob) -> tuple[float, float]:
+    """FLOPs of the sums and of the fits of a grid at the same positions.
+
+    Zeros at other positions, and where the model's configuration does not say its sizes.
     """
     if job.positions != "same":
         return 0.0, 0.0
-    shape, dtype = ModelShape.of(rows.model), str(rows.model.dtype).removeprefix("torch.")
-    steps, _ = transport_steps(
-        shape, Counted(*rows.counted), sorted({site for pair in pairs for site in pair}), pairs=pairs, dtype=dtype,
-        memory=memory / SHARE + shape.bytes(dtype), folds=job.folds, shards=job.shards, holdout=job.holdout,
-        alpha="cv" if job.alpha == "cv" else "given", bos=rows.has_first, device=rows.device.type,
-    )  # fmt: skip
+    named = [[(str(a), str(b)) for a, b in some] for some in passes]
+    widths = {str(site): rows.width(site) for some in passes for pair in some for site in pair}
+    try:
+        steps = grid_steps(
+            ModelShape.of(rows.model), Counted(*rows.counted), named, widths, folds=job.folds, shards=job.shards,
+            dtype=str(rows.model.dtype).removeprefix("torch."), alpha="cv" if job.alpha == "cv" else "given",
+            bos=rows.has_first, device=rows.device.type,
+        )  # fmt: skip
+    except UserError as err:
+        log.info("%s", err)
+        return 0.0, 0.0
     return steps[0].work.flops, steps[1].work.flops

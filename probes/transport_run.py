@@ -24,13 +24,13 @@ from workbench.sites import Site
 from workbench.transport.grid import TransportGrid, transport_grid
 from workbench.transport.map_files import MapFolder
 from workbench.transport.pairs import SitePair
-from workbench.transport.rows import ModelRows, RowSource, row_source
+from workbench.transport.rows import ModelRows, row_source
 from workbench.transport.sums import Split, free_bytes
 from workbench.work.work import duration
 
 from .efficiency import transport_efficiency
 from .features import Batch, store_batches
-from .transport_choice import Jumps, PairChoice, grid_flops
+from .transport_choice import Jumps, PairChoice, grid_flops, planned_passes
 from .transport_job import TransportJob, check_job, foreign, hash_of_tensors
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ class _Steps:
         job, choice, maps = self.job, self.choice, self.run.folder / FITTED
         shutil.rmtree(maps, ignore_errors=True)  # of a run that was stopped
         rows = row_source(self.model, self.prompts, positions=job.positions, tokens=job.tokens)
-        memory, begin = free_bytes(self.model.device), time.monotonic()
+        assert isinstance(rows, ModelRows)  # of a model
+        passes, begin = planned_passes(rows, choice.pairs, job, free_bytes(self.model.device)), time.monotonic()
         try:
             grid = transport_grid(
                 rows, pairs=choice.pairs, positions=job.positions,
@@ -177,11 +178,11 @@ class _Steps:
                 keep_maps=choice.operators, keep_controls=choice.controls, maps=maps,
                 visit=None if job.grid_only else visit,
             )  # fmt: skip
-            self._tell(rows, time.monotonic() - begin, memory)
             (self.run.folder / "steps" / "grid.json").unlink(
                 missing_ok=True
             )  # what stands there is about to be replaced
             grid.save(self.run.folder / "grid", overwrite=(self.run.folder / "grid").exists())
+            self._tell(rows, passes, time.monotonic() - begin)
         finally:
             shutil.rmtree(maps, ignore_errors=True)
         made = {**grid_metrics(grid), "warnings": notes}
@@ -191,11 +192,9 @@ class _Steps:
             made["efficiency"] = {"sizes": sizes}
         return made
 
-    def _tell(self, rows: RowSource, seconds: float, memory: int) -> None:
+    def _tell(self, rows: ModelRows, passes: list[list[SitePair]], seconds: float) -> None:
         """What the grid took, counted, beside its time."""
-        sums, fits = (
-            grid_flops(rows, self.choice.pairs, self.job, memory) if isinstance(rows, ModelRows) else (0.0, 0.0)
-        )
+        sums, fits = grid_flops(rows, passes, self.job)
         if sums:
             log.info("%d pairs in %s, %.3g FLOPs of passes and sums and %.3g of fits (%.3g a second)", len(self.choice.pairs),
                      duration(seconds), sums, fits, (sums + fits) / max(seconds, 1e-9))  # fmt: skip

@@ -94,6 +94,7 @@ def test_ray_is_started_on_every_node_and_then_the_run(allocation):
 
 
 @bash
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads signal handlers from /proc")
 def test_the_run_is_interrupted_before_its_time_is_up_and_ends_by_itself(allocation):
     script = sbatch_script(["run", "slow.toml"])
     running = subprocess.Popen(["bash", "-c", script], env=allocation, stderr=subprocess.DEVNULL)

@@ -57,7 +57,9 @@ def profile(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     cpus_per_worker: CpusPerWorker = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, bytes and an estimate of the time")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print rows, bytes, FLOPs and an estimate of the time")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -82,6 +84,7 @@ def profile(
         raise UserError(f"--out {out}: moments are written to a folder; give one")
     wanted_pairs, kept, target = pair_list(pairs), store_dtype or "float32", out if is_url(out) else Path(out)
     from .profile.arguments import check_arguments, check_target
+    from .store.leftovers import clear_after
 
     check_arguments(sites=wanted, tokens=tokens, dtype=kept, batch_tokens=batch_tokens)
     try:
@@ -89,6 +92,7 @@ def profile(
             check_target(target, moments=moments, overwrite=overwrite)
     except UserError as err:
         if not dry_run:
+            clear_after(Path(out).expanduser())
             raise
         typer.echo(f"warning: {err}", err=True)  # whatever it costs, it could not be written there
     from .prompts import PromptSet

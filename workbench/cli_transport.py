@@ -51,7 +51,9 @@ def transport(
     grid_only: Annotated[bool, typer.Option("--grid-only", help="no efficiency, features or causal figures")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="so many prompts only, drawn with --seed")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="of the split, the draws and --limit")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print pairs, disk and passes, and run nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print pairs, disk, passes and FLOPs, run nothing")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "hooks",

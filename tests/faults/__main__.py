@@ -31,6 +31,8 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.subjects) - set(SUBJECTS):
         parser.error(f"unknown verbs {', '.join(sorted(unknown))}; allowed: {', '.join(SUBJECTS)}")
+    if given.only and (unknown := set(given.only.split(",")) - set(FAULTS)):
+        parser.error(f"unknown faults {', '.join(sorted(unknown))}; allowed: {', '.join(FAULTS)}")
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         found = matrix(Path(folder), given.subjects or list(SUBJECTS), given)
     wrong = [one for one in found["found"] if one["wrong"]]

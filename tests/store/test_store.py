@@ -211,7 +211,8 @@ def test_the_reading_thread_ends_with_the_iterator(store, monkeypatch):
     assert not reading_threads()
     batches = store.iter_batches(0, 1)
     next(batches)
-    shutil.rmtree(store.path)
+    gone = store.path.rename(store.path.with_name("gone"))  # at once: the thread reads ahead meanwhile
+    shutil.rmtree(gone)
     with pytest.raises(UserError, match="was replaced or removed"):
         list(batches)
     assert not reading_threads()

@@ -398,10 +398,12 @@ def test_one_that_is_taken_up_after_it_was_listed_stays(tmp_path):
 def test_what_is_left_of_a_finished_store_goes_when_its_name_is_refused_again(store, model):
     partial = store.parent / f".{store.name}.partial"
     for names, stays in ((["journal.jsonl", "lock"], False), ([], False), (["journal.jsonl", "store"], True),
-                         (["old"], True), (["lock", "mine.txt"], True)):  # fmt: skip
+                         (["old"], True), (["parts/a/.marker"], False), (["parts/a/00001.json"], True),
+                         (["lock", "mine.txt"], True)):  # fmt: skip
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name in names:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).touch()
         with pytest.raises(UserError, match="exists already"):
             profile_model(model, PROMPTS, store)
@@ -418,21 +420,25 @@ def test_saved_sums_go_only_beside_the_moments_that_they_were_of(tmp_path, model
     out, partial = tmp_path / "m", tmp_path / ".m.moments-partial"
     profile_moments(model, PROMPTS, out)
     key = json.loads((out / "moments.json").read_text())["key"]
+    parts = f"parts/{key[:16]}"
     for names, now, stays in ((["lock"], None, False), (["lock", "after-3"], key, False), (["after-3"], "other", True),
-                              (["mine.txt"], key, True), (["after-3"], None, False)):  # fmt: skip
+                              (["mine.txt"], key, True), (["after-3"], None, False), (["lock", parts], None, False),
+                              (["lock", parts, "parts/other"], None, True), ([parts], "other", True),
+                              (["parts/other"], key, True)):  # fmt: skip
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name in names:
-            (partial / name).touch()
+            (partial / name).mkdir(parents=True) if "/" in name else (partial / name).touch()
         if now is not None:
             (partial / "now.json").write_text(json.dumps({"key": now}))
         with pytest.raises(UserError, match="exists already"):
             profile_moments(model, PROMPTS, out)
         assert partial.exists() == stays, names
-    partial.mkdir()
-    (partial / "now.json").write_text("[")
-    clear_after(out)
-    assert partial.exists()
+    (out / "fold-0.safetensors").write_bytes(b"damaged")
+    for now in ("[", json.dumps({"key": key})):
+        (partial / "now.json").write_text(now)
+        clear_after(out)
+        assert partial.exists()
 
 
 def test_the_only_copy_of_a_store_is_no_leftover(store):

@@ -57,8 +57,9 @@ class Adapter:
         from ..backends.torch_hooks import check_policy
 
         if not abs(self.strength) < float(torch.finfo(torch.float32).max):  # NaN neither
+            said = "of hundreds of digits" if isinstance(self.strength, int) else self.strength
             raise UserError(
-                f"strength {self.strength!s:.40} is not a finite number; 1 is the adapter as it is, 0 the plain model"
+                f"strength {said} is not a finite number of float32; 1 is the adapter as it is, 0 the plain model"
             )
         if abs(self.strength) > 1 << 53:  # no tensor is multiplied by an integer of more bits than it can hold
             object.__setattr__(self, "strength", float(self.strength))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
 from ..maps import counts
@@ -11,7 +11,7 @@ from ..maps.ridge import ALPHAS
 from ..profile.plan import BLOCK_BYTES, BLOCK_ROWS
 from ..profile.sums import moments_bytes
 from ..sites import Site
-from ..transport.pairs import SitePair, moment_sets, site_pairs
+from ..transport.pairs import moment_sets, site_pairs
 from ..transport.sums import SHARE
 from ..work import ModelShape, Work, forward, store_bytes
 from ..work.room import pass_bytes
@@ -62,27 +62,34 @@ def moments_step(
 def transport_steps(
     shape: ModelShape, counted: Counted, sites: Sequence[Site], *, dtype: str, memory: float, folds: int = 5,
     shards: int = 10, holdout: float = 0.25, alpha: str = "cv", bos: bool = True, batch_tokens: int = 8192,
-    device: str = "cpu", pairs: Sequence[SitePair] | None = None,
+    device: str = "cpu",
 ) -> tuple[list[Step], list[str]]:  # fmt: skip
-    """The sums of a transport in as many passes as memory asks for, and its fits; what is wrong.
+    """The sums of a transport between all pairs of sites, in as many passes as memory asks for, and its fits; what is wrong.
 
-    pairs: all pairs of the sites unless given.
     memory: bytes of the device, of which `transport.sums.SHARE` of what the model leaves is for moments. The shuffled
     control has sums and a fit of its own, and rows with BOS a second fit; causal figures and features come after these.
     """
     widths = {str(s): shape.width_of(s) for s in sites}
-    pairs = site_pairs(sites) if pairs is None else pairs
+    pairs = site_pairs(sites)
     if not pairs:
         raise UserError("a transport goes from one site to a later one; plan with two sites at least")
     named = [(str(a), str(b)) for a, b in pairs]
-    sets = 2 * moment_sets(folds, shards, first=bos)
     room, said = SHARE * (memory - shape.bytes(dtype)), list[str]()
     try:
-        passes = plan_passes(widths, named, int(room), copies=sets)
+        passes = plan_passes(widths, named, int(room), copies=2 * moment_sets(folds, shards, first=bos))
     except UserError as err:
         passes = [[pair] for pair in named]
         said.append(f"transport: {err}")
-    read, summed, held = Work(), Work(), 0.0
+    return grid_steps(shape, counted, passes, widths, dtype=dtype, folds=folds, shards=shards, alpha=alpha, bos=bos,
+                      batch_tokens=batch_tokens, device=device), said  # fmt: skip
+
+
+def grid_steps(
+    shape: ModelShape, counted: Counted, passes: Sequence[Sequence[tuple[str, str]]], widths: Mapping[str, int], *, dtype: str,
+    folds: int = 5, shards: int = 10, alpha: str = "cv", bos: bool = True, batch_tokens: int = 8192, device: str = "cpu",
+) -> list[Step]:  # fmt: skip
+    """The sums and the fits of a transport whose pairs of sites are divided into passes. widths: of each site."""
+    read, summed, held, by_last = Work(), Work(), 0.0, dict[int, Work]()
     for some in passes:
         names = sorted({name for pair in some for name in pair})
         sources = sorted({a for a, _ in some})
@@ -92,18 +99,21 @@ def transport_steps(
         sized = [widths[name.removesuffix("@")] for name in blocks]
         numbers = sum(sized[a] * sized[b] for a, b in wanted) + sum(d * d for d in sized)
         summed += _summed(counted.rows, sized, wanted, numbers, "float32", device)
-        held = max(held, 8.0 * sets / 2 * numbers)
-        read += _read(shape, counted, [Site.parse(n) for n in names], batch_tokens, dtype)
-    fits = _grid_flops(widths, named, folds if alpha == "cv" else 0, shards, device) * (1 + bos)
-    device_bytes = pass_bytes(shape, batch_tokens, dtype=dtype) + held
-    what = (
-        f"{shape.name}: {len(pairs)} pairs of {len(sites)} sites, {len(passes)} pass{'es' if len(passes) > 1 else ''}"
-    )
+        held = max(held, 8.0 * moment_sets(folds, shards, first=bos) * numbers)
+        sites = [Site.parse(name) for name in names]
+        last = max(site.layer for site in sites)
+        if last not in by_last:
+            by_last[last] = _read(shape, counted, sites, batch_tokens, dtype)
+        read += by_last[last]
+    pairs = [pair for some in passes for pair in some]
+    fits = _grid_flops(widths, pairs, folds if alpha == "cv" else 0, shards, device) * (1 + bos)
+    many = f"{len(passes)} pass{'es' if len(passes) > 1 else ''}"
     return [
-        Step("sums", what, read + summed, len(passes) * counted.texts.tokens, counted.rows, device_bytes, 0.0),
+        Step("sums", f"{shape.name}: {len(pairs)} pairs of {len(widths)} sites, {many}", read + summed,
+             len(passes) * counted.texts.tokens, counted.rows, pass_bytes(shape, batch_tokens, dtype=dtype) + held, 0.0),
         Step("fits", f"ridge, baselines and control, {folds} folds and {shards} shards", Work({"float64": fits}),
              device=held, spread=False),
-    ], said  # fmt: skip
+    ]  # fmt: skip
 
 
 def _read(shape: ModelShape, counted: Counted, sites: Sequence[Site], batch_tokens: int, dtype: str) -> Work:
@@ -125,7 +135,7 @@ def _summed(
 
 
 def _grid_flops(
-    widths: dict[str, int], pairs: Sequence[tuple[str, str]], folds: int, shards: int, device: str
+    widths: Mapping[str, int], pairs: Sequence[tuple[str, str]], folds: int, shards: int, device: str
 ) -> float:
     """Ridge and its control from every source, an orthogonal map of each pair, and the scores of all on every shard."""
     total = 0.0

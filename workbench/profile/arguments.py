@@ -10,7 +10,6 @@ from ..atomic import check_free
 from ..errors import UserError
 from ..sites import Site
 from ..store.checks import DTYPES, MANIFEST, MOMENTS
-from ..store.leftovers import clear_after
 from ..tokens import Policy, check_tokens
 
 
@@ -43,8 +42,6 @@ def check_target(out: str | Path, *, moments: bool, overwrite: bool) -> None:
     """Raises UserError where the profile's folder exists (unless `overwrite`, and it is one), or cannot be made."""
     out = Path(out).expanduser()
     try:
-        if not overwrite:
-            clear_after(out)
         check_free(out, marker=MOMENTS if moments else MANIFEST, overwrite=overwrite)
         found = next(p for p in out.absolute().parents if p.exists())
     except OSError as err:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..atomic import make_parent, staged_folder, write_json
+from ..errors import UserError
 from ..hashes import file_hash
 from ..maps.moments import Moments
 from ..store.checks import MOMENTS
+from ..store.leftovers import clear_after
 from ..store.locks import claim
 
 if TYPE_CHECKING:
@@ -31,15 +33,19 @@ class SavedSums:
 
     @classmethod
     @contextmanager
-    def locked(cls, out: Path, key: str) -> Iterator[SavedSums]:
-        """One run at a time for each `out`."""
+    def locked(cls, out: Path, key: str, *, overwrite: bool) -> Iterator[SavedSums]:
+        """One run at a time for each `out`; UserError where something is there once the lock is held (unless `overwrite`)."""
         make_parent(out)
         folder = out.parent / f".{out.name}.moments-partial"  # not a store's `.partial`, which may hold its only copy
         lock = claim(folder, out)
         try:
+            if not overwrite and out.exists():  # whoever had the lock before may just have made it
+                raise taken(out)
             yield cls(folder, key)
         finally:
             os.close(lock)
+            if not overwrite:
+                clear_after(out)
 
     def save(self, sums: Sums) -> None:
         folder = self.folder / f"after-{sums.done}"
@@ -82,6 +88,10 @@ class SavedSums:
                 shutil.rmtree(found, ignore_errors=True)
         for found in [*self.folder.glob(".now.json.*"), *([self.folder / "now.json"] if but is None else [])]:
             found.unlink(missing_ok=True)
+
+
+def taken(out: Path) -> UserError:
+    return UserError(f"{out} exists already; choose another folder or pass overwrite=True (--overwrite)")
 
 
 def _going_on(sums: Sums, loaded: Moments) -> Moments:

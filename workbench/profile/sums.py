@@ -33,7 +33,7 @@ from .reduction import add_rows, reduced
 from .room import check_sums_room
 from .room import moments_bytes as moments_bytes
 from .run import BlockRunner
-from .saved_sums import SavedSums, write_folds
+from .saved_sums import SavedSums, taken, write_folds
 from .told import sums_flops, tell
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def profile_moments(
             sums.run(stop, None)
         return sums.folds
     path = _free(Path(out).expanduser(), overwrite)
-    with SavedSums.locked(path, _key(plan, about)) as saved:
-        _free(path, overwrite)  # again: whoever had the lock before may just have made it
+    with SavedSums.locked(path, _key(plan, about), overwrite=overwrite) as saved:
         saved.restore(sums)
         try:
             with first_interrupt_noted() as stop:
@@ -133,8 +132,7 @@ def _spread(
     key, fold_of = _key(plan, about), _dealt(len(plan.prompts), about["folds"], about["seed"])
     with tempfile.TemporaryDirectory(prefix="workbench-") as temporary:
         path = _free(Path(temporary) / "moments" if out is None else Path(out).expanduser().absolute(), overwrite)
-        with SavedSums.locked(path, key) as saved:
-            _free(path, overwrite)
+        with SavedSums.locked(path, key, overwrite=overwrite) as saved:
             try:
                 with first_interrupt_noted() as stop:
                     folds = reduced(model, plan, fold_of, {**about, "key": key}, saved.folder, engine, stop)
@@ -151,7 +149,7 @@ def _free(path: Path, overwrite: bool) -> Path:
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not overwrite:
         clear_after(path)
-        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+        raise taken(path)
     return path
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
 from ..maps.counts import moments_flops
 from ..work import Lengths, ModelShape, Work, forward
 from ..work.work import duration
@@ -41,14 +42,17 @@ def sums_flops(plan: Plan, blocks: Sequence[Block], pairs: Sequence[tuple[str, s
 
 
 def tell(model: Model, plan: Plan, blocks: Sequence[Block], seconds: float, sums: float = 0.0) -> None:
-    """One line of the log. blocks: those that were run now. sums: FLOPs of their moments."""
+    """One line of the log. blocks: those that were run now. sums: FLOPs of their moments.
+
+    Where the model's configuration does not say its sizes, the line says so, and counts no FLOPs.
+    """
     if not blocks:
-        return None
+        return
     tokens = sum(plan.tokens_of(block) for block in blocks)
     try:
         passes = passes_of(model, plan, blocks).flops
-    except AttributeError:  # a configuration that does not say how wide the model is
-        return log.info("profiled %s: %s tokens in %s", model.name, f"{tokens:,}", duration(seconds))
-    of = f"{passes:.3g} FLOPs of passes and {sums:.3g} of sums" if sums else f"{passes:.3g} FLOPs"
-    return log.info("profiled %s: %s tokens in %s, %s (%.3g a second)", model.name, f"{tokens:,}", duration(seconds), of,
-                    (passes + sums) / max(seconds, 1e-9))  # fmt: skip
+        of = f"{passes:.3g} FLOPs of passes and {sums:.3g} of sums" if sums else f"{passes:.3g} FLOPs"
+        of += f" ({(passes + sums) / max(seconds, 1e-9):.3g} a second)"
+    except UserError as err:
+        of = str(err)
+    log.info("profiled %s: %s tokens in %s, %s", model.name, f"{tokens:,}", duration(seconds), of)

@@ -1,4 +1,5 @@
-"""What stopped runs leave beside stores: found, told apart from what is in use, and removed where it is asked for."""
+"""What stopped runs leave beside stores: found, told apart from what is in use, and removed where it is asked for, or where
+it is known to be of no further use."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..small_files import read_json
+from ..hashes import file_hash
+from ..small_files import plain_file, read_json
 from .checks import MANIFEST, MOMENTS, TABLES
 from .locks import LOCK, hold, is_held
 
@@ -93,35 +95,49 @@ def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
 
 def clear_after(out: Path) -> None:
     """Removes what is beside a store or moments of a run that was stopped after they had their name: work of no further use.
-    Anything else stays, and so does what a process holds."""
-    for ending, over in ((".partial", _renamed), (".moments-partial", _summed)):
+
+    Anything else stays: unfinished work, what a process holds, and what cannot be removed.
+    """
+    for ending, over in ((".partial", _renamed), (".moments-partial", _sums_done)):
         partial = out.parent / f".{out.name}{ending}"
-        if partial.is_symlink() or not partial.is_dir() or not over(partial, out):
-            continue
-        with suppress(OSError):  # a folder that cannot be written
+        with suppress(OSError):  # gone meanwhile, or a folder that cannot be read or written
+            if partial.is_symlink() or not partial.is_dir() or not over(partial, out):
+                continue
             if (handle := hold(partial)) is not None:
                 try:
                     if over(partial, out):
-                        shutil.rmtree(partial)
+                        _take_away(partial)
                 finally:
                     os.close(handle)
 
 
 def _renamed(partial: Path, out: Path) -> bool:
-    """Whether the store that was made in this folder has left it."""
-    return (out / MANIFEST).is_file() and {entry.name for entry in os.scandir(partial)} <= {"journal.jsonl", LOCK}
+    """Whether the store that was made in this folder has left it, and no block of another one is there."""
+    names = {entry.name for entry in os.scandir(partial)}
+    blocks = any((partial / "parts").rglob("*.json"))
+    return (out / MANIFEST).is_file() and names <= {"journal.jsonl", "parts", LOCK} and not blocks
 
 
-def _summed(partial: Path, out: Path) -> bool:
-    """Whether the moments are those that this folder's sums were of, or it holds no sums."""
+def _sums_done(partial: Path, out: Path) -> bool:
+    """Whether a folder holds no sums, or those of the moments that are there, and these are whole."""
     names = {entry.name for entry in os.scandir(partial)}
     if names <= {LOCK} or not all(map(_MOMENTS.fullmatch, names)):
         return names <= {LOCK}
     try:
-        key = read_json(out / MOMENTS)["key"]
-        return "now.json" not in names or read_json(partial / "now.json")["key"] == key
-    except (OSError, ValueError, KeyError, TypeError):
+        about = read_json(out / MOMENTS)
+        parts = {entry.name for entry in os.scandir(partial / "parts")} if "parts" in names else set()
+        now = read_json(partial / "now.json")["key"] if "now.json" in names else about["key"]
+        mine = now == about["key"] and parts <= {about["key"][:16]}
+        return mine and all(file_hash(plain_file(out / name)) == sha for name, sha in about["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _take_away(path: Path) -> None:
+    """Removes a folder under a name that no run looks for: who comes meanwhile begins a folder of its own."""
+    gone = Path(tempfile.mkdtemp(prefix=f"{path.name}.removed-", dir=path.parent))
+    os.rename(path, gone)
+    shutil.rmtree(gone)
 
 
 def _remove(one: Leftover) -> Leftover:
@@ -130,12 +146,10 @@ def _remove(one: Leftover) -> Leftover:
     try:
         if None in handles:
             return replace(one, kept="a process is using it")
-        # a name that no run looks for: who comes while this one is removed begins a folder of its own
-        gone = one.path
-        if one.kind != "interrupted removal":
-            gone = Path(tempfile.mkdtemp(prefix=f"{one.path.name}.removed-", dir=one.path.parent))
-            os.rename(one.path, gone)
-        shutil.rmtree(gone)
+        if one.kind == "interrupted removal":
+            shutil.rmtree(one.path)
+        else:
+            _take_away(one.path)
         return one
     except OSError as err:
         return replace(one, kept=f"cannot be removed: {err.strerror}")

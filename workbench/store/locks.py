@@ -35,6 +35,7 @@ def claim(partial: Path, out: Path) -> int:
     """
     end = time.monotonic() + WAIT
     for attempt in count(1):
+        handle = None
         try:
             partial.mkdir(exist_ok=True)
             check_no_link(partial)
@@ -43,8 +44,9 @@ def claim(partial: Path, out: Path) -> int:
                 if os.path.samestat(os.fstat(handle), os.lstat(partial / LOCK)):
                     return handle
                 os.close(handle)  # removed in that instant: the lock is of a folder that nobody finds
-        except FileNotFoundError:
-            handle = None  # likewise
+        except FileNotFoundError:  # likewise
+            if handle is not None:
+                os.close(handle)
         except OSError as err:
             raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
         if time.monotonic() > end and attempt > 2:  # it may have been this process that stood still
@@ -66,7 +68,7 @@ def claim_shared(partial: Path, out: Path) -> Iterator[None]:
         handle = os.open(partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
-    except BlockingIOError as err:
+    except (BlockingIOError, FileNotFoundError) as err:  # or what was left there is being removed
         raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
     except PermissionError as err:
         raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err

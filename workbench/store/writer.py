@@ -52,10 +52,10 @@ class StoreWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: Future[None] | None = None
         try:
-            self._check_target()  # again: whoever had the lock before may just have made it
             check_no_link(self.store, self.store / "shards")
             if not out.exists() and (self.partial / "old").exists():  # killed between the last two renames
                 os.rename(self.partial / "old", out)
+            self._check_target()  # again: that one, or what another run has made before it let go of the lock
             self.blocks = self._resume(plan_hash)
         except BaseException:
             os.close(self._lock)  # or the place would be busy for as long as the error is kept

@@ -44,9 +44,10 @@ class MapFolder(Mapping["SitePair", LinearMap]):
         if not file.is_file():
             raise KeyError(pair)
         try:
-            return LinearMap.load(plain_file(file))
+            plain = plain_file(file)
         except (OSError, ValueError) as err:
-            raise err if isinstance(err, UserError) else UserError(f"{file}: {reason(err)}") from err
+            raise UserError(f"{file}: {reason(err)}") from err
+        return LinearMap.load(plain)
 
     def __contains__(self, pair: object) -> bool:
         return isinstance(pair, tuple) and len(pair) == 2 and self.file(pair).is_file()

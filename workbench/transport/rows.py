@@ -118,26 +118,28 @@ class ModelRows:
         return [Site(layer) for layer in range(self.model.n_layers)]
 
     @cached_property
-    def _first_plan(self) -> Plan:
-        return self._plan(self.every_site[:1])
+    def _looked_at(self) -> tuple[bool, dict[str, Any], tuple[Lengths, int]]:
+        """What is asked about the prompts before they are run, of one encoding of them, which is not kept."""
+        plan = self._plan(self.every_site[:1])
+        first = bool(is_first(plan.spool.rows(0, plan.n_rows)[1]).any())
+        return first, plan.manifest, (lengths_of(plan), plan.n_rows)
 
-    @cached_property
+    @property
     def has_first(self) -> bool:
-        spool = self._first_plan.spool
-        return bool(is_first(spool.rows(0, spool.n_rows)[1]).any())
+        return self._looked_at[0]
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        manifest = self._first_plan.manifest
+        manifest = self._looked_at[1]
         prompts = {key: manifest["prompts"][key] for key in ("name", "count", "hash")}
         tokens = manifest["tokens"] if self.tokens != "all" else "all"
         return {"model": manifest["model"]["name"], "fingerprint": manifest["model"]["fingerprint"], "prompts": prompts,
                 "tokens": tokens, "dtype": str(self.model.dtype).removeprefix("torch.")}  # fmt: skip
 
-    @cached_property
+    @property
     def counted(self) -> tuple[Lengths, int]:
         """The texts of one pass, and its rows."""
-        return lengths_of(self._first_plan), self._first_plan.n_rows
+        return self._looked_at[2]
 
     def site(self, site: Site | str | int) -> Site:
         return self.model.site(site)

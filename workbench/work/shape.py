@@ -95,7 +95,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: Model) -> ModelShape:
-        """The shape of a loaded model."""
+        """The shape of a loaded model; UserError where its configuration does not say its sizes."""
         return _shape(model.module, [model.block(layer) for layer in range(model.n_layers)], model.name)
 
     @classmethod
@@ -144,6 +144,14 @@ def _seen(length: float, window: int | None) -> float:
 
 
 def _shape(module: nn.Module, found: Iterable[nn.Module], name: str) -> ModelShape:
+    try:
+        return _read_shape(module, found, name)
+    except (AttributeError, TypeError, IndexError, KeyError, ValueError) as err:  # whoever wrote the configuration
+        raise UserError(f"no work can be counted for {name}: its configuration does not say its sizes as others do "
+                        f"({type(err).__name__}: {err})") from err  # fmt: skip
+
+
+def _read_shape(module: nn.Module, found: Iterable[nn.Module], name: str) -> ModelShape:
     config: Any = text_config(module)
     routed = _first(config, PER_TOKEN) / max(_first(config, EXPERTS), 1) or 1.0
     blocks = tuple(_block(block, config, layer, routed) for layer, block in enumerate(found))
