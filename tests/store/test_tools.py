@@ -30,7 +30,7 @@ from workbench.store.checks import manifest_text
 from workbench.store.checkup import find_damage, verify_stores
 from workbench.store.leftovers import clear_after, find_leftovers, remove_leftovers
 from workbench.store.listing import compact_sites, describe_store, find_stores
-from workbench.store.locks import held, is_held
+from workbench.store.locks import claim_shared, held, is_held
 from workbench.store.merge import merge_stores
 from workbench.store.writer import StoreWriter
 
@@ -414,6 +414,12 @@ def test_what_is_left_of_a_finished_store_goes_when_its_name_is_refused_again(st
         assert partial.exists()
     clear_after(store)
     assert not partial.exists()
+
+
+def test_a_shared_lock_hides_no_error_of_the_work_that_is_done_under_it(tmp_path):
+    for error in (FileNotFoundError("gone"), PermissionError("not yours")):
+        with pytest.raises(type(error)), claim_shared(tmp_path / ".s.partial", tmp_path / "s"):
+            raise error
 
 
 def test_saved_sums_go_only_beside_the_moments_that_they_were_of(tmp_path, model):

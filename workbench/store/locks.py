@@ -63,15 +63,16 @@ def claim_shared(partial: Path, out: Path) -> Iterator[None]:
     """
     handle = None
     try:
-        partial.mkdir(exist_ok=True)
-        check_no_link(partial)
-        handle = os.open(partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            partial.mkdir(exist_ok=True)
+            check_no_link(partial)
+            handle = os.open(partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError) as err:  # or what was left there is being removed
+            raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
+        except PermissionError as err:
+            raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
         yield
-    except (BlockingIOError, FileNotFoundError) as err:  # or what was left there is being removed
-        raise UserError(f"{out} is being written by another run; wait for it or choose another folder") from err
-    except PermissionError as err:
-        raise UserError(f"cannot write to {out.parent}: {err.strerror}; choose another output folder") from err
     finally:
         if handle is not None:
             os.close(handle)
