@@ -42,12 +42,17 @@ def make_parent(path: Path) -> None:
         raise UserError(f"cannot write to {path.parent}: {_reason(err)}; choose another output folder") from err
 
 
+def taken(path: Path) -> UserError:
+    """What to say of a folder that is to be made and is there."""
+    return UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+
+
 def check_free(path: Path, *, marker: str, overwrite: bool) -> None:
     """Raises UserError where a folder that `staged_folder` makes would be in the place of something."""
     if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"{path} exists already; choose another folder or pass overwrite=True (--overwrite)")
+        raise taken(path)
     if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
         raise UserError(
             f"{path} is not overwritten: it holds no {marker}, so it is something else; choose another folder"

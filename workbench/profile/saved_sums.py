@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import make_parent, staged_folder, write_json
-from ..errors import UserError
+from ..atomic import make_parent, staged_folder, taken, write_json
 from ..hashes import file_hash
 from ..maps.moments import Moments
 from ..store.checks import MOMENTS
@@ -88,10 +87,6 @@ class SavedSums:
                 shutil.rmtree(found, ignore_errors=True)
         for found in [*self.folder.glob(".now.json.*"), *([self.folder / "now.json"] if but is None else [])]:
             found.unlink(missing_ok=True)
-
-
-def taken(out: Path) -> UserError:
-    return UserError(f"{out} exists already; choose another folder or pass overwrite=True (--overwrite)")
 
 
 def _going_on(sums: Sums, loaded: Moments) -> Moments:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic import staged_folder, write_json
+from ..atomic import staged_folder, taken, write_json
 from ..errors import UserError
 from ..hashes import file_hash, json_hash
 from ..interrupts import Stopped, first_interrupt_noted
@@ -33,7 +33,7 @@ from .reduction import add_rows, reduced
 from .room import check_sums_room
 from .room import moments_bytes as moments_bytes
 from .run import BlockRunner
-from .saved_sums import SavedSums, taken, write_folds
+from .saved_sums import SavedSums, write_folds
 from .told import sums_flops, tell
 
 if TYPE_CHECKING:
@@ -210,26 +210,21 @@ class Sums:
         return Moments(pairs=self.pairs, products=self.products)
 
     def run(self, stop: Any, saved: SavedSums | None) -> None:
-        plan, last, wait, begin_at, done = self.plan, time.monotonic(), SAVE_EVERY, time.monotonic(), self.done
+        plan, begun, wait, left = self.plan, time.monotonic(), SAVE_EVERY, self.plan.blocks[self.done :]
+        last = begun
         before = sum(plan.tokens_of(block) for block in plan.blocks[: self.done])
         desc = f"moments of {Path(self.model.name).name}"
         with progress(total=plan.n_tokens, desc=desc, unit="tok", initial=before, scale=True) as bar:
             runner = BlockRunner(self.model, plan, bar, stop)
-            for block in plan.blocks[self.done :]:
+            for block in left:
                 self._add(block, runner.run(block))
                 self.done += 1
                 if saved is not None and (begin := time.monotonic()) - last > wait:
                     saved.save(self)
                     last = time.monotonic()
                     wait = max(SAVE_EVERY, SAVE_SHARE * (last - begin))
-        run = plan.blocks[done:]
-        tell(
-            self.model,
-            plan,
-            run,
-            time.monotonic() - begin_at,
-            sums_flops(plan, run, self.pairs, self.model.device.type),
-        )
+        flops = sums_flops(plan, left, self.pairs, self.model.device.type)
+        tell(self.model, plan, left, time.monotonic() - begun, flops)
 
     def _add(self, block: Block, rows: dict[Site, Tensor]) -> None:
         fold = torch.from_numpy(self.fold_of[self.plan.prompts_of(block)])

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..atomic import exchange, make_parent, sync
+from ..atomic import exchange, make_parent, sync, taken
 from ..errors import UserError
 from ..hashes import file_hash
 from ..sites import Site
@@ -78,7 +78,7 @@ class StoreWriter:
         if not self.out.exists():
             return
         if not self.overwrite:
-            raise UserError(f"{self.out} exists already; choose another folder or pass overwrite=True (--overwrite)")
+            raise taken(self.out)
         if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
             raise UserError(f"{self.out} exists and is not a store, so it is not overwritten; choose another folder")
 
